@@ -1,0 +1,97 @@
+"""Files and folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from flextron.errors import CheckpointError
+
+
+@contextmanager
+def new_folder(path: str | Path, *, overwrite: bool = False, needs_bytes: int = 0) -> Iterator[Path]:
+    """Yield an empty folder beside `path` that takes its name when the block ends well, and is removed when it does not.
+
+    Interrupted by force, it leaves `.NAME.partial-*` behind, which nothing reads. `overwrite` replaces an older folder
+    only at the very end.
+
+    Raises:
+        CheckpointError: `path` exists and `overwrite` is false, too little disk space, or a write that failed.
+    """
+    target = Path(path)
+    check_new(target, overwrite=overwrite)
+    with _clear_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    free_bytes = shutil.disk_usage(target.parent).free
+    if free_bytes < needs_bytes:
+        raise CheckpointError(
+            f"no space for {target}: it needs about {needs_bytes / 1e6:.0f} MB, {free_bytes / 1e6:.0f} MB are free. "
+            "Free some space or name a folder on another disk; nothing was written."
+        )
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    try:
+        with _clear_errors(target):
+            partial.chmod(0o755)
+            yield partial
+            _replace_folder(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_new(path: str | Path, *, overwrite: bool = False) -> None:
+    """Pass if `path` is free to be written, so that a long stage can tell before it starts.
+
+    Raises:
+        CheckpointError: something is there already, and `overwrite` is false or it is not a folder.
+    """
+    target = Path(path)
+    if target.is_dir() and overwrite:
+        return
+    if target.exists():
+        way_out = "Name another folder." if not target.is_dir() else "Name another folder or pass --overwrite."
+        raise CheckpointError(f"{target} exists. {way_out}")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file that is whole whenever it can be seen.
+
+    Raises:
+        CheckpointError: the write failed; the old file, if any, is still there.
+    """
+    target = Path(path)
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    try:
+        with _clear_errors(target):
+            partial.write_text(text, encoding="utf8")
+            partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _replace_folder(partial: Path, target: Path) -> None:
+    if not target.exists():
+        partial.rename(target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
+    target.rename(old / target.name)
+    try:
+        partial.rename(target)
+    except OSError:
+        (old / target.name).rename(target)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _clear_errors(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot write {target}: {error}. Nothing of it was kept.") from error

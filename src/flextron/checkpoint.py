@@ -1,0 +1,184 @@
+"""One folder: a plain transformers checkpoint, and beside its weights flextron.json and ranking.safetensors."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from flextron.atomic import new_folder
+from flextron.errors import CheckpointError, FlextronError
+from flextron.subnet import SearchSpace
+
+VERSION = 1
+METADATA_FILE = "flextron.json"
+RANKING_FILE = "ranking.safetensors"
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """In which order the original's units now stand; L layers, N neurons, G KV groups, Q query heads in a group.
+
+    `neurons[l, i]` is the original index of the neuron that is now number i in layer l; `kv_groups` likewise;
+    `query_heads[l, g, i]` is the original place, inside its original group, of query head i of the group now g.
+    """
+
+    neurons: torch.Tensor  # [L, N] int32
+    kv_groups: torch.Tensor  # [L, G] int32
+    query_heads: torch.Tensor  # [L, G, Q] int32
+    score: str
+    tokens: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a folder, hub id or GGUF file holds."""
+
+    lm: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    search_space: SearchSpace | None
+    ranking: Ranking | None
+
+
+def load(path: str | Path, *, dtype: str | torch.dtype = "auto", **kwargs: Any) -> Checkpoint:
+    """Read a plain or elastic checkpoint: a local folder, a hub id, or a GGUF file (which is dequantised).
+
+    Further `kwargs` go to transformers' `from_pretrained` (`device_map`, `revision`, `attn_implementation`, ...).
+
+    Raises:
+        CheckpointError: nothing there, unreadable, incomplete, or weights that are not safetensors or GGUF.
+    """
+    source, gguf = _source(path)
+    read = {**kwargs, **gguf}
+    try:
+        lm, info = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, output_loading_info=True, **read
+        )
+        tokenizer = _load_tokenizer(source, gguf, revision=kwargs.get("revision"))
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"cannot load {path}: {_first_line(error)}") from error
+    if info["missing_keys"] or info["mismatched_keys"]:
+        missing = sorted(info["missing_keys"]) or sorted(str(key) for key in info["mismatched_keys"])
+        raise CheckpointError(
+            f"{path} is incomplete: {len(missing)} weights are missing or of another size, such as {missing[0]}."
+        )
+    if gguf:
+        _forget_quantization(lm)
+    lm.eval()
+    return Checkpoint(lm, tokenizer, *_load_metadata(Path(source)))
+
+
+def save(folder: str | Path, checkpoint: Checkpoint, *, overwrite: bool = False) -> None:
+    """Write the whole folder or nothing: transformers loads it as the plain full model.
+
+    Raises:
+        CheckpointError: the folder exists and `overwrite` is false, no space, or a write that failed.
+    """
+    needs_bytes = sum(p.numel() * p.element_size() for p in checkpoint.lm.parameters())
+    with new_folder(folder, overwrite=overwrite, needs_bytes=needs_bytes) as partial:
+        checkpoint.lm.save_pretrained(partial)
+        save_tokenizer(checkpoint.tokenizer, partial)
+        if checkpoint.ranking is not None:
+            _save_ranking(checkpoint.ranking, partial / RANKING_FILE)
+        metadata = {
+            "version": VERSION,
+            "search_space": None if checkpoint.search_space is None else asdict(checkpoint.search_space),
+        }
+        (partial / METADATA_FILE).write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf8")
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+    """Write the tokenizer so that transformers 4 and tools built on it load it too."""
+    if tokenizer is None:
+        return
+    tokenizer.save_pretrained(folder)
+    config_file = folder / "tokenizer_config.json"
+    config = json.loads(config_file.read_text(encoding="utf8"))
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        config_file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf8")
+
+
+def quiet_transformers() -> None:
+    """Stop transformers' own progress bars and notices; ours say what is going on."""
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
+def _source(path: str | Path) -> tuple[str, dict[str, Any]]:
+    """The folder or hub id to read, and what tells transformers that it is a GGUF file."""
+    local = Path(path)
+    if str(path).endswith(".gguf"):
+        if not local.is_file():
+            raise CheckpointError(f"no such file: {path}")
+        return str(local.parent), {"gguf_file": local.name}
+    if local.is_dir():
+        if not (local / "config.json").is_file():
+            raise CheckpointError(f"{path} is not a checkpoint: it has no config.json.")
+    elif local.exists() or str(path).count("/") > 1 or str(path).startswith((".", "/", "~")):
+        raise CheckpointError(f"no such checkpoint: {path}. Name a folder, a hub id such as org/name, or a .gguf file.")
+    return str(path), {}
+
+
+def _load_tokenizer(source: str, gguf: dict[str, Any], revision: str | None) -> PreTrainedTokenizerBase | None:
+    folder = Path(source)
+    if folder.is_dir() and not gguf and not any(folder.glob("tokenizer*")) and not (folder / "vocab.json").exists():
+        return None
+    hub = {"revision": revision} if revision else {}
+    return AutoTokenizer.from_pretrained(source, **gguf, **hub)  # type: ignore[no-any-return]
+
+
+def _forget_quantization(lm: PreTrainedModel) -> None:
+    """A model read from a GGUF file holds plain weights, but transformers refuses to save it before this."""
+    if hasattr(lm.config, "quantization_config"):
+        del lm.config.quantization_config
+    lm.hf_quantizer = None
+    lm.is_quantized = False
+
+
+def _load_metadata(folder: Path) -> tuple[SearchSpace | None, Ranking | None]:
+    file = folder / METADATA_FILE
+    if not file.is_file():
+        return None, None
+    try:
+        metadata = json.loads(file.read_text(encoding="utf8"))
+        if metadata["version"] != VERSION:
+            raise CheckpointError(
+                f"{file} has version {metadata['version']!r}; this flextron reads {VERSION}. "
+                "Install the flextron that wrote it, or rank the original again."
+            )
+        space = metadata["search_space"]
+        search_space = None if space is None else SearchSpace(**space)
+        ranking = _load_ranking(folder / RANKING_FILE)
+    except FlextronError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {file}: {_first_line(error)}") from error
+    return search_space, ranking
+
+
+def _save_ranking(ranking: Ranking, file: Path) -> None:
+    orders = {name: getattr(ranking, name).contiguous() for name in ("neurons", "kv_groups", "query_heads")}
+    record = {"version": str(VERSION), "score": ranking.score, "tokens": str(ranking.tokens), "text": ranking.text}
+    save_file(orders, file, metadata=record)
+
+
+def _load_ranking(file: Path) -> Ranking | None:
+    if not file.is_file():
+        return None
+    with safe_open(file, framework="pt") as stored:
+        record = stored.metadata()
+        orders = {name: stored.get_tensor(name) for name in ("neurons", "kv_groups", "query_heads")}
+    return Ranking(**orders, score=record["score"], tokens=int(record["tokens"]), text=record["text"])
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

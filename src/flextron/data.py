@@ -1,0 +1,153 @@
+"""Text -> blocks of tokens. N blocks of T tokens each; documents follow one another, each ended by one token."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from flextron.errors import CheckpointError, FlextronError
+
+SAMPLES = ("sample/train", "sample/validation")
+_OPENERS: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open}
+
+
+@dataclass(frozen=True)
+class TokenBlocks:
+    """Token blocks of one text, and how many bytes of it each token stands for."""
+
+    tokens: torch.Tensor  # [N, T] int64
+    bytes: torch.Tensor  # [N, T] int64
+    text: str
+    """Where the text came from."""
+
+    @property
+    def predicted_tokens(self) -> int:
+        """Tokens that a language model predicts here: all but the first of each block."""
+        return self.tokens[:, 1:].numel()
+
+    @property
+    def predicted_bytes(self) -> int:
+        """Bytes of text that the predicted tokens stand for."""
+        return int(self.bytes[:, 1:].sum())
+
+    def batches(self, max_tokens: int) -> Iterator[torch.Tensor]:
+        """Consecutive blocks as [B, T], of at most `max_tokens` tokens together but at least one block."""
+        return iter(self.tokens.split(max(1, max_tokens // self.tokens.shape[1])))
+
+
+def load_blocks(
+    tokenizer: PreTrainedTokenizerBase | None,
+    text: str | Path,
+    *,
+    tokens: int,
+    block_tokens: int = 512,
+    max_characters: int | None = 4000,
+) -> TokenBlocks:
+    """The first `tokens` tokens of a text as blocks; fewer where the text is shorter, at least one block.
+
+    Args:
+        text: a .txt or .md file (one document), a .jsonl file with a `text` field per line, either also as .xz or .gz,
+            or one of the samples that ship with flextron: sample/train, sample/validation.
+        max_characters: cut each document there, so that one book does not stand for a whole text; None for no cut.
+
+    Raises:
+        FlextronError: no tokenizer, no such file, a file that cannot be read, or a text shorter than one block.
+    """
+    if tokenizer is None:
+        raise FlextronError("this checkpoint has no tokenizer; put its tokenizer files into the same folder.")
+    if block_tokens < 2 or tokens < block_tokens:
+        raise ValueError(f"need blocks of at least 2 tokens and one whole block, got {tokens} in {block_tokens}s.")
+    end = document_end(tokenizer)
+    wanted = tokens // block_tokens * block_tokens
+    ids: list[int] = []
+    sizes: list[int] = []
+    for document in documents(text):
+        document_ids, document_sizes = _tokenise(tokenizer, document[:max_characters])
+        ids += [*document_ids, end]
+        sizes += [*document_sizes, 0]
+        if len(ids) >= wanted:
+            break
+    whole = min(wanted, len(ids) // block_tokens * block_tokens)
+    if not whole:
+        raise FlextronError(
+            f"{text} holds {len(ids)} tokens, less than one block of {block_tokens}. "
+            "Give a longer text or a smaller block size."
+        )
+    shape = (-1, block_tokens)
+    return TokenBlocks(torch.tensor(ids[:whole]).view(shape), torch.tensor(sizes[:whole]).view(shape), str(text))
+
+
+def documents(text: str | Path) -> Iterator[str]:
+    """The documents of a text file, one at a time, in order.
+
+    Raises:
+        FlextronError: no such file, not UTF-8, not JSON Lines, a line without `text`, or no text at all.
+    """
+    path = _path(text)
+    empty = True
+    try:
+        with _OPENERS.get(path.suffix, open)(path, "rt", encoding="utf8") as file:
+            for document in _read(file, path):
+                empty = empty and not document.strip()
+                yield document
+    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
+        raise FlextronError(f"cannot read {text}: {error}") from None
+    if empty:
+        raise FlextronError(f"{text} is empty.")
+
+
+def document_end(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that ends a document: <|endoftext|> where there is one (chat models end a turn with another), else EOS.
+
+    Raises:
+        CheckpointError: the tokenizer has neither.
+    """
+    end = tokenizer.get_vocab().get("<|endoftext|>", tokenizer.eos_token_id)
+    if end is None:
+        raise CheckpointError("this tokenizer has no token that ends a text; set its eos_token.")
+    return int(end)
+
+
+def _path(text: str | Path) -> Path:
+    if str(text) in SAMPLES:
+        return Path(str(resources.files("flextron") / f"{text}.jsonl.xz"))
+    path = Path(text)
+    if not path.is_file():
+        raise FlextronError(f"no such text file: {text}. Name a .txt or .jsonl file (also .xz, .gz), or {SAMPLES[0]}.")
+    return path
+
+
+def _read(file: TextIO, path: Path) -> Iterator[str]:
+    if ".jsonl" not in path.suffixes:
+        yield file.read()
+        return
+    for number, line in enumerate(file, start=1):
+        if not line.strip():
+            continue
+        try:
+            document = json.loads(line)["text"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise FlextronError(f'{path}, line {number}: not a JSON object with a "text" field ({error}).') from None
+        if not isinstance(document, str):
+            raise FlextronError(f'{path}, line {number}: "text" is a {type(document).__name__}, not a string.')
+        yield document
+
+
+def _tokenise(tokenizer: PreTrainedTokenizerBase, document: str) -> tuple[list[int], list[int]]:
+    """Token ids, and the bytes that each adds; where tokens share a character, the first has all its bytes."""
+    encoded = tokenizer(document, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    sizes = []
+    seen = 0
+    for _, end in encoded["offset_mapping"]:
+        sizes.append(len(document[seen:end].encode("utf8", errors="replace")))
+        seen = max(seen, end)
+    return encoded["input_ids"], sizes

@@ -1,0 +1,237 @@
+"""`ElasticModel`: a transformers model whose nested sub-networks can be chosen, by swapping projections in place.
+
+Flextron (Cai et al., ICML 2024, arXiv 2406.10260), section 3: the first d_j neurons or heads of ranked weights.
+Ours: KV groups with their query heads instead of heads, and width 0 for depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from flextron import checkpoint
+from flextron.checkpoint import Checkpoint, Ranking
+from flextron.families import Axis, Family, family_of
+from flextron.projections import Width, make_elastic, make_skippable
+from flextron.subnet import SearchSpace, Subnet
+
+
+@dataclass(frozen=True)
+class SubLayer:
+    """One elastic sub-layer: an MLP with its neurons, or an attention with its KV groups."""
+
+    opens: tuple[nn.Module, ...]
+    closes: nn.Module
+    axis: Axis
+    width: Width
+    heads_per_unit: int
+    """Query heads in a KV group; 1 for neurons."""
+    counters: tuple[tuple[nn.Module, str], ...]
+
+    @property
+    def weights_per_unit(self) -> int:
+        """Weights, opening biases included, that one unit adds."""
+        opening = sum(p.numel() for module in self.opens for p in module.parameters(recurse=False))
+        closing: torch.Tensor = self.closes.weight  # type: ignore[assignment]
+        return (opening + closing.numel()) // self.width.full
+
+    def keep(self, units: int) -> None:
+        """Let the first `units` units run."""
+        self.width.kept = units
+        for module, attribute in self.counters:
+            setattr(module, attribute, self.width.of(self.closing_size))
+
+    @property
+    def closing_size(self) -> int:
+        """Input columns of the closing projection at full width."""
+        return int(self.closes.matrix().shape[1])  # type: ignore[operator]
+
+
+@dataclass(frozen=True)
+class ElasticLayer:
+    """One decoder layer and its two elastic sub-layers."""
+
+    module: nn.Module
+    mlp: SubLayer
+    attention: SubLayer
+
+
+class ElasticModel:
+    """A decoder LLM of which any nested sub-network runs, sharing one set of weights.
+
+    `lm` is the transformers model itself, with its projections swapped in place: its Parameters and their names stay,
+    so anything that takes a transformers model takes it. Choosing a sub-network copies nothing.
+
+        model = ElasticModel.from_pretrained("out/smollm2-elastic")
+        with model.use(subnet):
+            loss = model(input_ids, labels=input_ids).loss
+            text = model.generate(input_ids)
+
+    The choice is state of the model: one model serves one thread at a time.
+    """
+
+    def __init__(
+        self,
+        lm: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        search_space: SearchSpace | None = None,
+        ranking: Ranking | None = None,
+    ) -> None:
+        """Make `lm` elastic in place.
+
+        Args:
+            search_space: the widths to offer; by default 16 to 32 widths of the MLP and every number of KV groups.
+            ranking: the permutation that was applied to the weights, if any.
+
+        Raises:
+            UnknownFamilyError: the architecture has no spec.
+            ValueError: a search space that the model does not fit.
+        """
+        self.lm = lm
+        self.tokenizer = tokenizer
+        self.ranking = ranking
+        self.family: Family = family_of(lm.config.model_type)
+        self.layers = [_make_layer_elastic(layer, self.family, lm.config) for layer in _layers(lm, self.family)]
+        first = self.layers[0]
+        sizes = {"layers": len(self.layers), "neurons": first.mlp.width.full, "kv_groups": first.attention.width.full}
+        self.search_space = search_space or SearchSpace.of_model(**sizes)
+        _check_fits(self.search_space, sizes)
+        self._subnet = self.search_space.full
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        dtype: str | torch.dtype = "auto",
+        search_space: SearchSpace | None = None,
+        **kwargs: Any,
+    ) -> ElasticModel:
+        """Load a plain or elastic checkpoint: a folder, a hub id, or a GGUF file (dequantised to `dtype`).
+
+        `kwargs` go to transformers' `from_pretrained` (`device_map`, `revision`, `attn_implementation`, ...). Only
+        safetensors and GGUF weights are read, and no remote code runs unless `trust_remote_code=True` is passed.
+
+        Raises:
+            CheckpointError: missing, truncated or incomplete.
+            UnknownFamilyError: the architecture has no spec.
+        """
+        found = checkpoint.load(path, dtype=dtype, **kwargs)
+        space = search_space or found.search_space
+        return cls(found.lm, found.tokenizer, search_space=space, ranking=found.ranking)
+
+    def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Write a folder that transformers loads as the plain full model and `from_pretrained` as this elastic one.
+
+        Raises:
+            CheckpointError: the folder exists and `overwrite` is false, or it cannot be written; then nothing is kept.
+        """
+        found = Checkpoint(self.lm, self.tokenizer, self.search_space, self.ranking)
+        checkpoint.save(folder, found, overwrite=overwrite)
+
+    @property
+    def subnet(self) -> Subnet:
+        """The sub-network that runs now."""
+        return self._subnet
+
+    @contextmanager
+    def use(self, subnet: Subnet) -> Iterator[ElasticModel]:
+        """Run as `subnet` inside the block, then as before; views of the shared weights, nothing is copied.
+
+        Raises:
+            SubnetError: not in the search space of this model.
+        """
+        self.search_space.check(subnet)
+        before = self._subnet
+        self._choose(subnet)
+        try:
+            yield self
+        finally:
+            self._choose(before)
+
+    def _choose(self, subnet: Subnet) -> None:
+        for layer, neurons, kv_groups in zip(self.layers, subnet.neurons, subnet.kv_groups, strict=True):
+            layer.mlp.keep(neurons)
+            layer.attention.keep(kv_groups)
+        self._subnet = subnet
+
+    def layer_weights(self, subnet: Subnet) -> int:
+        """Weights of the elastic projections that `subnet` keeps; embeddings, norms and closing biases apart."""
+        return sum(
+            neurons * layer.mlp.weights_per_unit + kv_groups * layer.attention.weights_per_unit
+            for layer, neurons, kv_groups in zip(self.layers, subnet.neurons, subnet.kv_groups, strict=True)
+        )
+
+    def share(self, subnet: Subnet) -> float:
+        """Share of the layers' weights that `subnet` keeps, 0 to 1."""
+        return self.layer_weights(subnet) / self.layer_weights(self.search_space.full)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward pass of the transformers model, as the sub-network in use."""
+        return self.lm(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' `generate`, as the sub-network in use; the KV cache holds its KV groups only."""
+        return self.lm.generate(*args, **kwargs)  # type: ignore[operator]
+
+    @property
+    def config(self) -> Any:
+        """Config of the full model."""
+        return self.lm.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.lm.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return self.lm.dtype
+
+
+def _layers(lm: PreTrainedModel, family: Family) -> list[nn.Module]:
+    layers = list(lm.get_submodule(family.layers).children())
+    if not layers:
+        raise ValueError(f"{type(lm).__name__} has no layers at {family.layers!r}; the family spec is wrong.")
+    return layers
+
+
+def _make_layer_elastic(layer: nn.Module, family: Family, config: Any) -> ElasticLayer:
+    neurons = layer.get_submodule(family.mlp.closes).weight.numel() // config.hidden_size  # type: ignore[operator,union-attr]
+    kv_groups = getattr(config, family.attention.config_keys[0])
+    heads = config.num_attention_heads // kv_groups
+    return ElasticLayer(
+        module=layer,
+        mlp=_make_sub_layer_elastic(layer, family.mlp, Width(neurons), heads_per_unit=1, gives_weights=False),
+        attention=_make_sub_layer_elastic(
+            layer, family.attention, Width(kv_groups), heads_per_unit=heads, gives_weights=True
+        ),
+    )
+
+
+def _make_sub_layer_elastic(
+    layer: nn.Module, axis: Axis, width: Width, *, heads_per_unit: int, gives_weights: bool
+) -> SubLayer:
+    opens = tuple(layer.get_submodule(name) for name in axis.opens)
+    closes = layer.get_submodule(axis.closes)
+    for module in opens:
+        make_elastic(module, width, opens=True, stacked=axis.stacked)
+    make_elastic(closes, width, opens=False)
+    make_skippable(layer.get_submodule(axis.module), width, gives_weights=gives_weights)
+    counters = tuple((layer.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in axis.counts)
+    return SubLayer(opens, closes, axis, width, heads_per_unit, counters)
+
+
+def _check_fits(space: SearchSpace, sizes: dict[str, int]) -> None:
+    wanted = {"layers": space.layers, "neurons": space.neurons[-1], "kv_groups": space.kv_groups[-1]}
+    if wanted != sizes:
+        raise ValueError(f"this search space is for a model with {wanted}; this one has {sizes}.")

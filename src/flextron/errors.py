@@ -1,0 +1,28 @@
+"""Errors that a caller may want to catch.
+
+    FlextronError
+    ├── UnknownFamilyError    no spec for this architecture; a spec of some ten lines adds it
+    ├── CheckpointError       a folder or file that is missing, truncated or of another kind
+    ├── SubnetError           widths that the model or its search space does not have (also a ValueError)
+    └── ExportError           a sub-network that the target format cannot express
+"""
+
+
+class FlextronError(Exception):
+    """Base of all errors that flextron raises for a caller to catch; the command line prints it without a traceback."""
+
+
+class UnknownFamilyError(FlextronError):
+    """The architecture has no `Family` spec."""
+
+
+class CheckpointError(FlextronError):
+    """A checkpoint that is missing, incomplete, or not what it should be."""
+
+
+class SubnetError(FlextronError, ValueError):
+    """A `Subnet` that does not fit the model or its search space."""
+
+
+class ExportError(FlextronError):
+    """A sub-network that cannot be exported to the format asked for."""

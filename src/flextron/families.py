@@ -1,0 +1,120 @@
+"""Where a model family keeps what can be made elastic: one `Family` of some ten lines per architecture. No torch here.
+
+To add a family, see docs/add_a_family.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flextron.errors import UnknownFamilyError
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One elastic axis of a layer: units (neurons, or KV groups with their query heads) of one sub-layer."""
+
+    opens: tuple[str, ...]
+    """Projections, as paths inside a layer, whose output rows belong to the units."""
+    closes: str
+    """The projection whose input columns belong to the units; its parent module is the sub-layer."""
+    config_keys: tuple[str, ...]
+    """Config fields that count the units or what shrinks with them; the first one counts the units."""
+    stacked: int = 1
+    """How many projections lie one below the other in each opening weight: 3 where Q, K, V are one matrix in blocks."""
+    counts: tuple[str, ...] = ()
+    """Attributes, as paths inside a layer, in which the family's own code counts rows of one stacked block."""
+
+    @property
+    def module(self) -> str:
+        """Path of the sub-layer inside its layer."""
+        return self.closes.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a `model_type` of transformers keeps its layers, and the two elastic axes inside each."""
+
+    layers: str
+    """Path of the list of layers inside the `...ForCausalLM` model."""
+    mlp: Axis
+    attention: Axis
+    exports_fewer_heads: bool = True
+    """Whether its config can state a head size that is not hidden size / heads."""
+
+
+_GATED_MLP = Axis(
+    opens=("mlp.gate_proj", "mlp.up_proj"),
+    closes="mlp.down_proj",
+    config_keys=("intermediate_size",),
+)
+_GROUPED_ATTENTION = Axis(
+    opens=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    closes="self_attn.o_proj",
+    config_keys=("num_key_value_heads", "num_attention_heads"),
+)
+LLAMA_LIKE = Family(layers="model.layers", mlp=_GATED_MLP, attention=_GROUPED_ATTENTION)
+
+GPT2 = Family(
+    layers="transformer.h",
+    mlp=Axis(opens=("mlp.c_fc",), closes="mlp.c_proj", config_keys=("n_inner",)),
+    attention=Axis(
+        opens=("attn.c_attn",),
+        closes="attn.c_proj",
+        config_keys=("num_attention_heads",),
+        stacked=3,
+        counts=("attn.split_size",),
+    ),
+    exports_fewer_heads=False,
+)
+
+GPT_NEOX = Family(
+    layers="gpt_neox.layers",
+    mlp=Axis(opens=("mlp.dense_h_to_4h",), closes="mlp.dense_4h_to_h", config_keys=("intermediate_size",)),
+    attention=Axis(
+        opens=("attention.query_key_value",),  # each head's Q, K, V together, so that a prefix of rows is whole heads
+        closes="attention.dense",
+        config_keys=("num_attention_heads",),
+    ),
+    exports_fewer_heads=False,
+)
+
+PHI = Family(
+    layers="model.layers",
+    mlp=Axis(opens=("mlp.fc1",), closes="mlp.fc2", config_keys=("intermediate_size",)),
+    attention=Axis(
+        opens=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        closes="self_attn.dense",
+        config_keys=("num_key_value_heads", "num_attention_heads"),
+    ),
+)
+
+FAMILIES: dict[str, Family] = {
+    "llama": LLAMA_LIKE,
+    "mistral": LLAMA_LIKE,
+    "qwen2": LLAMA_LIKE,
+    "qwen3": LLAMA_LIKE,
+    "smollm3": LLAMA_LIKE,
+    "gemma2": LLAMA_LIKE,
+    "gemma3_text": LLAMA_LIKE,
+    "granite": LLAMA_LIKE,
+    "gpt2": GPT2,
+    "gpt_neox": GPT_NEOX,
+    "phi": PHI,
+}
+
+
+def family_of(model_type: str) -> Family:
+    """The spec of a transformers `model_type`.
+
+    Raises:
+        UnknownFamilyError: no spec; the message names what to add and where.
+    """
+    try:
+        return FAMILIES[model_type]
+    except KeyError:
+        raise UnknownFamilyError(
+            f"no family spec for the architecture {model_type!r}; known: {', '.join(sorted(FAMILIES))}. "
+            f"To add it, write a Family of some ten lines and the entry FAMILIES[{model_type!r}] in "
+            "src/flextron/families.py; docs/add_a_family.md shows how, and its tests tell when it is right."
+        ) from None

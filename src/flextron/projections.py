@@ -1,0 +1,143 @@
+"""Projections that run on the first units only, by views of the weights that they share with the full model.
+
+Shapes: B batch, T time, D model, K units kept x rows per unit. Linear weights are [out, in], GPT-2's Conv1D [in, out].
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import Cache
+from transformers.pytorch_utils import Conv1D
+
+
+class Width:
+    """How many units of one sub-layer run: the one thing that choosing a sub-network sets, shared by its modules."""
+
+    __slots__ = ("full", "kept")
+
+    def __init__(self, full: int) -> None:
+        self.full = full
+        self.kept = full
+
+    def of(self, size: int) -> int:
+        """The part of `size` rows or columns that the kept units own."""
+        return size // self.full * self.kept
+
+
+class _Elastic(nn.Module):
+    """A projection of [out, in] `matrix` whose rows or columns belong to the units of `width`."""
+
+    width: Width
+    stacked: int
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def matrix(self) -> torch.Tensor:
+        return self.weight if isinstance(self, nn.Linear) else self.weight.t()
+
+
+class _Opening(_Elastic):
+    """Keeps the first rows: [B, T, D] -> [B, T, stacked * K]."""
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        if self.width.kept == self.width.full:
+            return super().forward(x_BTD)  # type: ignore[no-any-return]
+        weights = self.matrix().chunk(self.stacked)
+        biases = (None,) * self.stacked if self.bias is None else self.bias.chunk(self.stacked)
+        rows = self.width.of(weights[0].shape[0])
+        parts = [
+            F.linear(x_BTD, weight[:rows], None if bias is None else bias[:rows])
+            for weight, bias in zip(weights, biases, strict=True)
+        ]
+        return parts[0] if self.stacked == 1 else torch.cat(parts, dim=-1)
+
+
+class _Closing(_Elastic):
+    """Keeps the first columns, and the whole bias: [B, T, K] -> [B, T, D]."""
+
+    def forward(self, x_BTK: torch.Tensor) -> torch.Tensor:
+        if self.width.kept == self.width.full:
+            return super().forward(x_BTK)  # type: ignore[no-any-return]
+        matrix = self.matrix()
+        return F.linear(x_BTK, matrix[:, : self.width.of(matrix.shape[1])], self.bias)
+
+
+class OpeningLinear(_Opening, nn.Linear):
+    """A Linear that opens an elastic sub-layer."""
+
+
+class ClosingLinear(_Closing, nn.Linear):
+    """A Linear that closes an elastic sub-layer."""
+
+
+class OpeningConv1D(_Opening, Conv1D):
+    """A GPT-2 Conv1D that opens an elastic sub-layer."""
+
+
+class ClosingConv1D(_Closing, Conv1D):
+    """A GPT-2 Conv1D that closes an elastic sub-layer."""
+
+
+_ELASTIC = {
+    (nn.Linear, True): OpeningLinear,
+    (nn.Linear, False): ClosingLinear,
+    (Conv1D, True): OpeningConv1D,
+    (Conv1D, False): ClosingConv1D,
+}
+
+
+def make_elastic(projection: nn.Module, width: Width, *, opens: bool, stacked: int = 1) -> None:
+    """Turn a projection into its elastic kind in place: same object, same Parameters, same names.
+
+    Raises:
+        TypeError: neither a Linear nor a Conv1D, for instance one that a quantiser has replaced.
+    """
+    try:
+        projection.__class__ = _ELASTIC[type(projection), opens]
+    except KeyError:
+        raise TypeError(
+            f"cannot narrow a {type(projection).__name__}: elastic projections are Linear or Conv1D. "
+            "Load the model unquantised and without adapters."
+        ) from None
+    projection.width = width  # type: ignore[assignment]
+    projection.stacked = stacked  # type: ignore[assignment]
+
+
+class _Skippable(nn.Module):
+    """A sub-layer that is left out when no unit of it runs: it adds zero to the residual stream.
+
+    A skipped attention still tells the KV cache that its tokens passed, by one number per token: transformers reads
+    the number of past tokens from whichever layer it likes.
+    """
+
+    width: Width
+    gives_weights: bool
+    layer_idx: int
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.width.kept:
+            return super().forward(hidden_states, *args, **kwargs)
+        nothing = torch.zeros_like(hidden_states)
+        if not self.gives_weights:
+            return nothing
+        for cache_ in (value for value in kwargs.values() if isinstance(value, Cache)):
+            passed = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
+            cache_.update(passed, passed, self.layer_idx)
+        return nothing, None
+
+
+@cache
+def _skippable(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Elastic{kind.__name__}", (_Skippable, kind), {})
+
+
+def make_skippable(sub_layer: nn.Module, width: Width, *, gives_weights: bool) -> None:
+    """Let a sub-layer be skipped at width 0, in place; `gives_weights` says that it returns (output, weights)."""
+    sub_layer.__class__ = _skippable(type(sub_layer))
+    sub_layer.width = width  # type: ignore[assignment]
+    sub_layer.gives_weights = gives_weights  # type: ignore[assignment]

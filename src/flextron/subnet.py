@@ -1,0 +1,173 @@
+"""`Subnet`, the noun that travels between all stages, and `SearchSpace`, the widths it may take. No torch here."""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from flextron.errors import SubnetError
+
+SUBNET_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Subnet:
+    """Units kept in each layer; units are ranked, so keeping k means the first k.
+
+    `neurons[i]` MLP neurons and `kv_groups[i]` KV groups (a key/value head with its query heads) run in layer i;
+    0 skips the sub-layer whole, residual only.
+    """
+
+    neurons: tuple[int, ...]
+    kv_groups: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for axis in ("neurons", "kv_groups"):
+            widths = getattr(self, axis)
+            if not isinstance(widths, Sequence) or isinstance(widths, str):
+                raise SubnetError(f"{axis} must be one whole number per layer, not {widths!r}.")
+            object.__setattr__(self, axis, tuple(widths))
+            for layer, width in enumerate(widths):
+                if isinstance(width, bool) or not isinstance(width, int) or width < 0:
+                    raise SubnetError(f"{axis}[{layer}] is {width!r}; a width is a whole number from 0 up.")
+        if not self.neurons or len(self.neurons) != len(self.kv_groups):
+            raise SubnetError(
+                f"a Subnet has one width per layer on both axes, got {len(self.neurons)} widths of neurons "
+                f"and {len(self.kv_groups)} of kv_groups."
+            )
+
+    @property
+    def layers(self) -> int:
+        """Number of layers that it describes."""
+        return len(self.neurons)
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all layers have equal widths."""
+        return len(set(self.neurons)) == 1 and len(set(self.kv_groups)) == 1
+
+    def __str__(self) -> str:
+        if self.is_uniform:
+            return f"{self.layers} layers of {self.neurons[0]} neurons, {self.kv_groups[0]} KV groups"
+        return (
+            f"{self.layers} layers of {min(self.neurons)} to {max(self.neurons)} neurons, "
+            f"{min(self.kv_groups)} to {max(self.kv_groups)} KV groups"
+        )
+
+    def to_json(self) -> str:
+        """The widths as one JSON object; `from_json` reads it back (docs/formats.md)."""
+        return json.dumps({"version": SUBNET_VERSION, **asdict(self)})
+
+    @classmethod
+    def from_json(cls, text: str) -> Subnet:
+        """Read what `to_json` wrote.
+
+        Raises:
+            SubnetError: not JSON, another version, or keys missing or too many.
+        """
+        try:
+            data: Any = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise SubnetError(f"not a Subnet: invalid JSON ({error}).") from None
+        keys = {"version", "neurons", "kv_groups"}
+        if not isinstance(data, dict) or set(data) != keys:
+            found = sorted(data) if isinstance(data, dict) else type(data).__name__
+            raise SubnetError(f"not a Subnet: expected the keys {sorted(keys)}, found {found}.")
+        if data["version"] != SUBNET_VERSION:
+            raise SubnetError(f"this Subnet has version {data['version']!r}; this flextron reads {SUBNET_VERSION}.")
+        return cls(neurons=data["neurons"], kv_groups=data["kv_groups"])
+
+    @classmethod
+    def load(cls, path: str | Path) -> Subnet:
+        """Read a Subnet from a JSON file.
+
+        Raises:
+            SubnetError: no such file, or not a Subnet; the message names the file.
+        """
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf8"))
+        except (OSError, UnicodeDecodeError, SubnetError) as error:
+            raise SubnetError(f"cannot read a Subnet from {path}: {error}") from None
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """The widths that each layer may take, ascending; the last of each axis is the full model's.
+
+    Every layer has the same choices. 0 among them lets a sub-layer be skipped.
+    """
+
+    layers: int
+    neurons: tuple[int, ...]
+    kv_groups: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.layers < 1:
+            raise ValueError(f"a search space has at least 1 layer, got {self.layers}.")
+        for axis in ("neurons", "kv_groups"):
+            choices = tuple(getattr(self, axis))
+            object.__setattr__(self, axis, choices)
+            if not choices or list(choices) != sorted(set(choices)) or choices[0] < 0 or choices[-1] < 1:
+                raise ValueError(f"{axis} must be ascending widths from 0 up, without repeats, got {list(choices)}.")
+
+    @classmethod
+    def of_model(cls, *, layers: int, neurons: int, kv_groups: int, neuron_step: int | None = None) -> SearchSpace:
+        """The default space of a model: 0, every multiple of `neuron_step`, and the full width; every number of groups.
+
+        `neuron_step` defaults to the largest power of two that gives at least 16 steps (64 for 1,536 neurons,
+        512 for 11,008): few enough to search, and sizes that hardware likes.
+        """
+        step = neuron_step or 1 << max(0, (neurons // 16).bit_length() - 1)
+        if not 1 <= step <= neurons:
+            raise ValueError(f"neuron_step is {step}; it must lie between 1 and the model's {neurons} neurons.")
+        return cls(layers, (*range(0, neurons, step), neurons), tuple(range(kv_groups + 1)))
+
+    @property
+    def full(self) -> Subnet:
+        """The whole model."""
+        return self.uniform(self.neurons[-1], self.kv_groups[-1])
+
+    @property
+    def smallest(self) -> Subnet:
+        """The smallest sub-network of the space."""
+        return self.uniform(self.neurons[0], self.kv_groups[0])
+
+    def uniform(self, neurons: int | None = None, kv_groups: int | None = None) -> Subnet:
+        """Equal widths in every layer; what is not named stays full."""
+        subnet = Subnet(
+            (self.neurons[-1] if neurons is None else neurons,) * self.layers,
+            (self.kv_groups[-1] if kv_groups is None else kv_groups,) * self.layers,
+        )
+        self.check(subnet)
+        return subnet
+
+    def check(self, subnet: Subnet) -> None:
+        """Pass if `subnet` lies in this space.
+
+        Raises:
+            SubnetError: another number of layers, a width above the model's, or one that is not among the choices.
+        """
+        if subnet.layers != self.layers:
+            raise SubnetError(
+                f"this Subnet is for a model of {subnet.layers} layers; this model has {self.layers}. "
+                "A Subnet belongs to the checkpoint it was chosen for."
+            )
+        for axis in ("neurons", "kv_groups"):
+            choices: tuple[int, ...] = getattr(self, axis)
+            for layer, width in enumerate(getattr(subnet, axis)):
+                if width > choices[-1]:
+                    raise SubnetError(f"{axis}[{layer}] is {width}; a layer of this model has {choices[-1]}.")
+                if width not in choices:
+                    raise SubnetError(
+                        f"{axis}[{layer}] is {width}, not a choice of the search space; the nearest are "
+                        f"{_neighbours(choices, width)}. Use one of them or a search space with a smaller step."
+                    )
+
+
+def _neighbours(choices: tuple[int, ...], width: int) -> str:
+    at = bisect_left(choices, width)
+    return " and ".join(str(choice) for choice in choices[max(0, at - 1) : at + 1])

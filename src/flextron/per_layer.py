@@ -1,0 +1,186 @@
+"""Models whose layers have sizes of their own, as the standard `per_layer_config` of config.json lists them.
+
+transformers >= 5.15 reads that standard into its configs, but its models do not build from it. The classes here are the
+stock ones, except that layer i is built from `config.per_layer_config[i]`, and that a sub-layer under its `skip`
+("attention", "mlp") has no weights and adds zero to the residual stream. `register()` makes the Auto classes know them.
+
+This file also travels beside a checkpoint as its remote code, so it imports torch and transformers only.
+Shapes: B batch, T time, D model.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    Cache,
+)
+
+PREFIX = "flextron_"
+"""What a model type has before its stock name."""
+
+
+class Places(NamedTuple):
+    """Attributes that hold the layers of a base model, and the sub-layers of a layer."""
+
+    layers: str
+    attention: str
+    mlp: str
+
+
+class Classes(NamedTuple):
+    """The three classes of one model type."""
+
+    config: Any
+    model: Any
+    causal_lm: Any
+
+
+# transformers lets a model change its attention kernel unless its file holds a class *Attention*(nn.Module) without one.
+class SkippedAttn(nn.Module):
+    """No attention: zero for the residual stream, [B, T, D] -> ([B, T, D], None).
+
+    The KV cache still learns that tokens passed, by one number each, because transformers may ask any layer's cache for
+    the number of past tokens.
+    """
+
+    def __init__(self, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        for cache in (value for value in (*args, *kwargs.values()) if isinstance(value, Cache)):
+            passed = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
+            cache.update(passed, passed, self.layer_idx)
+        return torch.zeros_like(hidden_states), None
+
+
+class SkippedMLP(nn.Module):
+    """No MLP: zero for the residual stream, [B, T, D] -> [B, T, D]."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(hidden_states)
+
+
+class _PerLayerConfig:
+    """Over a stock config: what must hold layer by layer, in place of what its family asks of all layers at once."""
+
+    def validate_architecture(self: Any) -> None:
+        for index, layer in enumerate(self.per_layer_config):
+            unknown = sorted({*getattr(layer, "skip", ())} - {"attention", "mlp"})
+            if unknown:
+                raise ValueError(f"per_layer_config[{index}] skips {unknown}; known are 'attention' and 'mlp'.")
+            groups = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
+            if layer.num_attention_heads % groups:
+                raise ValueError(
+                    f"per_layer_config[{index}] has {layer.num_attention_heads} attention heads, "
+                    f"not a multiple of its {groups} key/value heads."
+                )
+
+
+class _PerLayerModel:
+    """Over a stock base model: layers built from their own configs."""
+
+    places: Places
+
+    def __init__(self: Any, config: Any) -> None:
+        super().__init__(_with_one_stock_layer(config))  # type: ignore[call-arg]
+        _adopt(self, config)
+        layer_class = type(getattr(self, self.places.layers)[0])
+        layers = [_make_layer(layer_class, config, index, self.places) for index in range(config.num_hidden_layers)]
+        setattr(self, self.places.layers, nn.ModuleList(layers))
+        self.post_init()
+
+
+class _PerLayerCausalLM:
+    """Over a stock causal language model: its base model is a `_PerLayerModel`."""
+
+    base_model_class: Any
+
+    def __init__(self: Any, config: Any) -> None:
+        super().__init__(_with_one_stock_layer(config))  # type: ignore[call-arg]
+        _adopt(self, config)
+        setattr(self, self.base_model_prefix, self.base_model_class(config))
+        self.post_init()
+
+
+def _with_one_stock_layer(config: Any) -> Any:
+    """A config from which the stock code builds all but the layers; one layer is there to tell their class."""
+    stock = copy.deepcopy(config)
+    stock.per_layer_config = None
+    stock.num_hidden_layers = 1
+    return stock
+
+
+def _adopt(model: Any, config: Any) -> None:
+    config._attn_implementation = model.config._attn_implementation  # which the stock __init__ has resolved
+    model.config = config
+
+
+def _make_layer(layer_class: type[nn.Module], config: Any, index: int, places: Places) -> nn.Module:
+    layer_config = config.per_layer_config[index]
+    layer = layer_class(layer_config, index)
+    skip = getattr(layer_config, "skip", ())
+    if "attention" in skip:
+        setattr(layer, places.attention, SkippedAttn(index))
+    if "mlp" in skip:
+        setattr(layer, places.mlp, SkippedMLP())
+    for module in layer.modules():
+        if hasattr(module, "config"):
+            module.config = config  # the shared one, so that a later choice of attention kernel reaches every layer
+    return layer
+
+
+def _make_classes(model_type: str, places: Places) -> Classes:
+    stock = CONFIG_MAPPING[model_type]
+    config = _subclass(_PerLayerConfig, stock, model_type=PREFIX + model_type)
+    config = strict(config)
+    model = _subclass(_PerLayerModel, MODEL_MAPPING[stock], config_class=config, places=places)
+    lm = MODEL_FOR_CAUSAL_LM_MAPPING[stock]
+    return Classes(config, model, _subclass(_PerLayerCausalLM, lm, config_class=config, base_model_class=model))
+
+
+def _subclass(mixin: type, stock: type, **attributes: Any) -> Any:
+    about = {"__module__": __name__, "__doc__": f"{stock.__name__} with layers of their own sizes."}
+    return type(f"Flextron{stock.__name__}", (mixin, stock), {**about, **attributes})
+
+
+_LLAMA_LIKE = Places("layers", "self_attn", "mlp")
+
+CLASSES: dict[str, Classes] = {
+    model_type: _make_classes(model_type, places)
+    for model_type, places in {
+        "llama": _LLAMA_LIKE,
+        "mistral": _LLAMA_LIKE,
+        "qwen2": _LLAMA_LIKE,
+        "qwen3": _LLAMA_LIKE,
+        "smollm3": _LLAMA_LIKE,
+        "gemma2": _LLAMA_LIKE,
+        "gemma3_text": _LLAMA_LIKE,
+        "granite": _LLAMA_LIKE,
+        "phi": _LLAMA_LIKE,
+        "gpt2": Places("h", "attn", "mlp"),
+        "gpt_neox": Places("layers", "attention", "mlp"),
+    }.items()
+}
+"""The classes of each stock model type; this module also has them by name, such as FlextronLlamaForCausalLM."""
+
+globals().update({cls.__name__: cls for classes in CLASSES.values() for cls in classes})
+
+
+def register() -> None:
+    """Let AutoConfig, AutoModel and AutoModelForCausalLM load these classes; once or more often, it is the same."""
+    for config, model, causal_lm in CLASSES.values():
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModel.register(config, model, exist_ok=True)
+        AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)

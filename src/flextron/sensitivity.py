@@ -1,0 +1,224 @@
+"""What each layer's units are worth: loss increases of one change at a time, and the greedy choice they lead to.
+
+Shapes: B blocks in a batch, T tokens, L layers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from flextron.atomic import write_text
+from flextron.data import TokenBlocks
+from flextron.elastic import ElasticModel
+from flextron.errors import CheckpointError, SubnetError
+from flextron.evaluation import batch_losses
+from flextron.progress import progress
+from flextron.subnet import SearchSpace, Subnet
+
+VERSION = 1
+FILE = "sensitivity.json"
+MAX_TOKENS = 1024
+"""Tokens of one batch: the outputs of all layers are kept for it."""
+AXES = ("neurons", "kv_groups")
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Loss increases, in nats per token, when one sub-layer alone is narrowed.
+
+    `increases["neurons"][l][i]` is that of layer l at `widths["neurons"][i]` neurons; widths ascend to the full one,
+    whose increase is 0. `unit_weights["neurons"][l]` is the number of weights that a neuron of layer l has.
+    """
+
+    search_space: SearchSpace
+    widths: dict[str, tuple[int, ...]]
+    increases: dict[str, tuple[tuple[float, ...], ...]]
+    unit_weights: dict[str, tuple[int, ...]]
+    full_loss: float
+    tokens: int
+    text: str
+
+    def allocate(self, share: float) -> Subnet:
+        """The sub-network of at most `share` of the layers' weights with the least sum of loss increases.
+
+        Between measured widths the increase is interpolated; each curve is replaced by its lower convex hull, and the
+        cheapest loss per weight is removed first: the exact optimum of the sum on the hulls, up to the last step.
+
+        Raises:
+            SubnetError: a share outside (smallest of the search space, 1].
+        """
+        space = self.search_space
+        total = self._weights(space.full)
+        smallest = self._weights(space.smallest) / total
+        if not smallest <= share <= 1:
+            raise SubnetError(
+                f"a share of {share:.0%} of the layers' weights is not between the smallest sub-network's "
+                f"({smallest:.0%}) and 100%."
+            )
+        subnet = space.full
+        for step in sorted(self._steps(), key=lambda step: step.price):
+            excess = self._weights(subnet) - share * total
+            if excess <= 0:
+                break
+            widths = list(getattr(subnet, step.axis))
+            choices = [width for width in getattr(space, step.axis) if step.down_to <= width < widths[step.layer]]
+            unit = self.unit_weights[step.axis][step.layer]
+            enough = [width for width in choices if (widths[step.layer] - width) * unit >= excess]
+            widths[step.layer] = max(enough, default=step.down_to)
+            subnet = replace(subnet, **{step.axis: tuple(widths)})
+        return subnet
+
+    def _steps(self) -> Iterator[_Step]:
+        for axis in AXES:
+            choices = np.array(getattr(self.search_space, axis))
+            for layer, increases in enumerate(self.increases[axis]):
+                losses = np.interp(choices, self.widths[axis], np.maximum.accumulate(increases[::-1])[::-1])
+                corners = _lower_hull(choices, losses)
+                for low, high in zip(corners, corners[1:], strict=False):
+                    weights = (choices[high] - choices[low]) * self.unit_weights[axis][layer]
+                    yield _Step((losses[low] - losses[high]) / weights, axis, layer, int(choices[low]))
+
+    def _weights(self, subnet: Subnet) -> int:
+        return sum(
+            width * unit
+            for axis in AXES
+            for width, unit in zip(getattr(subnet, axis), self.unit_weights[axis], strict=True)
+        )
+
+    def save(self, folder: str | Path) -> None:
+        """Write sensitivity.json beside an elastic checkpoint, whole or not at all."""
+        write_text(Path(folder) / FILE, json.dumps({"version": VERSION, **asdict(self)}) + "\n")
+
+    @staticmethod
+    def is_in(folder: str | Path) -> bool:
+        """Whether the folder has a sensitivity.json."""
+        return (Path(folder) / FILE).is_file()
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Sensitivity:
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: missing, not readable, or of another version.
+        """
+        file = Path(folder) / FILE
+        try:
+            data: dict[str, Any] = json.loads(file.read_text(encoding="utf8"))
+            version = data.pop("version")
+            if version != VERSION:
+                raise CheckpointError(f"{file} has version {version!r}; this flextron reads {VERSION}. Rank again.")
+            return cls(**{**data, "search_space": SearchSpace(**data["search_space"])})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"cannot read {file}: {error}") from error
+
+
+class _Step(NamedTuple):
+    """One edge of a hull: going down to a width costs `price` nats per weight."""
+
+    price: float
+    axis: str
+    layer: int
+    down_to: int
+
+
+def measure_sensitivity(model: ElasticModel, blocks: TokenBlocks, *, show: bool = False) -> Sensitivity:
+    """Narrow one sub-layer at a time and measure the loss, on the same tokens each time.
+
+    Five widths of each MLP (0, 1/4, 1/2, 3/4, full) and every number of KV groups. Layers below the changed one are
+    not computed again: their outputs are kept, batch by batch.
+    """
+    space = model.search_space
+    widths = {"neurons": _quarters(space.neurons), "kv_groups": space.kv_groups}
+    increases = {axis: np.zeros((space.layers, len(widths[axis]))) for axis in AXES}
+    full_losses = []
+    batches = list(blocks.batches(MAX_TOKENS))
+    work = [(tokens_BT, layer) for tokens_BT in batches for layer in range(space.layers)]
+    for tokens_BT, layer in progress(work, "sensitivity") if show else work:
+        with torch.inference_mode():
+            if layer == 0:
+                outputs, full_loss = _run_full(model, tokens_BT)
+                full_losses.append(full_loss * len(tokens_BT))
+            with _reused([below.module for below in model.layers[:layer]], outputs):
+                for axis, index, subnet in _changes(space, widths, layer):
+                    with model.use(subnet):
+                        loss = batch_losses(model, tokens_BT).mean().item()
+                    increases[axis][layer, index] += (loss - full_loss) * len(tokens_BT) / len(blocks.tokens)
+    return Sensitivity(
+        search_space=space,
+        widths=widths,
+        increases={axis: tuple(map(tuple, increases[axis].tolist())) for axis in AXES},
+        unit_weights={
+            "neurons": tuple(layer.mlp.weights_per_unit for layer in model.layers),
+            "kv_groups": tuple(layer.attention.weights_per_unit for layer in model.layers),
+        },
+        full_loss=sum(full_losses) / len(blocks.tokens),
+        tokens=blocks.predicted_tokens,
+        text=blocks.text,
+    )
+
+
+def _changes(
+    space: SearchSpace, widths: dict[str, tuple[int, ...]], layer: int
+) -> Iterator[tuple[str, int, Subnet]]:
+    """Every narrower width of one layer, axis by axis, in an otherwise full model."""
+    for axis in AXES:
+        full = getattr(space.full, axis)
+        for index, width in enumerate(widths[axis][:-1]):
+            yield axis, index, replace(space.full, **{axis: (*full[:layer], width, *full[layer + 1 :])})
+
+
+def _run_full(model: ElasticModel, tokens_BT: torch.Tensor) -> tuple[list[Any], float]:
+    """Output of every layer of the full model, and its mean loss."""
+    outputs: list[Any] = []
+    hooks = [
+        layer.module.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+        for layer in model.layers
+    ]
+    try:
+        with model.use(model.search_space.full):
+            return outputs, batch_losses(model, tokens_BT).mean().item()
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _reused(layers: list[nn.Module], outputs: list[Any]) -> Iterator[None]:
+    """Let each layer give the output that it gave before, without computing anything."""
+    for layer, output in zip(layers, outputs, strict=False):
+        layer.forward = lambda *_args, _output=output, **_kwargs: _output
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _quarters(choices: tuple[int, ...]) -> tuple[int, ...]:
+    """The choices nearest to 0, 1/4, 1/2, 3/4 of the full width, and the full width."""
+    full = choices[-1]
+    return tuple(sorted({min(choices, key=lambda width: abs(width - full * part / 4)) for part in range(5)}))
+
+
+def _lower_hull(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> list[int]:
+    """Indices of the corners of the lower convex hull of points with ascending x, first and last among them."""
+    hull: list[int] = []
+    for point in range(len(x)):
+        while len(hull) > 1 and _turns_up(x, y, hull[-2], hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    return hull
+
+
+def _turns_up(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any], a: int, b: int, c: int) -> bool:
+    """Whether b lies on or above the line from a to c."""
+    return bool((y[b] - y[a]) * (x[c] - x[a]) >= (y[c] - y[a]) * (x[b] - x[a]))

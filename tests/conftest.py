@@ -1,0 +1,31 @@
+"""Fixtures shared by the test files; `tiny` builds what they hold."""
+
+import copy
+
+import pytest
+import tiny
+import torch
+
+from flextron.elastic import ElasticModel
+
+
+@pytest.fixture(autouse=True)
+def one_thread(request):
+    """Tiny models are many times faster in one thread than where threads wait for each other; real ones use all."""
+    threads = torch.get_num_threads()
+    if request.node.get_closest_marker("real") is None:
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def plain_llama():
+    """A plain model to read or copy, never to change."""
+    return tiny.plain_model("llama")
+
+
+@pytest.fixture
+def llama(plain_llama) -> ElasticModel:
+    """A fresh elastic copy of `plain_llama`."""
+    return ElasticModel(copy.deepcopy(plain_llama))

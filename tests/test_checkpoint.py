@@ -1,0 +1,265 @@
+"""The checkpoint folder: what is written comes back, and what is broken is refused by name."""
+
+import copy
+import json
+import pickle
+import shutil
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from flextron import checkpoint
+from flextron.checkpoint import METADATA_FILE, RANKING_FILE
+from flextron.elastic import ElasticModel
+from flextron.errors import CheckpointError, UnknownFamilyError
+from flextron.ranking import permute
+from flextron.subnet import SearchSpace
+
+WEIGHTS_FILE = "model.safetensors"
+SPACE = SearchSpace(tiny.LAYERS, (0, 8, tiny.NEURONS), (0, 1, tiny.KV_GROUPS))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet():
+    checkpoint.quiet_transformers()
+
+
+@pytest.fixture(scope="module")
+def written(plain_llama, tmp_path_factory):
+    """A ranked checkpoint with a tokenizer, to copy and break."""
+    model = ElasticModel(copy.deepcopy(plain_llama), tiny.tokenizer(), search_space=SPACE)
+    permute(model, replace(tiny.ranking_for(model), score="absolute", tokens=1234, text="a text"))
+    folder = tmp_path_factory.mktemp("written") / "elastic"
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(written, tmp_path):
+    """A copy of `written` that a test may break."""
+    return shutil.copytree(written, tmp_path / "elastic")
+
+
+def cut(file, size: int) -> None:
+    file.write_bytes(file.read_bytes()[:size])
+
+
+def change_json(file, **changes) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def refusal(folder) -> str:
+    with pytest.raises(CheckpointError) as error:
+        ElasticModel.from_pretrained(folder)
+    assert str(folder) in str(error.value)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+class TestRoundTrip:
+    def test_search_space_and_ranking(self, written):
+        model = ElasticModel.from_pretrained(written)
+        assert model.search_space == SPACE
+        assert model.subnet == SPACE.full
+        ranking = model.ranking
+        assert (ranking.score, ranking.tokens, ranking.text) == ("absolute", 1234, "a text")
+        assert torch.equal(ranking.neurons, tiny.ranking_for(model).neurons)
+        assert ranking.query_heads.dtype == torch.int32
+
+    def test_tokenizer(self, written):
+        for tokenizer in (ElasticModel.from_pretrained(written).tokenizer, AutoTokenizer.from_pretrained(written)):
+            assert tokenizer.encode(tiny.TEXT) == tiny.tokenizer().encode(tiny.TEXT)
+        config = json.loads((written / "tokenizer_config.json").read_text())
+        assert config["tokenizer_class"] == "PreTrainedTokenizerFast"  # transformers 4 knows this one
+
+    def test_a_plain_folder_has_no_ranking(self, plain_llama, tmp_path):
+        plain_llama.save_pretrained(tmp_path)
+        model = ElasticModel.from_pretrained(tmp_path)
+        assert (model.ranking, model.tokenizer) == (None, None)
+        assert model.search_space == SearchSpace.of_model(layers=3, neurons=tiny.NEURONS, kv_groups=tiny.KV_GROUPS)
+
+    def test_a_search_space_that_is_asked_for_goes_first(self, written):
+        wanted = SearchSpace(tiny.LAYERS, (16, tiny.NEURONS), (tiny.KV_GROUPS,))
+        assert ElasticModel.from_pretrained(written, search_space=wanted).search_space == wanted
+
+    def test_dtype_and_mode(self, written):
+        model = ElasticModel.from_pretrained(written, dtype=torch.bfloat16)
+        assert model.dtype == torch.bfloat16
+        assert not model.lm.training
+        assert ElasticModel.from_pretrained(written).dtype == torch.float32
+
+    def test_saving_a_loaded_model_over_itself(self, folder):
+        """The weights in memory may be a map of the very file that is replaced."""
+        model = ElasticModel.from_pretrained(folder)
+        before = load_file(folder / WEIGHTS_FILE)
+        model.save_pretrained(folder, overwrite=True)
+        assert all(torch.equal(value, before[name]) for name, value in load_file(folder / WEIGHTS_FILE).items())
+
+
+class TestWriting:
+    def test_an_existing_folder_is_kept(self, llama, tmp_path):
+        (tmp_path / "there").mkdir()
+        message = f"{tmp_path / 'there'} exists. Name another folder or pass --overwrite."
+        with pytest.raises(CheckpointError) as error:
+            llama.save_pretrained(tmp_path / "there")
+        assert str(error.value) == message
+        assert list((tmp_path / "there").iterdir()) == []
+
+    def test_overwrite_leaves_nothing_of_the_old(self, llama, folder):
+        (folder / "old.txt").write_text("old")
+        llama.save_pretrained(folder, overwrite=True)
+        assert not (folder / "old.txt").exists()
+        assert not (folder / RANKING_FILE).exists()
+        assert ElasticModel.from_pretrained(folder).ranking is None
+
+    def test_a_model_larger_than_the_disk(self, llama, tmp_path, monkeypatch):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 100, 100))
+        with pytest.raises(CheckpointError, match="no space for .* nothing was written"):
+            llama.save_pretrained(tmp_path / "new")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_write_that_fails_midway(self, llama, tmp_path, monkeypatch):
+        def no_space(*_):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(checkpoint, "save_tokenizer", no_space)  # after the weights
+        with pytest.raises(CheckpointError, match=r"cannot write .*new: .*No space left.* Nothing of it was kept\."):
+            llama.save_pretrained(tmp_path / "new")
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestBrokenWeights:
+    @pytest.mark.parametrize("share", [0, 0.1, 0.999], ids=str)
+    def test_truncated(self, folder, share):
+        cut(folder / WEIGHTS_FILE, int((folder / WEIGHTS_FILE).stat().st_size * share))
+        assert "header" in refusal(folder)
+
+    def test_absent(self, folder):
+        (folder / WEIGHTS_FILE).unlink()
+        assert "no file named model.safetensors" in refusal(folder)
+
+    def test_a_tensor_missing(self, folder):
+        weights = load_file(folder / WEIGHTS_FILE)
+        del weights["model.layers.1.mlp.up_proj.weight"]
+        save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        message = "is incomplete: 1 weights are missing or of another size, such as model.layers.1.mlp.up_proj.weight."
+        assert message in refusal(folder)
+
+    def test_a_tensor_of_another_size(self, folder):
+        change_json(folder / "config.json", intermediate_size=tiny.NEURONS + 8)
+        refusal(folder)
+
+    def test_pickled_weights_are_never_read(self, folder):
+        """A pickle can run any code: this one would write a file."""
+        (folder / WEIGHTS_FILE).unlink()
+        trap = folder.parent / "trap"
+        (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(str(trap))))
+        assert "no file named model.safetensors" in refusal(folder)
+        assert not trap.exists()
+        pickle.loads((folder / "pytorch_model.bin").read_bytes())  # noqa: S301
+        assert trap.exists()  # it was armed
+
+    @pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF\x03\0\0\0" + b"\xff" * 40], ids=["empty", "cut", "garbled"])
+    def test_gguf(self, tmp_path, content):
+        (tmp_path / "model.gguf").write_bytes(content)
+        refusal(tmp_path / "model.gguf")
+
+
+class Trap:
+    def __init__(self, path: str):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+class TestBrokenConfig:
+    def test_no_folder(self, tmp_path):
+        message = f"no such checkpoint: {tmp_path / 'gone'}. Name a folder, a hub id such as org/name, or a .gguf file."
+        assert refusal(tmp_path / "gone") == message
+
+    def test_a_file(self, folder):
+        assert refusal(folder / WEIGHTS_FILE).startswith("no such checkpoint: ")
+
+    def test_no_gguf_file(self, tmp_path):
+        assert refusal(tmp_path / "gone.gguf") == f"no such file: {tmp_path / 'gone.gguf'}"
+
+    def test_no_config(self, folder):
+        (folder / "config.json").unlink()
+        assert refusal(folder) == f"{folder} is not a checkpoint: it has no config.json."
+
+    @pytest.mark.parametrize("content", ["", "{", "{}", "[]"])
+    def test_garbled(self, folder, content):
+        (folder / "config.json").write_text(content)
+        refusal(folder)
+
+    @pytest.mark.parametrize("heads", [0, 5, "six"])
+    def test_impossible(self, folder, heads):
+        change_json(folder / "config.json", num_attention_heads=heads)
+        refusal(folder)
+
+    @pytest.mark.parametrize(("model_type", "message"), [("nonesuch", "`nonesuch`"), ("t5", "T5Config")])
+    def test_unknown_to_transformers(self, folder, model_type, message):
+        change_json(folder / "config.json", model_type=model_type)
+        assert message in refusal(folder)
+
+    def test_unknown_to_us(self, tmp_path):
+        config = {"vocab_size": 50, "n_embd": 16, "n_layer": 1, "n_head": 2, "rotary_dim": 4}
+        AutoModelForCausalLM.from_config(tiny.AutoConfig.for_model("gptj", **config)).save_pretrained(tmp_path)
+        with pytest.raises(UnknownFamilyError, match="'gptj'"):
+            ElasticModel.from_pretrained(tmp_path)
+
+    @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+    def test_tokenizer(self, folder, file):
+        cut(folder / file, 25)
+        refusal(folder)
+
+
+def space(**changes) -> str:
+    fields = {"layers": 3, "neurons": [0, tiny.NEURONS], "kv_groups": [0, tiny.KV_GROUPS], **changes}
+    return json.dumps({"version": 1, "search_space": fields})
+
+
+class TestBrokenMetadata:
+    @pytest.mark.parametrize(
+        "content",
+        [
+            *("", "{", "[]", "{}", '{"version": 1}', '{"version": 1, "search_space": "all"}'),
+            *(space(layers="3"), space(layers=3.0), space(layers=4)),
+            *(space(neurons=40), space(neurons=[0, 48]), space(neurons=[0.5, 40]), space(heads=[1])),
+        ],
+    )
+    def test_unreadable(self, folder, content):
+        (folder / METADATA_FILE).write_text(content)
+        assert str(folder) in refusal(folder)
+
+    def test_version(self, folder):
+        change_json(folder / METADATA_FILE, version=2)
+        message = "has version 2; this flextron reads 1. Install the flextron that wrote it, or rank the original again."
+        assert message in refusal(folder)
+
+    def test_no_search_space(self, folder):
+        change_json(folder / METADATA_FILE, search_space=None)
+        assert len(ElasticModel.from_pretrained(folder).search_space.neurons) > len(SPACE.neurons)
+
+    def test_ranking_truncated(self, folder):
+        cut(folder / RANKING_FILE, 200)
+        refusal(folder)
+
+    @pytest.mark.parametrize(
+        "changes",
+        [{"neurons": None}, {"neurons": torch.zeros(3, 8)}, {"version": "2"}, {"tokens": "many"}],
+        ids=["absent", "shape", "version", "tokens"],
+    )
+    def test_ranking_of_another_kind(self, folder, changes):
+        tensors = load_file(folder / RANKING_FILE)
+        record = {"version": "1", "score": "rms", "tokens": "9", "text": "t"}
+        for name, value in changes.items():
+            (tensors if name in tensors else record)[name] = value
+        tensors = {name: value for name, value in tensors.items() if value is not None}
+        save_file(tensors, folder / RANKING_FILE, metadata=record)
+        refusal(folder)

@@ -3,9 +3,9 @@
 import copy
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from flextron.elastic import ElasticModel
 
 

@@ -1,6 +1,5 @@
 """Files and folders appear whole or not at all, whatever ends the writing."""
 
-import os
 import resource
 import signal
 import subprocess
@@ -28,6 +27,10 @@ def content(path: Path) -> dict[str, str]:
     return {str(file.relative_to(path)): file.read_text() for file in path.rglob("*") if file.is_file()}
 
 
+def names(path: Path) -> list[str]:
+    return sorted(child.name for child in path.iterdir())
+
+
 class TestNewFolder:
     def test_appears_at_the_end_only(self, tmp_path):
         target = tmp_path / "some" / "where" / "made"
@@ -36,7 +39,7 @@ class TestNewFolder:
             assert not target.exists()
             assert partial.parent == target.parent
         assert content(tmp_path) == {"some/where/made/new.txt": "new"}
-        assert os.listdir(target.parent) == ["made"]
+        assert names(target.parent) == ["made"]
         assert target.stat().st_mode & 0o777 == 0o755
 
     def test_replaces_the_old_one_whole(self, old):
@@ -44,17 +47,17 @@ class TestNewFolder:
             (partial / "new.txt").write_text("new")
             assert content(old) == {"old.txt": "old"}
         assert content(old.parent) == {"made/new.txt": "new"}
-        assert os.listdir(old.parent) == ["made"]
+        assert names(old.parent) == ["made"]
 
     @pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt, SystemExit])
     @pytest.mark.parametrize("overwrite", [False, True])
     def test_an_exception_leaves_what_was(self, old, kind, overwrite):
         target = old if overwrite else old.parent / "other"
-        with pytest.raises(kind), new_folder(target, overwrite=overwrite) as partial:
+        with pytest.raises(kind), new_folder(target, overwrite=overwrite) as partial:  # noqa: PT012
             (partial / "new.txt").write_text("new")
             raise kind
         assert content(old.parent) == {"made/old.txt": "old"}
-        assert os.listdir(old.parent) == ["made"]
+        assert names(old.parent) == ["made"]
 
     @pytest.mark.parametrize("kind", [OSError, KeyboardInterrupt])
     def test_a_replacement_that_fails_halfway_restores_the_old(self, old, kind, monkeypatch):
@@ -83,21 +86,24 @@ class TestNewFolder:
             new_folder(tmp_path / "made", needs_bytes=10**18),
         ):
             pytest.fail("the block must not run")
-        assert os.listdir(tmp_path) == []
+        assert names(tmp_path) == []
 
     def test_a_parent_that_is_a_file(self, tmp_path):
         (tmp_path / "file").write_text("")
-        with pytest.raises(CheckpointError, match="cannot write .*file/made: "), new_folder(tmp_path / "file" / "made"):
+        with (
+            pytest.raises(CheckpointError, match=r"cannot write .*file/made: "),
+            new_folder(tmp_path / "file" / "made"),
+        ):
             pytest.fail("the block must not run")
 
     def test_a_write_that_the_system_refuses(self, old):
         message = f"cannot write {old}: .*File too large.*Nothing of it was kept"
-        with pytest.raises(CheckpointError, match=message), new_folder(old, overwrite=True) as partial:
+        with pytest.raises(CheckpointError, match=message), new_folder(old, overwrite=True) as partial:  # noqa: PT012
             (partial / "first.txt").write_text("fits")
             with files_of_at_most(10_000):
                 (partial / "second.bin").write_bytes(bytes(50_000))
         assert content(old.parent) == {"made/old.txt": "old"}
-        assert os.listdir(old.parent) == ["made"]
+        assert names(old.parent) == ["made"]
 
 
 def test_a_model_that_the_system_refuses_to_write(llama, old):
@@ -105,7 +111,7 @@ def test_a_model_that_the_system_refuses_to_write(llama, old):
     with pytest.raises(CheckpointError, match=f"cannot write {old}"), files_of_at_most(10_000):
         llama.save_pretrained(old, overwrite=True)
     assert content(old.parent) == {"made/old.txt": "old"}
-    assert os.listdir(old.parent) == ["made"]
+    assert names(old.parent) == ["made"]
 
 
 @contextmanager
@@ -163,14 +169,14 @@ class TestWriteText:
         for text in ("first", "second é"):
             write_text(tmp_path / "file", text)
             assert (tmp_path / "file").read_text(encoding="utf8") == text
-        assert os.listdir(tmp_path) == ["file"]
+        assert names(tmp_path) == ["file"]
 
     def test_a_failed_write_keeps_the_old(self, tmp_path):
         write_text(tmp_path / "file", "old")
-        with pytest.raises(CheckpointError, match="cannot write .*file: "), files_of_at_most(10_000):
+        with pytest.raises(CheckpointError, match=r"cannot write .*file: "), files_of_at_most(10_000):
             write_text(tmp_path / "file", "new" * 10_000)
         assert content(tmp_path) == {"file": "old"}
 
     def test_no_such_folder(self, tmp_path):
-        with pytest.raises(CheckpointError, match="cannot write .*No such file"):
+        with pytest.raises(CheckpointError, match=r"cannot write .*No such file"):
             write_text(tmp_path / "gone" / "file", "text")

@@ -3,17 +3,16 @@
 import copy
 
 import pytest
-import tiny
 import torch
-from tiny import assert_same_function, differs, logits_of, masked, ranking_for
 from transformers import AutoModelForCausalLM
 
+import tiny
 from flextron.elastic import ElasticModel
+from flextron.errors import SubnetError
 from flextron.families import FAMILIES
 from flextron.ranking import permute
 from flextron.subnet import SearchSpace, Subnet
-
-AXES = ("mlp", "attention")
+from tiny import assert_same_function, differs, logits_of, masked, ranking_for
 
 
 @pytest.fixture(scope="module", params=sorted(FAMILIES))
@@ -93,7 +92,9 @@ class TestContract:
         assert_narrowed_equals_masked(model, plain, tokens)
         for index, layer in enumerate(model.layers):
             groups, heads = model.ranking.kv_groups[index].long(), model.ranking.query_heads[index].long()
-            original_DGQH = tiny.closing_matrix(plain, model.family, index, "attention").unflatten(1, (*heads.shape, -1))
+            original_DGQH = tiny.closing_matrix(plain, model.family, index, "attention").unflatten(
+                1, (*heads.shape, -1)
+            )
             now_DGQH = layer.attention.closes.matrix().unflatten(1, (*heads.shape, -1))
             assert torch.equal(now_DGQH, original_DGQH[:, groups[:, None], heads])
 
@@ -107,8 +108,7 @@ class TestContract:
         full = logits_of(model, tokens)
         as_plain = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
         assert torch.equal(logits_of(as_plain, tokens), full)
-        assert "Elastic" not in type(as_plain.get_submodule(model.family.layers)[0].get_submodule(
-            model.family.mlp.module)).__name__
+        assert not any("Elastic" in type(module).__name__ for module in as_plain.modules())
         loaded = ElasticModel.from_pretrained(tmp_path / "saved")
         assert loaded.search_space == space
         for order in ("neurons", "kv_groups", "query_heads"):
@@ -164,9 +164,11 @@ class TestCache:
 
     def test_beam_search(self, model):
         cached, uncached = (
-            generate(model, tiny.token_ids(2, 8), use_cache=yes, num_beams=2).sequences for yes in (True, False)
+            generate(model, tiny.token_ids(2, 8), use_cache=yes, num_beams=2, output_scores=True)
+            for yes in (True, False)
         )
-        assert torch.equal(cached, uncached)
+        assert torch.equal(cached.sequences, uncached.sequences)
+        assert_same_function(cached.sequences_scores, uncached.sequences_scores)
 
     def test_holds_the_kept_groups_only(self, model):
         filled = model(tiny.token_ids(2, 5), use_cache=True).past_key_values
@@ -203,3 +205,59 @@ def assert_gradient_of_prefix(sub, kept: int) -> None:
 def storages(model: ElasticModel) -> dict[str, int]:
     tensors = [*model.lm.named_parameters(), *model.lm.named_buffers()]
     return {name: tensor.untyped_storage().data_ptr() for name, tensor in tensors}
+
+
+class TestUse:
+    """Choosing a sub-network is scoped."""
+
+    def test_nests_and_restores(self, llama):
+        space = llama.search_space
+        assert llama.subnet == space.full
+        with llama.use(space.uniform(20)) as same:
+            assert same is llama
+            with llama.use(space.smallest):
+                assert llama.subnet == space.smallest
+            assert llama.subnet == space.uniform(20)
+        assert llama.subnet == space.full
+
+    def test_restores_what_ran(self, llama, tokens):
+        full = logits_of(llama, tokens)
+        with llama.use(llama.search_space.uniform(20, 1)):
+            narrow = logits_of(llama, tokens)
+            with llama.use(llama.search_space.smallest):
+                assert differs(logits_of(llama, tokens), narrow)
+            assert torch.equal(logits_of(llama, tokens), narrow)
+        assert torch.equal(logits_of(llama, tokens), full)
+
+    @pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
+    def test_restores_after_an_exception(self, llama, tokens, kind):
+        full = logits_of(llama, tokens)
+        with pytest.raises(kind), llama.use(llama.search_space.smallest):
+            raise kind
+        assert llama.subnet == llama.search_space.full
+        assert torch.equal(logits_of(llama, tokens), full)
+
+    def test_a_refused_subnet_changes_nothing(self, llama):
+        half = llama.search_space.uniform(20)
+        with llama.use(half):
+            with (
+                pytest.raises(SubnetError, match="neurons\\[0\\] is 21, not a choice"),
+                llama.use(Subnet((21,) * 3, (1,) * 3)),
+            ):
+                pytest.fail("the block must not run")
+            assert llama.subnet == half
+
+    def test_models_do_not_share_their_choice(self, llama, plain_llama, tokens):
+        other = ElasticModel(copy.deepcopy(plain_llama))
+        full = logits_of(other, tokens)
+        with llama.use(llama.search_space.smallest):
+            assert other.subnet == other.search_space.full
+            assert torch.equal(logits_of(other, tokens), full)
+
+    def test_a_search_space_of_another_model_is_refused(self, plain_llama):
+        message = r"this search space is for a model with .*'neurons': 48.*; this one has .*'neurons': 40"
+        with pytest.raises(ValueError, match=message):
+            ElasticModel(copy.deepcopy(plain_llama), search_space=SearchSpace(3, (0, 48), (0, 3)))
+
+    def test_reads_through_to_the_model(self, llama):
+        assert (llama.config, llama.device, llama.dtype) == (llama.lm.config, torch.device("cpu"), torch.float32)

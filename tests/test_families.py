@@ -4,17 +4,17 @@ import copy
 from dataclasses import replace
 
 import pytest
-import tiny
 import torch
-from tiny import differs, logits_of, masked
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+import tiny
 from flextron.elastic import ElasticModel
 from flextron.errors import FlextronError, UnknownFamilyError
 from flextron.families import FAMILIES, GPT2, LLAMA_LIKE, Family, family_of
 from flextron.projections import Width, make_elastic
 from flextron.subnet import Subnet
+from tiny import differs, logits_of, masked
 
 
 def changed(family: Family, axis: str, **fields) -> Family:
@@ -107,7 +107,7 @@ def test_an_unknown_model_stays_as_it_was():
 
 def test_a_path_without_layers_is_refused(monkeypatch):
     monkeypatch.setitem(FAMILIES, "llama", replace(LLAMA_LIKE, layers="model.norm"))
-    with pytest.raises(ValueError, match="LlamaForCausalLM has no layers at 'model.norm'; the family spec is wrong"):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM has no layers at 'model.norm'; the family spec is wrong"):
         ElasticModel(tiny.plain_model("llama"))
 
 

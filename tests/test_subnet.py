@@ -96,10 +96,10 @@ class TestJson:
         assert Subnet.load(str(tmp_path / "subnet.json")) == Subnet((8, 4), (2, 0))
 
     def test_names_the_file_that_is_missing_or_binary(self, tmp_path):
-        with pytest.raises(SubnetError, match="cannot read a Subnet from .*gone.json: .*No such file"):
+        with pytest.raises(SubnetError, match=r"cannot read a Subnet from .*gone.json: .*No such file"):
             Subnet.load(tmp_path / "gone.json")
         (tmp_path / "binary.json").write_bytes(b"\xff\xfe")
-        with pytest.raises(SubnetError, match="cannot read a Subnet from .*binary.json: .*decode"):
+        with pytest.raises(SubnetError, match=r"cannot read a Subnet from .*binary.json: .*decode"):
             Subnet.load(tmp_path / "binary.json")
 
 
@@ -141,7 +141,7 @@ class TestSearchSpace:
         assert SPACE.full == Subnet((48,) * 3, (2,) * 3)
         assert SPACE.smallest == Subnet((0,) * 3, (0,) * 3)
         assert SearchSpace(1, (8, 16), (1, 2)).smallest == Subnet((8,), (1,))
-        with pytest.raises(SubnetError, match="neurons\\[0\\] is 17, not a choice"):
+        with pytest.raises(SubnetError, match=r"neurons\[0\] is 17, not a choice"):
             SPACE.uniform(17)
 
     @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ class TestSearchSpace:
         assert str(error.value) == message
 
     def test_below_the_smallest_choice_only_that_is_near(self):
-        with pytest.raises(SubnetError, match="neurons\\[0\\] is 4, .*; the nearest are 8\\. "):
+        with pytest.raises(SubnetError, match=r"neurons\[0\] is 4, .*; the nearest are 8\. "):
             SearchSpace(1, (8, 16), (1,)).check(Subnet((4,), (1,)))
 
     def test_check_passes_all_choices(self):

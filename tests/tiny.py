@@ -1,7 +1,6 @@
 """Tiny seeded models, tokenizers and texts, and the masked model that defines what a sub-network computes."""
 
 import copy
-import random
 from functools import cache
 
 import torch
@@ -94,9 +93,12 @@ def differs(logits: torch.Tensor, expected: torch.Tensor) -> bool:
 
 def random_subnet(space: SearchSpace, seed: int, **fixed: tuple[int, ...]) -> Subnet:
     """Widths drawn layer by layer, 0 and full among them."""
-    draw = random.Random(seed)
-    widths = {axis: [draw.choice(getattr(space, axis)) for _ in range(space.layers)] for axis in ("neurons", "kv_groups")}
-    return Subnet(**{**widths, **fixed})
+    draw = torch.Generator().manual_seed(seed)
+
+    def widths(choices: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(choices[place] for place in torch.randint(len(choices), (space.layers,), generator=draw))
+
+    return Subnet(**{"neurons": widths(space.neurons), "kv_groups": widths(space.kv_groups), **fixed})
 
 
 def random_ranking(neurons: int, groups: int, heads: int, seed: int = 0, layers: int = LAYERS) -> Ranking:
@@ -106,7 +108,12 @@ def random_ranking(neurons: int, groups: int, heads: int, seed: int = 0, layers:
         return torch.rand(shape, generator=draw).argsort(-1).int()
 
     return Ranking(
-        orders(layers, neurons), orders(layers, groups), orders(layers, groups, heads), score="random", tokens=0, text=""
+        orders(layers, neurons),
+        orders(layers, groups),
+        orders(layers, groups, heads),
+        score="random",
+        tokens=0,
+        text="",
     )
 
 
@@ -171,4 +178,4 @@ def tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     bpe.train_from_iterator([TEXT], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>")
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>")  # noqa: S106

@@ -16,7 +16,7 @@ from flextron.errors import CheckpointError
 
 @contextmanager
 def new_folder(path: str | Path, *, overwrite: bool = False, needs_bytes: int = 0) -> Iterator[Path]:
-    """Yield an empty folder beside `path` that takes its name when the block ends well, and is removed when it does not.
+    """Yield an empty folder beside `path`: it takes that name when the block ends well, and is removed otherwise.
 
     Interrupted by force, it leaves `.NAME.partial-*` behind, which nothing reads. `overwrite` replaces an older folder
     only at the very end.

@@ -133,7 +133,7 @@ def _load_tokenizer(source: str, gguf: dict[str, Any], revision: str | None) -> 
     if folder.is_dir() and not gguf and not any(folder.glob("tokenizer*")) and not (folder / "vocab.json").exists():
         return None
     hub = {"revision": revision} if revision else {}
-    return AutoTokenizer.from_pretrained(source, **gguf, **hub)  # type: ignore[no-any-return]
+    return AutoTokenizer.from_pretrained(source, **gguf, **hub)
 
 
 def _forget_quantization(lm: PreTrainedModel) -> None:

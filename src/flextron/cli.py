@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 RECIPE_HELP = """
 
---recipe FILE stands for the options that a YAML file lists, one a line, such as `tokens: 4096`; options after it win."""
+--recipe FILE stands for the options listed in a YAML file, one a line, such as `tokens: 4096`; options after it win."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -194,7 +194,7 @@ def _export(config: ExportConfig) -> None:
 
 
 def _quickstart(config: QuickstartConfig) -> None:
-    from flextron.quickstart import quickstart
+    from flextron.demo import quickstart
 
     quickstart(config)
 

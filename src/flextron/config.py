@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
@@ -168,7 +169,7 @@ class EnvConfig:
     """Print versions and hardware, for a bug report."""
 
 
-COMMANDS: dict[str, type] = {
+COMMANDS: dict[str, Callable[..., Any]] = {
     "quickstart": QuickstartConfig,
     "rank": RankConfig,
     "evaluate": EvaluateConfig,

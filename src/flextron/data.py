@@ -17,6 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from flextron.errors import CheckpointError, FlextronError
 
 SAMPLES = ("sample/train", "sample/validation")
+BATCH_TOKENS = 2048
+"""Tokens of one forward pass: enough to keep a processor busy, few enough that their logits fit in memory."""
 _OPENERS: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open}
 
 
@@ -41,7 +43,7 @@ class TokenBlocks:
 
     def batches(self, max_tokens: int) -> Iterator[torch.Tensor]:
         """Consecutive blocks as [B, T], of at most `max_tokens` tokens together but at least one block."""
-        return iter(self.tokens.split(max(1, max_tokens // self.tokens.shape[1])))
+        return iter(torch.split(self.tokens, max(1, max_tokens // self.tokens.shape[1])))
 
 
 def load_blocks(

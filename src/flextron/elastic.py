@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from flextron import checkpoint
 from flextron.checkpoint import Checkpoint, Ranking
 from flextron.families import Axis, Family, family_of
-from flextron.projections import Width, make_elastic, make_skippable
+from flextron.projections import Projection, Width, make_elastic, make_skippable
 from flextron.subnet import SearchSpace, Subnet
 
 
@@ -27,8 +27,8 @@ from flextron.subnet import SearchSpace, Subnet
 class SubLayer:
     """One elastic sub-layer: an MLP with its neurons, or an attention with its KV groups."""
 
-    opens: tuple[nn.Module, ...]
-    closes: nn.Module
+    opens: tuple[Projection, ...]
+    closes: Projection
     axis: Axis
     width: Width
     heads_per_unit: int
@@ -39,8 +39,7 @@ class SubLayer:
     def weights_per_unit(self) -> int:
         """Weights, opening biases included, that one unit adds."""
         opening = sum(p.numel() for module in self.opens for p in module.parameters(recurse=False))
-        closing: torch.Tensor = self.closes.weight  # type: ignore[assignment]
-        return (opening + closing.numel()) // self.width.full
+        return (opening + self.closes.weight.numel()) // self.width.full
 
     def keep(self, units: int) -> None:
         """Let the first `units` units run."""
@@ -51,7 +50,7 @@ class SubLayer:
     @property
     def closing_size(self) -> int:
         """Input columns of the closing projection at full width."""
-        return int(self.closes.matrix().shape[1])  # type: ignore[operator]
+        return self.closes.matrix().shape[1]
 
 
 @dataclass(frozen=True)
@@ -179,8 +178,8 @@ class ElasticModel:
         return self.lm(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' `generate`, as the sub-network in use; the KV cache holds its KV groups only."""
-        return self.lm.generate(*args, **kwargs)  # type: ignore[operator]
+        """`generate` of transformers, as the sub-network in use; the KV cache holds its KV groups only."""
+        return self.lm.generate(*args, **kwargs)
 
     @property
     def config(self) -> Any:
@@ -190,12 +189,13 @@ class ElasticModel:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.lm.device
+        return torch.device(self.lm.device)
 
     @property
     def dtype(self) -> torch.dtype:
         """Type of the weights."""
-        return self.lm.dtype
+        dtype: torch.dtype = self.lm.dtype
+        return dtype
 
 
 def _layers(lm: PreTrainedModel, family: Family) -> list[nn.Module]:
@@ -206,7 +206,7 @@ def _layers(lm: PreTrainedModel, family: Family) -> list[nn.Module]:
 
 
 def _make_layer_elastic(layer: nn.Module, family: Family, config: Any) -> ElasticLayer:
-    neurons = layer.get_submodule(family.mlp.closes).weight.numel() // config.hidden_size  # type: ignore[operator,union-attr]
+    neurons = layer.get_submodule(family.mlp.closes).get_parameter("weight").numel() // config.hidden_size
     kv_groups = getattr(config, family.attention.config_keys[0])
     heads = config.num_attention_heads // kv_groups
     return ElasticLayer(
@@ -221,14 +221,11 @@ def _make_layer_elastic(layer: nn.Module, family: Family, config: Any) -> Elasti
 def _make_sub_layer_elastic(
     layer: nn.Module, axis: Axis, width: Width, *, heads_per_unit: int, gives_weights: bool
 ) -> SubLayer:
-    opens = tuple(layer.get_submodule(name) for name in axis.opens)
-    closes = layer.get_submodule(axis.closes)
-    for module in opens:
-        make_elastic(module, width, opens=True, stacked=axis.stacked)
-    make_elastic(closes, width, opens=False)
+    opens = [make_elastic(layer.get_submodule(path), width, opens=True, stacked=axis.stacked) for path in axis.opens]
+    closes = make_elastic(layer.get_submodule(axis.closes), width, opens=False)
     make_skippable(layer.get_submodule(axis.module), width, gives_weights=gives_weights)
     counters = tuple((layer.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in axis.counts)
-    return SubLayer(opens, closes, axis, width, heads_per_unit, counters)
+    return SubLayer(tuple(opens), closes, axis, width, heads_per_unit, counters)
 
 
 def _check_fits(space: SearchSpace, sizes: dict[str, int]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
@@ -13,10 +14,10 @@ PACKAGES = ("flextron", "torch", "transformers", "tokenizers", "safetensors", "n
 
 def describe_environment() -> str:
     """One line each for packages, Python, processor, and device."""
-    lines = [f"{package} {_version(package)}" for package in PACKAGES]
-    return "\n".join([*lines, f"python {platform.python_version()} on {platform.platform()}", describe_device("cpu")]) + (
-        "\n" + describe_device("cuda") if torch.cuda.is_available() else "\nno GPU seen by torch"
-    )
+    packages = [f"{package} {_version(package)}" for package in PACKAGES]
+    python = f"python {platform.python_version()} on {platform.platform()}"
+    gpu = describe_device("cuda") if torch.cuda.is_available() else "no GPU seen by torch"
+    return "\n".join([*packages, python, describe_device("cpu"), gpu])
 
 
 def describe_device(device: str | torch.device) -> str:
@@ -35,8 +36,8 @@ def _version(package: str) -> str:
 
 def _processor() -> str:
     try:
-        with open("/proc/cpuinfo", encoding="utf8") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf8").splitlines()
     except OSError:
-        names = []
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()

@@ -12,13 +12,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from flextron.data import TokenBlocks
+from flextron.data import BATCH_TOKENS, TokenBlocks
 from flextron.elastic import ElasticModel
 from flextron.progress import progress
 from flextron.subnet import Subnet
-
-MAX_TOKENS = 2048
-"""Tokens of one forward pass: enough to keep a processor busy, few enough that [B, T, V] logits fit."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,7 @@ def evaluate(
 @torch.inference_mode()
 def block_losses(model: ElasticModel, blocks: TokenBlocks) -> torch.Tensor:
     """Mean loss of every block in nats per token, [N] in float64, as the sub-network in use."""
-    return torch.cat([batch_losses(model, tokens_BT) for tokens_BT in blocks.batches(MAX_TOKENS)])
+    return torch.cat([batch_losses(model, tokens_BT) for tokens_BT in blocks.batches(BATCH_TOKENS)])
 
 
 def batch_losses(model: ElasticModel, tokens_BT: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""One sub-network -> a checkpoint that transformers loads, written only if it computes what the sub-network computes."""
+"""One sub-network -> a checkpoint of its own, which appears only if it computes what the sub-network computes."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def export(
     with new_folder(folder, overwrite=overwrite, needs_bytes=needs_bytes) as partial:
         _write(exported, model, partial, remote_code=remote_code)
         reloaded = _reload(partial, model)
-        report = ExportReport(
+        return ExportReport(
             folder=str(folder),
             architecture=exported.config.model_type,
             subnet=subnet,
@@ -87,7 +87,6 @@ def export(
             bytes_got=sum(file.stat().st_size for file in partial.glob("*.safetensors")),
             largest_logit_difference=_compare(model, subnet, reloaded),
         )
-    return report
 
 
 def _refuse_odd_heads(model: ElasticModel, subnet: Subnet) -> None:
@@ -95,7 +94,7 @@ def _refuse_odd_heads(model: ElasticModel, subnet: Subnet) -> None:
     for layer, heads in enumerate(subnet.kv_groups):
         if 0 < heads < full and not model.family.exports_fewer_heads:
             raise ExportError(
-                f"layer {layer} keeps {heads} of {full} attention heads, but {model.config.model_type} cannot state it: "
+                f"layer {layer} keeps {heads} of {full} attention heads, which {model.config.model_type} cannot state: "
                 f"its head size is always hidden size / heads. Keep {full} or 0 heads in each layer; "
                 "the MLP widths are free."
             )
@@ -117,7 +116,9 @@ def _build(model: ElasticModel, subnet: Subnet) -> PreTrainedModel:
             exported = lm_class(config)
         exported.load_state_dict(state, assign=True)
     except (RuntimeError, ValueError) as error:
-        raise ExportError(f"{config.model_type} cannot hold {subnet}: {error}") from error
+        raise ExportError(
+            f"{config.model_type} cannot hold {subnet}. Keep the full width of the sub-layers named here: {error}"
+        ) from error
     exported.tie_weights()
     exported.generation_config = copy.deepcopy(model.lm.generation_config)
     return exported
@@ -134,7 +135,7 @@ def _axis_sizes(sub_layer: SubLayer, units: int) -> _Sizes:
 
 def _plain_config(model: ElasticModel, sizes: list[_Sizes]) -> Any:
     """A config of the original's own class, or None where that class refuses these sizes."""
-    stated = {**model.config.to_dict(), **_head_size(model, sizes), **sizes[0]}
+    stated = {**_stated(model, sizes), **sizes[0]}
     try:
         return type(model.config).from_dict(stated)
     except (StrictDataclassError, ValueError):
@@ -148,8 +149,7 @@ def _per_layer_config(model: ElasticModel, sizes: list[_Sizes]) -> Any:
     axes = {"attention": model.family.attention, "mlp": model.family.mlp}
     overrides = {index: _overrides(layer, top, axes) for index, layer in enumerate(sizes)}
     stated = {
-        **config.to_dict(),
-        **_head_size(model, sizes),
+        **_stated(model, sizes),
         **top,
         "per_layer_config": {index: override for index, override in overrides.items() if override},
     }
@@ -162,13 +162,15 @@ def _overrides(layer: _Sizes, top: _Sizes, axes: dict[str, Axis]) -> dict[str, A
     return {**sizes, "skip": skip} if skip else dict(sizes)
 
 
-def _head_size(model: ElasticModel, sizes: list[_Sizes]) -> _Sizes:
-    """The head size, where it no longer follows from the number of heads."""
+def _stated(model: ElasticModel, sizes: list[_Sizes]) -> dict[str, Any]:
+    """What the original's config states, and the head size where it no longer follows from the number of heads."""
+    stated: dict[str, Any] = model.config.to_dict()
+    del stated["model_type"]  # of the config class; as a value it would hide that
     attention = model.layers[0].attention
     full = _axis_sizes(attention, attention.width.full)
-    if all(layer[key] in (0, full[key]) for layer in sizes for key in full):
-        return {}
-    return {"head_dim": attention.closing_size // (attention.width.full * attention.heads_per_unit)}
+    if any(layer[key] not in (0, full[key]) for layer in sizes for key in full):
+        stated["head_dim"] = attention.closing_size // (attention.width.full * attention.heads_per_unit)
+    return stated
 
 
 def _state(model: ElasticModel, subnet: Subnet) -> dict[str, torch.Tensor]:
@@ -188,20 +190,15 @@ def _cut(state: dict[str, torch.Tensor], prefix: str, sub_layer: SubLayer) -> No
             del state[key]
         return
     for path, module in zip(axis.opens, sub_layer.opens, strict=True):
-        _keep_first(state, f"{prefix}{path}.weight", sub_layer, dim=_rows(module))
-        if f"{prefix}{path}.bias" in state:
-            _keep_first(state, f"{prefix}{path}.bias", sub_layer, dim=0)
+        for name, dim in ((f"{prefix}{path}.weight", _rows(module)), (f"{prefix}{path}.bias", 0)):
+            if name in state:
+                state[name] = _first(state[name], sub_layer, dim=dim)
     weight = f"{prefix}{axis.closes}.weight"
     state[weight] = _first(state[weight], sub_layer, dim=1 - _rows(sub_layer.closes))
 
 
-def _keep_first(state: dict[str, torch.Tensor], key: str, sub_layer: SubLayer, *, dim: int) -> None:
-    blocks = state[key].chunk(sub_layer.axis.stacked, dim)
-    kept = [_first(block, sub_layer, dim=dim) for block in blocks]
-    state[key] = kept[0] if len(kept) == 1 else torch.cat(kept, dim)
-
-
 def _first(weight: torch.Tensor, sub_layer: SubLayer, *, dim: int) -> torch.Tensor:
+    """What the kept units own; of GPT-2's stacked Q, K, V that is the whole, for it exports all heads or none."""
     return weight.narrow(dim, 0, sub_layer.width.of(weight.shape[dim]))
 
 
@@ -235,7 +232,7 @@ def _reload(folder: Path, model: ElasticModel) -> PreTrainedModel:
     wrong = sorted(str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind])
     if wrong:
         raise ExportError(f"the exported checkpoint misses or adds {len(wrong)} weights, such as {wrong[0]}.")
-    return reloaded.to(model.device).eval()  # type: ignore[no-any-return]
+    return reloaded.to(model.device).eval()
 
 
 def _parameters_asked(model: ElasticModel, subnet: Subnet) -> int:

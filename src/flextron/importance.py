@@ -19,9 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from flextron.data import TokenBlocks
+from flextron.data import BATCH_TOKENS, TokenBlocks
 from flextron.elastic import ElasticModel, SubLayer
-from flextron.evaluation import MAX_TOKENS
 from flextron.progress import progress
 
 Score = Literal["reconstruction", "absolute", "absolute_weight", "rms", "rms_weight"]
@@ -61,7 +60,7 @@ def measure_importance(
         raise ValueError(f"unknown score {score!r}; the scores are {', '.join(SCORES)}.")
     mlps = [_Statistic(layer.mlp, score) for layer in model.layers]
     attentions = [_Statistic(layer.attention, score) for layer in model.layers]
-    batches = list(blocks.batches(min(MAX_TOKENS, blocks.tokens.numel() // 2)))
+    batches = list(blocks.batches(min(BATCH_TOKENS, blocks.tokens.numel() // 2)))
     second_round = len(batches) // 2 if score == "reconstruction" and len(batches) > 1 else len(batches)
     with _observed([*mlps, *attentions]), model.use(model.search_space.full), torch.inference_mode():
         for index, tokens_BT in enumerate(progress(batches, "rank") if show else batches):
@@ -80,36 +79,35 @@ class _Statistic:
         self.score = score
         self.groups = sub.width.full
         self.units = sub.width.full * sub.heads_per_unit
-        weight_DC: torch.Tensor = sub.closes.matrix()  # type: ignore[operator]
-        self.weight_DC = weight_DC.detach().float()
-        columns = weight_DC.shape[1]
+        self.weight_DC = sub.closes.matrix().detach().float()
+        columns = sub.closing_size
         size = (columns, columns) if score == "reconstruction" else (self.units,)
-        self.sum = torch.zeros(size, dtype=torch.float32, device=weight_DC.device)
+        self.sum = torch.zeros(size, dtype=torch.float32, device=self.weight_DC.device)
         self.first_gram: NDArray[np.float64] | None = None
         self.seen_C: torch.Tensor | None = None
 
-    def observe(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def observe(self, _module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Add the closing projection's input; in the second round, pass on only what the layers above may see."""
-        a_TC = inputs[0].flatten(0, 1).float()
+        a_TC = inputs[0].reshape(-1, len(self.weight_DC[0])).float()
         if self.score == "reconstruction":
             self.sum.addmm_(a_TC.T, a_TC)
         elif self.score.startswith("absolute"):
-            self.sum += a_TC.unflatten(1, (self.units, -1)).norm(dim=-1).sum(0)
+            self.sum += a_TC.view(len(a_TC), self.units, -1).norm(dim=-1).sum(0)
         else:
-            self.sum += a_TC.unflatten(1, (self.units, -1)).square().sum((0, 2))
+            self.sum += a_TC.view(len(a_TC), self.units, -1).square().sum((0, 2))
         return None if self.seen_C is None else (inputs[0] * self.seen_C,)
 
     def start_second_round(self) -> None:
         self.first_gram = self.gram()
         best_first = _eliminate(self.first_gram)
-        seen = torch.zeros(self.units, dtype=self.closes.weight.dtype)  # type: ignore[arg-type]
+        seen = torch.zeros(self.units, dtype=self.closes.weight.dtype)
         seen[best_first[: int(self.units * SECOND_ROUND_SHARE)]] = 1
         self.seen_C = seen.to(self.sum.device)
         self.sum.zero_()
 
     def gram(self) -> NDArray[np.float64]:
         """[U, U]; entry u, v is the sum over tokens of y_u . y_v, and for additive scores a diagonal of them."""
-        weights_U = self.weight_DC.unflatten(1, (self.units, -1)).square().sum((0, 2))
+        weights_U = self.weight_DC.view(len(self.weight_DC), self.units, -1).square().sum((0, 2))
         if self.score == "reconstruction":
             gram_CC = self.sum * (self.weight_DC.T @ self.weight_DC)
             gram_UU = gram_CC.view(self.units, -1, self.units, len(gram_CC) // self.units).sum((1, 3))

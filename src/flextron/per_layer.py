@@ -46,7 +46,7 @@ class Classes(NamedTuple):
     causal_lm: Any
 
 
-# transformers lets a model change its attention kernel unless its file holds a class *Attention*(nn.Module) without one.
+# Not `...Attention`: in a file with a class of such a name, transformers looks for the switch of attention kernels.
 class SkippedAttn(nn.Module):
     """No attention: zero for the residual stream, [B, T, D] -> ([B, T, D], None).
 

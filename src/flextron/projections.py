@@ -6,7 +6,7 @@ Shapes: B batch, T time, D model, K units kept x rows per unit. Linear weights a
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,19 +29,21 @@ class Width:
         return size // self.full * self.kept
 
 
-class _Elastic(nn.Module):
-    """A projection of [out, in] `matrix` whose rows or columns belong to the units of `width`."""
+class Projection(nn.Module):
+    """A projection whose rows or columns belong to the units of `width`, `stacked` times one below the other."""
 
     width: Width
     stacked: int
+    transposed = False
     weight: torch.Tensor
-    bias: torch.Tensor | None
+    bias: Any
 
     def matrix(self) -> torch.Tensor:
-        return self.weight if isinstance(self, nn.Linear) else self.weight.t()
+        """The weight as [out, in], a view."""
+        return self.weight.t() if self.transposed else self.weight
 
 
-class _Opening(_Elastic):
+class _Opening(Projection):
     """Keeps the first rows: [B, T, D] -> [B, T, stacked * K]."""
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
@@ -57,7 +59,7 @@ class _Opening(_Elastic):
         return parts[0] if self.stacked == 1 else torch.cat(parts, dim=-1)
 
 
-class _Closing(_Elastic):
+class _Closing(Projection):
     """Keeps the first columns, and the whole bias: [B, T, K] -> [B, T, D]."""
 
     def forward(self, x_BTK: torch.Tensor) -> torch.Tensor:
@@ -75,15 +77,19 @@ class ClosingLinear(_Closing, nn.Linear):
     """A Linear that closes an elastic sub-layer."""
 
 
-class OpeningConv1D(_Opening, Conv1D):
+class OpeningConv1D(_Opening, Conv1D):  # type: ignore[misc]
     """A GPT-2 Conv1D that opens an elastic sub-layer."""
 
+    transposed = True
 
-class ClosingConv1D(_Closing, Conv1D):
+
+class ClosingConv1D(_Closing, Conv1D):  # type: ignore[misc]
     """A GPT-2 Conv1D that closes an elastic sub-layer."""
 
+    transposed = True
 
-_ELASTIC = {
+
+_ELASTIC: dict[tuple[type, bool], type[Projection]] = {
     (nn.Linear, True): OpeningLinear,
     (nn.Linear, False): ClosingLinear,
     (Conv1D, True): OpeningConv1D,
@@ -91,7 +97,7 @@ _ELASTIC = {
 }
 
 
-def make_elastic(projection: nn.Module, width: Width, *, opens: bool, stacked: int = 1) -> None:
+def make_elastic(projection: nn.Module, width: Width, *, opens: bool, stacked: int = 1) -> Projection:
     """Turn a projection into its elastic kind in place: same object, same Parameters, same names.
 
     Raises:
@@ -104,8 +110,10 @@ def make_elastic(projection: nn.Module, width: Width, *, opens: bool, stacked: i
             f"cannot narrow a {type(projection).__name__}: elastic projections are Linear or Conv1D. "
             "Load the model unquantised and without adapters."
         ) from None
-    projection.width = width  # type: ignore[assignment]
-    projection.stacked = stacked  # type: ignore[assignment]
+    elastic = cast(Projection, projection)
+    elastic.width = width
+    elastic.stacked = stacked
+    return elastic
 
 
 class _Skippable(nn.Module):
@@ -138,6 +146,8 @@ def _skippable(kind: type[nn.Module]) -> type[nn.Module]:
 
 def make_skippable(sub_layer: nn.Module, width: Width, *, gives_weights: bool) -> None:
     """Let a sub-layer be skipped at width 0, in place; `gives_weights` says that it returns (output, weights)."""
-    sub_layer.__class__ = _skippable(type(sub_layer))
-    sub_layer.width = width  # type: ignore[assignment]
-    sub_layer.gives_weights = gives_weights  # type: ignore[assignment]
+    kind: Any = type(sub_layer)
+    sub_layer.__class__ = _skippable(kind)
+    skippable = cast(_Skippable, sub_layer)
+    skippable.width = width
+    skippable.gives_weights = gives_weights

@@ -6,18 +6,18 @@ Shapes: L layers, N neurons, G KV groups, Q query heads in a group, R rows, C co
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from flextron.checkpoint import Ranking
 from flextron.data import TokenBlocks
 from flextron.elastic import ElasticModel, SubLayer
 from flextron.importance import Score, measure_importance
+from flextron.projections import Projection
 
 
 def rank(model: ElasticModel, blocks: TokenBlocks, *, score: Score = "reconstruction", show: bool = False) -> Ranking:
     """Rank the units of `model` on a text and permute them in place, best first; returns what was done.
 
-    `measure_importance` says what the scores mean. Flextron, section 3.1, ranks by summed |activation|, here `absolute`.
+    `measure_importance` says what the scores mean; the paper ranks by summed |activation|, here `absolute`.
 
     Raises:
         ValueError: an unknown score.
@@ -51,13 +51,12 @@ def permute(model: ElasticModel, ranking: Ranking) -> None:
 def _permute_sub_layer(sub: SubLayer, units: torch.Tensor, heads_GQ: torch.Tensor | None = None) -> None:
     unit_columns = sub.closing_size // sub.width.full
     for module in sub.opens:
-        matrix: torch.Tensor = module.matrix()  # type: ignore[operator]
-        unit_rows = matrix.shape[0] // sub.width.full // module.stacked  # type: ignore[operator]
+        unit_rows = module.matrix().shape[0] // sub.width.full // module.stacked
         has_heads = unit_rows == unit_columns  # K and V have one head a group
-        order = _expand(units, heads_GQ if has_heads else None, int(unit_rows))
-        _reorder(module, order, stacked=int(module.stacked))  # type: ignore[arg-type]
+        order = _expand(units, heads_GQ if has_heads else None, unit_rows)
+        _reorder(module, order)
     columns = _expand(units, heads_GQ, unit_columns)
-    closing: torch.Tensor = sub.closes.matrix()  # type: ignore[operator]
+    closing = sub.closes.matrix()
     closing.copy_(closing[:, columns.to(closing.device)])
 
 
@@ -70,13 +69,12 @@ def _expand(units: torch.Tensor, heads_GQ: torch.Tensor | None, unit_size: int) 
     return (starts_GQ[:, :, None] + torch.arange(head_size)).flatten()
 
 
-def _reorder(module: nn.Module, order: torch.Tensor, *, stacked: int) -> None:
-    matrix: torch.Tensor = module.matrix()  # type: ignore[operator]
-    rows = torch.cat([order + block * len(order) for block in range(stacked)]).to(matrix.device)
+def _reorder(module: Projection, order: torch.Tensor) -> None:
+    matrix = module.matrix()
+    rows = torch.cat([order + block * len(order) for block in range(module.stacked)]).to(matrix.device)
     matrix.copy_(matrix[rows])
     if module.bias is not None:
-        bias: torch.Tensor = module.bias  # type: ignore[assignment]
-        bias.copy_(bias[rows])
+        module.bias.copy_(module.bias[rows])
 
 
 def _compose(first: Ranking, second: Ranking) -> Ranking:

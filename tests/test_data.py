@@ -1,0 +1,219 @@
+"""Text becomes blocks: documents in order, each ended, every byte counted once, and clear words for broken files."""
+
+import gzip
+import json
+import lzma
+
+import pytest
+import torch
+from tokenizers import Tokenizer, processors
+from transformers import PreTrainedTokenizerFast
+
+import tiny
+from flextron.data import document_end, documents, load_blocks
+from flextron.errors import CheckpointError, FlextronError
+
+DOCUMENTS = ["First, é 😀.", "Second\nline.", "Third " + "long " * 50]
+WRITERS = {".xz": lzma.compress, ".gz": gzip.compress, "": bytes}
+
+
+@pytest.fixture
+def tokenizer():
+    return tiny.tokenizer()
+
+
+def write(folder, name: str, content: str | bytes):
+    """A file, compressed where its name says so."""
+    file = folder / name
+    raw = content.encode() if isinstance(content, str) else content
+    file.write_bytes(WRITERS.get(file.suffix, bytes)(raw))
+    return file
+
+
+def json_lines(texts: list[str]) -> str:
+    return "".join(json.dumps({"text": text, "other": 1}) + "\n" for text in texts)
+
+
+def refusal(file) -> str:
+    with pytest.raises(FlextronError) as error:
+        list(documents(file))
+    assert str(file) in str(error.value)
+    return str(error.value)
+
+
+class TestDocuments:
+    @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.xz", "a.jsonl.gz"])
+    def test_json_lines(self, tmp_path, name):
+        file = write(tmp_path, name, json_lines(DOCUMENTS[:2]) + "\n" + json_lines(DOCUMENTS[2:]))
+        assert list(documents(file)) == DOCUMENTS
+        assert list(documents(str(file))) == DOCUMENTS
+
+    @pytest.mark.parametrize("name", ["a.txt", "a.md", "a.txt.xz", "a.md.gz"])
+    def test_a_text_is_one_document(self, tmp_path, name):
+        assert list(documents(write(tmp_path, name, DOCUMENTS[2]))) == DOCUMENTS[2:]
+
+    def test_reads_no_more_than_it_is_asked_for(self, tmp_path):
+        file = write(tmp_path, "a.jsonl", json_lines(DOCUMENTS) + "broken")
+        assert next(documents(file)) == DOCUMENTS[0]
+
+    def test_missing(self, tmp_path):
+        file = tmp_path / "gone.txt"
+        assert refusal(file) == (
+            f"no such text file: {file}. Name a .txt or .jsonl file (also .xz, .gz), or sample/train."
+        )
+        assert refusal(tmp_path).startswith("no such text file")
+
+    @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.xz", "a.jsonl.gz"])
+    @pytest.mark.parametrize("content", ["", "\n \n"], ids=["nothing", "blanks"])
+    def test_empty(self, tmp_path, name, content):
+        file = write(tmp_path, name, content)
+        assert refusal(file) == f"{file} is empty."
+
+    @pytest.mark.parametrize("suffix", [".xz", ".gz"])
+    @pytest.mark.parametrize("place", [0, 0.5], ids=["header", "middle"])
+    def test_garbled(self, tmp_path, suffix, place):
+        file = write(tmp_path, f"a.txt{suffix}", " ".join(str(number**2) for number in range(5000)))
+        content = bytearray(file.read_bytes())
+        at = int(len(content) * place)
+        content[at : at + 4] = bytes(byte ^ 0xFF for byte in content[at : at + 4])
+        file.write_bytes(content)
+        assert refusal(file).startswith(f"cannot read {file}: ")
+
+    @pytest.mark.parametrize("suffix", [".xz", ".gz"])
+    def test_truncated(self, tmp_path, suffix):
+        file = write(tmp_path, f"a.txt{suffix}", DOCUMENTS[2])
+        file.write_bytes(file.read_bytes()[:-10])
+        assert "ended before the end-of-stream" in refusal(file)
+
+    def test_not_utf8(self, tmp_path):
+        assert "can't decode byte 0xff" in refusal(write(tmp_path, "a.txt", b"good \xff"))
+
+    @pytest.mark.parametrize(
+        ("line", "message"),
+        [
+            ("{", 'line 3: not a JSON object with a "text" field'),
+            ('{"txt": "a"}', "line 3: not a JSON object with a \"text\" field ('text')"),
+            ('"text"', 'line 3: not a JSON object with a "text" field'),
+            ('["text"]', 'line 3: not a JSON object with a "text" field'),
+            ("null", 'line 3: not a JSON object with a "text" field'),
+            ('{"text": 5}', 'line 3: "text" is a int, not a string.'),
+        ],
+    )
+    def test_names_the_line(self, tmp_path, line, message):
+        assert message in refusal(write(tmp_path, "a.jsonl", json_lines(["good"]) + "\n" + line + "\n"))
+
+
+class TestDocumentEnd:
+    def test_endoftext_goes_before_eos(self, tokenizer):
+        end = document_end(tokenizer)
+        assert end == tokenizer.convert_tokens_to_ids("<|endoftext|>")
+        assert end != tokenizer.eos_token_id
+
+    def test_eos_where_there_is_no_other(self):
+        words = {"a": 0, "</s>": 1}
+        assert document_end(word_tokenizer(words, eos_token="</s>")) == 1  # noqa: S106
+        with pytest.raises(CheckpointError, match="no token that ends a text; set its eos_token"):
+            document_end(word_tokenizer(words))
+
+
+def word_tokenizer(words: dict[str, int], **options) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(tiny.models.WordLevel(words)), **options)
+
+
+class TestBlocks:
+    def test_documents_follow_one_another_each_ended(self, tokenizer, tmp_path):
+        file = write(tmp_path, "a.jsonl", json_lines(DOCUMENTS))
+        blocks = load_blocks(tokenizer, file, tokens=160, block_tokens=20)
+        end = document_end(tokenizer)
+        expected = [token for text in DOCUMENTS for token in (*tokenizer.encode(text), end)][:160]
+        assert blocks.tokens.shape == (8, 20)
+        assert blocks.tokens.flatten().tolist() == expected
+        assert expected.count(end) == 2
+        assert (blocks.bytes[blocks.tokens == end] == 0).all()
+        assert blocks.text == str(file)
+
+    @pytest.mark.parametrize("wanted", [10_000, 64, 63, 32])
+    def test_as_many_whole_blocks_as_wanted_and_there(self, tokenizer, tmp_path, wanted):
+        file = write(tmp_path, "a.txt", tiny.TEXT * 5)
+        there = len(tokenizer.encode(tiny.TEXT * 5)) + 1
+        blocks = load_blocks(tokenizer, file, tokens=wanted, block_tokens=32)
+        assert blocks.tokens.shape == (min(wanted, there) // 32, 32)
+        assert blocks.bytes.shape == blocks.tokens.shape
+
+    def test_stops_reading_when_it_has_enough(self, tokenizer, tmp_path):
+        file = write(tmp_path, "a.jsonl", json_lines(DOCUMENTS) + "broken")
+        assert load_blocks(tokenizer, file, tokens=16, block_tokens=8).tokens.numel() == 16
+        with pytest.raises(FlextronError, match="line 4"):
+            load_blocks(tokenizer, file, tokens=10_000, block_tokens=8)
+
+    @pytest.mark.parametrize(
+        ("limit", "characters"), [(30, 30), (None, len(DOCUMENTS[2])), (10_000, len(DOCUMENTS[2]))]
+    )
+    def test_cuts_long_documents(self, tokenizer, tmp_path, limit, characters):
+        file = write(tmp_path, "a.txt", DOCUMENTS[2])
+        blocks = load_blocks(tokenizer, file, tokens=10_000, block_tokens=2, max_characters=limit)
+        text = tokenizer.decode([token for token in blocks.tokens.flatten() if token != document_end(tokenizer)])
+        assert characters - 4 < len(text) <= characters
+        assert DOCUMENTS[2].startswith(text)
+
+    def test_too_short(self, tokenizer, tmp_path):
+        file = write(tmp_path, "a.txt", "abc")
+        with pytest.raises(FlextronError) as error:
+            load_blocks(tokenizer, file, tokens=100, block_tokens=50)
+        assert str(error.value) == (
+            f"{file} holds 4 tokens, less than one block of 50. Give a longer text or a smaller block size."
+        )
+
+    @pytest.mark.parametrize(("tokens", "block_tokens"), [(10, 1), (10, 0), (10, 11)])
+    def test_sizes_that_make_no_block(self, tokenizer, tokens, block_tokens):
+        with pytest.raises(ValueError, match=f"got {tokens} in {block_tokens}s"):
+            load_blocks(tokenizer, "any.txt", tokens=tokens, block_tokens=block_tokens)
+
+    def test_no_tokenizer(self):
+        with pytest.raises(FlextronError, match="has no tokenizer; put its tokenizer files into the same folder"):
+            load_blocks(None, "any.txt", tokens=10)
+
+    def test_batches(self):
+        blocks = tiny.blocks(rows=5, time=10)
+        assert [len(batch) for batch in blocks.batches(20)] == [2, 2, 1]
+        assert [len(batch) for batch in blocks.batches(29)] == [2, 2, 1]
+        assert [len(batch) for batch in blocks.batches(3)] == [1] * 5
+        assert torch.equal(torch.cat(list(blocks.batches(20))), blocks.tokens)
+
+
+class TestBytes:
+    TEXTS = ("plain words", "é", "😀", "a😀😀b", "naïve – 東京 🏳️‍🌈 end", "  spaces  \n\n\t", "\r\n", "<|im_end|> x")
+
+    @pytest.mark.parametrize("text", TEXTS)
+    @pytest.mark.parametrize("trim", [None, False, True])
+    def test_every_byte_counts_once(self, tokenizer, tmp_path, text, trim):
+        if trim is not None:  # GPT-2's post-processor, which leaves blanks out of the offsets
+            tokenizer = PreTrainedTokenizerFast(
+                tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+            )
+            tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim)
+        filler = "z" * 7
+        file = tmp_path / "a.jsonl"
+        for content in (text, filler + text, text + filler):
+            file.write_text(json_lines([content]))
+            count = len(tokenizer.encode(content)) + 1
+            if count % 2 == 0:
+                blocks = load_blocks(tokenizer, file, tokens=count, block_tokens=2)
+                assert blocks.bytes.sum().item() == len(content.encode())
+
+    def test_a_split_character_belongs_to_its_first_token(self, tokenizer, tmp_path):
+        file = write(tmp_path, "a.txt", "a😀b")
+        blocks = load_blocks(tokenizer, file, tokens=7, block_tokens=7)
+        assert blocks.bytes.tolist() == [[1, 4, 0, 0, 0, 1, 0]]
+
+    def test_predicted_are_all_but_the_first_of_a_block(self, tokenizer, tmp_path):
+        file = write(tmp_path, "a.txt", "éabcdefg")
+        blocks = load_blocks(tokenizer, file, tokens=10, block_tokens=5)
+        assert blocks.predicted_tokens == 8
+        assert blocks.predicted_bytes == blocks.bytes.sum() - blocks.bytes[:, 0].sum() == 9 - 2 - blocks.bytes[1, 0]
+
+    def test_half_a_character_in_json(self, tokenizer, tmp_path):
+        """JSON can spell half of a surrogate pair, which is no text."""
+        file = write(tmp_path, "a.jsonl", json_lines(["good"]) + '{"text": "abc \\ud83d def"}\n')
+        with pytest.raises(FlextronError, match=f"{file}, line 2"):
+            load_blocks(tokenizer, file, tokens=16, block_tokens=4)

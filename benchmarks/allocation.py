@@ -1,0 +1,61 @@
+"""Loss of SmolLM2 over the share of the layers' weights kept: greedy by sensitivity, and equal MLP widths.
+
+python benchmarks/allocation.py --rank-on TRAIN.jsonl.xz --texts VALIDATION.jsonl.xz WIKITEXT2.jsonl.xz
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import tyro
+from model import load_smollm2, write_results
+
+from flextron import evaluate, load_blocks, measure_sensitivity, rank
+from flextron.demo import equal_widths
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Measure greedy and equal sub-networks of one ranked model."""
+
+    rank_on: str = "sample/train"
+    """Text to rank on and to measure sensitivities on."""
+    rank_tokens: int = 16384
+    """Tokens to rank on."""
+    sensitivity_tokens: int = 2048
+    """Tokens to measure sensitivities on."""
+    texts: tuple[str, ...] = ("sample/validation",)
+    """Texts to measure on."""
+    tokens: int = 8192
+    """Tokens of each to measure on."""
+    shares: tuple[float, ...] = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+    """Shares of the layers' weights."""
+    out: Path | None = None
+    """JSON file to write."""
+
+
+def main(settings: Settings) -> None:
+    """Rank, measure sensitivities, print one row for every share."""
+    model = load_smollm2()
+    rank(model, load_blocks(model.tokenizer, settings.rank_on, tokens=settings.rank_tokens))
+    blocks = load_blocks(model.tokenizer, settings.rank_on, tokens=settings.sensitivity_tokens, block_tokens=256)
+    start = time.perf_counter()
+    sensitivity = measure_sensitivity(model, blocks, show=True)
+    print(f"sensitivities on {settings.sensitivity_tokens} tokens: {time.perf_counter() - start:.0f} s")
+    subnets = [sensitivity.allocate(share) for share in settings.shares]
+    subnets += [equal_widths(model.search_space, sensitivity, share) for share in settings.shares]
+    results = {}
+    for text in settings.texts:
+        evaluations = evaluate(model, subnets, load_blocks(model.tokenizer, text, tokens=settings.tokens), show=True)
+        print(f"\n{text}\n\n| kept | greedy | equal MLP widths |\n|---:|---:|---:|")
+        half = len(settings.shares)
+        for share, greedy, equal in zip(settings.shares, evaluations[:half], evaluations[half:], strict=True):
+            print(f"| {share:.0%} | {greedy.nats_per_token:.3f} | {equal.nats_per_token:.3f} |")
+        results[text] = [asdict(evaluation) for evaluation in evaluations]
+    write_results(settings.out, {"evaluations": results})
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))

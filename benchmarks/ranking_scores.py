@@ -1,0 +1,65 @@
+"""Which score ranks best: loss of SmolLM2 at equal widths, for every score and several texts.
+
+    python benchmarks/ranking_scores.py --rank-on TRAIN.jsonl.xz --texts VALIDATION.jsonl.xz WIKITEXT2.jsonl.xz
+
+By default it ranks and measures on the samples that ship with flextron.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from model import load_smollm2, write_results
+
+from flextron import evaluate, load_blocks, rank
+from flextron.importance import SCORES
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Compare the scores of importance."""
+
+    rank_on: str = "sample/train"
+    """Text to rank on."""
+    rank_tokens: int = 16384
+    """Tokens to rank on."""
+    texts: tuple[str, ...] = ("sample/validation",)
+    """Texts to measure on."""
+    tokens: int = 8192
+    """Tokens of each to measure on."""
+    widths: tuple[int, ...] = (1344, 1152, 768)
+    """Neurons of every MLP."""
+    kv_groups: tuple[int, ...] = (2,)
+    """KV groups of every attention, MLPs full."""
+    out: Path | None = None
+    """JSON file to write."""
+
+
+def main(settings: Settings) -> None:
+    """Rank a fresh copy by each score, print one table row for each."""
+    original = load_smollm2()
+    ranking_blocks = load_blocks(original.tokenizer, settings.rank_on, tokens=settings.rank_tokens)
+    texts = [load_blocks(original.tokenizer, text, tokens=settings.tokens) for text in settings.texts]
+    space = original.search_space
+    subnets = [*(space.uniform(width) for width in settings.widths)]
+    subnets += [space.uniform(kv_groups=groups) for groups in settings.kv_groups]
+    columns = [f"{n} neurons" for n in settings.widths] + [f"{g} KV groups" for g in settings.kv_groups]
+    print(f"| score | {' | '.join(f'{Path(text.text).name}: {column}' for text in texts for column in columns)} |")
+    print("|---|" + "---:|" * (len(texts) * len(columns)))
+    rows = {}
+    for score in SCORES:
+        model = copy.deepcopy(original)
+        rank(model, ranking_blocks, score=score)
+        losses = [result.nats_per_token for text in texts for result in evaluate(model, subnets, text)]
+        print(f"| {score} | {' | '.join(f'{loss:.3f}' for loss in losses)} |", flush=True)
+        rows[score] = losses
+    write_results(settings.out, {"columns": columns, "texts": list(settings.texts), "nats_per_token": rows})
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    main(tyro.cli(Settings))

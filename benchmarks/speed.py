@@ -1,0 +1,148 @@
+"""What narrowing saves and what being elastic costs, for SmolLM2, in interleaved runs.
+
+    python benchmarks/speed.py
+
+Prints, in fp32 and bf16, for a prefill of 4 x 512 tokens: the elastic model at full width against the original; the
+layers' time with half of their weights against the full one (whole model without the output projection); peak memory
+after using many sub-networks; time to choose one; and the cost of ranking against a plain forward pass.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import tyro
+from model import load_smollm2, write_results
+from transformers import AutoModelForCausalLM
+
+from flextron import ElasticModel, Subnet, load_blocks, measure_sensitivity, rank
+from flextron.demo import smollm2_path
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Time the elastic model."""
+
+    rounds: int = 7
+    """Interleaved rounds; medians are printed."""
+    rank_tokens: int = 16384
+    """Tokens of the ranking that is timed."""
+    out: Path | None = None
+    """JSON file to write."""
+
+
+def main(settings: Settings) -> None:
+    """Run and print every measurement."""
+    path = smollm2_path()
+    original = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    model = load_smollm2()
+    results: dict[str, Any] = {"ranking": _ranking_cost(model, settings)}
+    blocks = load_blocks(model.tokenizer, "sample/train", tokens=512, block_tokens=256)
+    half = measure_sensitivity(model, blocks, show=True).allocate(0.5)
+    equal_half = model.search_space.uniform(768, 2)
+    results["choosing_ms"] = _choosing_ms(model, half)
+    print(f"choosing a sub-network: {results['choosing_ms']:.3f} ms")
+    for dtype in (torch.float32, torch.bfloat16):
+        results[str(dtype)] = _prefill(
+            model.lm.to(dtype), original.to(dtype), model, [half, equal_half], settings.rounds
+        )
+    results["memory"] = _memory_growth_mb(model)
+    write_results(settings.out, results)
+
+
+@torch.inference_mode()
+def _ranking_cost(model: ElasticModel, settings: Settings) -> dict[str, float]:
+    blocks = load_blocks(model.tokenizer, "sample/train", tokens=settings.rank_tokens)
+    forward = _seconds(lambda: [model(batch, use_cache=False) for batch in blocks.batches(2048)])
+    ranking = _seconds(lambda: rank(copy.deepcopy(model), blocks))
+    forward = (forward + _seconds(lambda: [model(batch, use_cache=False) for batch in blocks.batches(2048)])) / 2
+    rank(model, blocks)
+    print(
+        f"ranking on {settings.rank_tokens} tokens: {ranking:.1f} s, {ranking / forward:.2f} x a forward pass over them"
+    )
+    return {"ranking_s": ranking, "forward_s": forward}
+
+
+def _choosing_ms(model: ElasticModel, subnet: Subnet) -> float:
+    def choose() -> None:
+        with model.use(subnet):
+            pass
+
+    return median(_seconds(choose) for _ in range(100)) * 1000
+
+
+@torch.inference_mode()
+def _prefill(lm: Any, original: Any, model: ElasticModel, halves: list[Subnet], rounds: int) -> dict[str, Any]:
+    tokens_BT = torch.randint(0, 49152, (4, 512), generator=torch.Generator().manual_seed(0))
+
+    def layers(subnet: Subnet) -> Callable[[], None]:
+        def run() -> None:
+            with model.use(subnet):
+                lm.model(tokens_BT, use_cache=False)
+
+        return run
+
+    runs: dict[str, Callable[[], Any]] = {
+        "original": lambda: original(tokens_BT, use_cache=False),
+        "elastic, full": lambda: lm(tokens_BT, use_cache=False),
+        "layers, full": layers(model.search_space.full),
+        "layers, greedy 50%": layers(halves[0]),
+        "layers, 768 neurons, 2 groups": layers(halves[1]),
+    }
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for round_ in range(rounds + 1):
+        for name, run in runs.items():
+            seconds = _seconds(run)
+            if round_:
+                times[name].append(seconds)
+    ms = {name: 1000 * median(seconds) for name, seconds in times.items()}
+    print(f"\n{lm.dtype}, prefill 4 x 512, medians of {rounds} interleaved rounds")
+    print("\n".join(f"  {name:<32}{value:8.0f} ms" for name, value in ms.items()))
+    ratios = {
+        "elastic / original": _ratio(times, "elastic, full", "original"),
+        "greedy 50% / full": _ratio(times, "layers, greedy 50%", "layers, full"),
+        f"equal {model.share(halves[1]):.1%} / full": _ratio(times, "layers, 768 neurons, 2 groups", "layers, full"),
+    }
+    print("\n".join(f"  {name:<32}{value:8.3f}" for name, value in ratios.items()))
+    return {"ms": ms, "ratios": ratios}
+
+
+def _ratio(times: dict[str, list[float]], a: str, b: str) -> float:
+    """Median of the ratios round by round."""
+    return median(x / y for x, y in zip(times[a], times[b], strict=True))
+
+
+@torch.inference_mode()
+def _memory_growth_mb(model: ElasticModel) -> float:
+    """Growth of the process's peak memory over 20 random sub-networks, after the full model has run."""
+    tokens_BT = torch.zeros(4, 512, dtype=torch.long)
+    space, draw = model.search_space, random.Random(0)  # noqa: S311
+    model.lm.model(tokens_BT, use_cache=False)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(20):
+        neurons = tuple(draw.choice(space.neurons) for _ in range(space.layers))
+        kv_groups = tuple(draw.choice(space.kv_groups) for _ in range(space.layers))
+        with model.use(Subnet(neurons, kv_groups)):
+            model.lm.model(tokens_BT, use_cache=False)
+    growth = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    print(f"\npeak memory grew by {growth:.1f} MB over 20 random sub-networks")
+    return growth
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))

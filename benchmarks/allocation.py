@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tyro
-from model import load_smollm2, write_results
 
 from flextron import evaluate, load_blocks, measure_sensitivity, rank
 from flextron.demo import equal_widths
+from model import load_smollm2, write_results
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 import tyro
-from model import load_smollm2, write_results
 
 from flextron import evaluate, load_blocks, rank
 from flextron.importance import SCORES
+from model import load_smollm2, write_results
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 import tyro
-from model import load_smollm2, write_results
 from transformers import AutoModelForCausalLM
 
 from flextron import ElasticModel, Subnet, load_blocks, measure_sensitivity, rank
 from flextron.demo import smollm2_path
+from model import load_smollm2, write_results
 
 
 @dataclass(frozen=True)

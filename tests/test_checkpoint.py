@@ -255,6 +255,16 @@ class TestBrokenMetadata:
         change_json(folder / METADATA_FILE, search_space=None)
         assert len(ElasticModel.from_pretrained(folder).search_space.neurons) > len(SPACE.neurons)
 
+    def test_what_lies_beside_a_gguf_file_is_not_its_own(self, folder, plain_llama, monkeypatch):
+        """An exported sub-network may lie in the folder of the elastic model that it came from."""
+        (folder / "narrow.gguf").write_bytes(b"")
+        loaded = copy.deepcopy(plain_llama), {"missing_keys": (), "mismatched_keys": ()}
+        monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: loaded)
+        monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: None)
+        model = ElasticModel.from_pretrained(folder / "narrow.gguf")
+        assert model.ranking is None
+        assert model.search_space != SPACE
+
     def test_ranking_truncated(self, folder):
         cut(folder / RANKING_FILE, 200)
         refusal(folder)

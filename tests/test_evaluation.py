@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import tiny
-from flextron.data import TokenBlocks
+from flextron.data import BATCH_TOKENS, TokenBlocks
 from flextron.errors import SubnetError
-from flextron.evaluation import MAX_TOKENS, block_losses, evaluate
+from flextron.evaluation import block_losses, evaluate
 from flextron.subnet import Subnet
 
 
@@ -47,7 +47,7 @@ def test_block_losses(llama, blocks):
 
 def test_batches_do_not_matter(llama):
     """More blocks than fit into one forward pass."""
-    blocks = tiny.blocks(rows=2 * MAX_TOKENS // 64 + 1, time=64)
+    blocks = tiny.blocks(rows=2 * BATCH_TOKENS // 64 + 1, time=64)
     (result,) = evaluate(llama, [llama.search_space.full], blocks)
     assert result.tokens == len(blocks.tokens) * 63
     assert result.nats_per_token == pytest.approx(loss_by_transformers(llama, blocks.tokens), rel=1e-5)

@@ -118,7 +118,7 @@ class TestSearchSpace:
     def test_full_width_is_a_choice_where_the_step_does_not_divide_it(self):
         assert SearchSpace.of_model(layers=1, neurons=100, kv_groups=1, neuron_step=48).neurons == (0, 48, 96, 100)
 
-    @pytest.mark.parametrize("step", [-1, 101])
+    @pytest.mark.parametrize("step", [-1, 0, 101])
     def test_refuses_a_step(self, step):
         message = f"neuron_step is {step}; it must lie between 1 and the model's 100 neurons."
         with pytest.raises(ValueError, match=message):

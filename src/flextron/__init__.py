@@ -5,18 +5,20 @@ The public nouns and verbs, loaded on first use, in the order in which data pass
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flextron.choice import choose
     from flextron.data import TokenBlocks, load_blocks
+    from flextron.demo import quickstart
     from flextron.elastic import ElasticModel
     from flextron.errors import FlextronError
     from flextron.evaluation import Evaluation, evaluate
-    from flextron.export import ExportReport, export
+    from flextron.exporting import ExportReport, export
     from flextron.generation import generate
-    from flextron.demo import quickstart
     from flextron.ranking import rank
     from flextron.sensitivity import Sensitivity, measure_sensitivity
     from flextron.subnet import SearchSpace, Subnet
@@ -55,8 +57,8 @@ _HOMES = {
     "measure_sensitivity": "sensitivity",
     "choose": "choice",
     "generate": "generation",
-    "ExportReport": "export",
-    "export": "export",
+    "ExportReport": "exporting",
+    "export": "exporting",
     "quickstart": "demo",
 }
 
@@ -65,3 +67,15 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'flextron' has no attribute {name!r}")
     return getattr(import_module(f"flextron.{_HOMES[name]}"), name)
+
+
+def _is_command_line() -> bool:
+    """Whether this process is `flextron` or `python -m flextron.cli`, whose help must not wait seconds for torch."""
+    program = sys.argv[0] if sys.argv else ""
+    if program == "-m":  # what sys.argv holds while Python still looks for the module to run
+        program = sys.orig_argv[sys.orig_argv.index("-m") + 1]
+    return Path(program).name.partition(".")[0] == "flextron"
+
+
+if not _is_command_line():  # so that transformers' Auto classes load exported checkpoints after `import flextron`
+    import_module("flextron.per_layer").register()

@@ -82,7 +82,7 @@ def _replace_folder(partial: Path, target: Path) -> None:
     target.rename(old / target.name)
     try:
         partial.rename(target)
-    except OSError:
+    except BaseException:  # Ctrl-C too: the old folder comes back
         (old / target.name).rename(target)
         raise
     finally:

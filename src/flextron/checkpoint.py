@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from flextron import per_layer
 from flextron.atomic import new_folder
 from flextron.errors import CheckpointError, FlextronError
 from flextron.subnet import SearchSpace
@@ -56,6 +57,7 @@ def load(path: str | Path, *, dtype: str | torch.dtype = "auto", **kwargs: Any) 
     Raises:
         CheckpointError: nothing there, unreadable, incomplete, or weights that are not safetensors or GGUF.
     """
+    per_layer.register()
     source, gguf = _source(path)
     read = {**kwargs, **gguf}
     try:

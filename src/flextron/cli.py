@@ -96,22 +96,12 @@ def _recipe_arguments(file: str) -> list[str]:
 
 
 def _load(config: Any) -> ElasticModel:
-    import torch
-
     from flextron.checkpoint import quiet_transformers
     from flextron.elastic import ElasticModel
 
     quiet_transformers()
     print(f"loading {config.model}", file=sys.stderr)
-    model = ElasticModel.from_pretrained(config.model, dtype=config.dtype)
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        model.lm.to(device)
-    except RuntimeError as error:
-        raise FlextronError(f"cannot run on device {device!r}: {str(error).splitlines()[0]}") from None
-    return model
+    return ElasticModel.from_pretrained(config.model, dtype=config.dtype, device=config.device)
 
 
 def _rank(config: RankConfig) -> None:
@@ -162,14 +152,11 @@ def _evaluate(config: EvaluateConfig) -> None:
 
 
 def _generate(config: GenerateConfig) -> None:
-    import torch
-
     from flextron.choice import choose
     from flextron.generation import generate
 
     model = _load(config)
     subnet = choose(model, config.subnet, config.model)
-    torch.manual_seed(config.seed)
     generate(
         model,
         config.prompt,
@@ -177,6 +164,7 @@ def _generate(config: GenerateConfig) -> None:
         max_new_tokens=config.max_new_tokens,
         chat=config.chat,
         temperature=config.temperature,
+        seed=config.seed,
         stream=True,
     )
 
@@ -184,7 +172,7 @@ def _generate(config: GenerateConfig) -> None:
 def _export(config: ExportConfig) -> None:
     from flextron.atomic import check_new
     from flextron.choice import choose
-    from flextron.export import export
+    from flextron.exporting import export
 
     check_new(config.out, overwrite=config.overwrite)
     model = _load(config)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flextron import checkpoint
 from flextron.checkpoint import Checkpoint, Ranking
+from flextron.errors import FlextronError
 from flextron.families import Axis, Family, family_of
 from flextron.projections import Projection, Width, make_elastic, make_skippable
 from flextron.subnet import SearchSpace, Subnet
@@ -111,19 +112,23 @@ class ElasticModel:
         path: str | Path,
         *,
         dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "cpu",
         search_space: SearchSpace | None = None,
         **kwargs: Any,
     ) -> ElasticModel:
         """Load a plain or elastic checkpoint: a folder, a hub id, or a GGUF file (dequantised to `dtype`).
 
+        `device` is where to put it; "auto" takes a GPU if there is one.
         `kwargs` go to transformers' `from_pretrained` (`device_map`, `revision`, `attn_implementation`, ...). Only
         safetensors and GGUF weights are read, and no remote code runs unless `trust_remote_code=True` is passed.
 
         Raises:
             CheckpointError: missing, truncated or incomplete.
             UnknownFamilyError: the architecture has no spec.
+            FlextronError: no such device.
         """
         found = checkpoint.load(path, dtype=dtype, **kwargs)
+        _move(found.lm, device)
         space = search_space or found.search_space
         return cls(found.lm, found.tokenizer, search_space=space, ranking=found.ranking)
 
@@ -196,6 +201,16 @@ class ElasticModel:
         """Type of the weights."""
         dtype: torch.dtype = self.lm.dtype
         return dtype
+
+
+def _move(lm: PreTrainedModel, device: str | torch.device) -> None:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        if torch.device(device) != lm.device:
+            lm.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise FlextronError(f"cannot run on device {str(device)!r}: {str(error).splitlines()[0]}") from None
 
 
 def _layers(lm: PreTrainedModel, family: Family) -> list[nn.Module]:

@@ -113,6 +113,11 @@ def family_of(model_type: str) -> Family:
     try:
         return FAMILIES[model_type]
     except KeyError:
+        if model_type.startswith("flextron_"):
+            raise UnknownFamilyError(
+                "this checkpoint is an exported sub-network, whose layers differ; it cannot be narrowed again. "
+                "Load it with AutoModelForCausalLM, or use the elastic checkpoint that it came from."
+            ) from None
         raise UnknownFamilyError(
             f"no family spec for the architecture {model_type!r}; known: {', '.join(sorted(FAMILIES))}. "
             f"To add it, write a Family of some ten lines and the entry FAMILIES[{model_type!r}] in "

@@ -18,6 +18,7 @@ def generate(
     max_new_tokens: int = 64,
     chat: bool = False,
     temperature: float = 0.0,
+    seed: int | None = None,
     stream: bool = False,
 ) -> str:
     """What the model writes after `prompt`, without the prompt.
@@ -25,7 +26,8 @@ def generate(
     Args:
         subnet: by default the one in use.
         chat: put the prompt into the model's chat template, as a user's message.
-        temperature: 0 takes the likeliest token each time; above 0 samples with torch's global generator.
+        temperature: 0 takes the likeliest token each time; above 0 samples.
+        seed: of torch's global generator, which the sampling uses; by default it goes on from where it is.
         stream: also print each piece as it comes.
 
     Raises:
@@ -34,6 +36,8 @@ def generate(
     """
     prompt_BT = _encode(model, prompt, chat=chat)
     tokenizer = model.tokenizer
+    if seed is not None:
+        torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     with model.use(subnet or model.subnet), torch.inference_mode():
         output_BT = model.generate(

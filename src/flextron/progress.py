@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -11,6 +12,21 @@ from tqdm import tqdm
 T = TypeVar("T")
 
 
-def progress(items: Iterable[T], description: str, *, total: int | None = None) -> Iterable[T]:
+def progress(items: Iterable[T], description: str) -> Iterable[T]:
     """`items` as they are, with a bar and the time left."""
-    return tqdm(items, description, total, mininterval=0.2 if sys.stderr.isatty() else 15.0, dynamic_ncols=True)
+    return tqdm(items, description, mininterval=_interval(), dynamic_ncols=True)
+
+
+@contextmanager
+def bar(total: int, *, description: str, show: bool = True) -> Iterator[Callable[[], None]]:
+    """Yield a function that advances a bar of `total` steps by one."""
+    with tqdm(total=total, desc=description, mininterval=_interval(), dynamic_ncols=True, disable=not show) as shown:
+
+        def advance() -> None:
+            shown.update()
+
+        yield advance
+
+
+def _interval() -> float:
+    return 0.2 if sys.stderr.isatty() else 15.0

@@ -103,6 +103,8 @@ def make_elastic(projection: nn.Module, width: Width, *, opens: bool, stacked: i
     Raises:
         TypeError: neither a Linear nor a Conv1D, for instance one that a quantiser has replaced.
     """
+    if isinstance(projection, Projection):
+        raise TypeError("this model is elastic already; use the ElasticModel that made it so, or load it again.")
     try:
         projection.__class__ = _ELASTIC[type(projection), opens]
     except KeyError:

@@ -6,7 +6,7 @@ Shapes: B blocks in a batch, T tokens, L layers.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -22,19 +22,21 @@ from flextron.data import TokenBlocks
 from flextron.elastic import ElasticModel
 from flextron.errors import CheckpointError, SubnetError
 from flextron.evaluation import batch_losses
-from flextron.progress import progress
+from flextron.progress import bar
 from flextron.subnet import SearchSpace, Subnet
 
 VERSION = 1
 FILE = "sensitivity.json"
 BATCH_TOKENS = 1024
 """Tokens of one batch: the outputs of all layers are kept for it."""
+SECOND_SHARE = 0.6
+"""Share of the sub-network around which the second half of the tokens is measured."""
 AXES = ("neurons", "kv_groups")
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Loss increases, in nats per token, when one sub-layer alone is narrowed.
+    """Loss increases, in nats per token, when one sub-layer is narrowed (`measure_sensitivity` says around what).
 
     `increases["neurons"][l][i]` is that of layer l at `widths["neurons"][i]` neurons; widths ascend to the full one,
     whose increase is 0. `unit_weights["neurons"][l]` is the number of weights that a neuron of layer l has.
@@ -138,56 +140,85 @@ class _Step(NamedTuple):
 def measure_sensitivity(model: ElasticModel, blocks: TokenBlocks, *, show: bool = False) -> Sensitivity:
     """Narrow one sub-layer at a time and measure the loss, on the same tokens each time.
 
-    Five widths of each MLP (0, 1/4, 1/2, 3/4, full) and every number of KV groups. Layers below the changed one are
-    not computed again: their outputs are kept, batch by batch.
+    Five widths of each MLP (0, 1/4, 1/2, 3/4, full) and every number of KV groups. Half of the blocks are measured
+    around the full model, the other half around the sub-network of 60% that the first half leads to: what a part is
+    worth depends on what else is gone. The increases are the mean of both. Layers below the changed one are not
+    computed again: their outputs are kept, batch by batch.
     """
     space = model.search_space
     widths = {"neurons": _quarters(space.neurons), "kv_groups": space.kv_groups}
-    increases = {axis: np.zeros((space.layers, len(widths[axis]))) for axis in AXES}
-    full_losses = []
-    batches = list(blocks.batches(BATCH_TOKENS))
-    work = [(tokens_BT, layer) for tokens_BT in batches for layer in range(space.layers)]
-    for tokens_BT, layer in progress(work, "sensitivity") if show else work:
+    halves = [half for half in blocks.tokens.tensor_split(2) if len(half)]
+    with bar(
+        sum(-(-half.numel() // BATCH_TOKENS) for half in halves) * space.layers, description="sensitivity", show=show
+    ) as advance:
+        full_loss, increases = _increases(model, halves[0], space.full, widths, advance)
+        sensitivity = Sensitivity(
+            search_space=space,
+            widths=widths,
+            increases=_frozen(increases),
+            unit_weights={
+                "neurons": tuple(layer.mlp.weights_per_unit for layer in model.layers),
+                "kv_groups": tuple(layer.attention.weights_per_unit for layer in model.layers),
+            },
+            full_loss=full_loss,
+            tokens=blocks.predicted_tokens,
+            text=blocks.text,
+        )
+        if len(halves) == 1:
+            return sensitivity
+        around = sensitivity.allocate(max(SECOND_SHARE, sensitivity.share(space.smallest)))
+        _, narrow = _increases(model, halves[1], around, widths, advance)
+    return replace(sensitivity, increases=_frozen({axis: (increases[axis] + narrow[axis]) / 2 for axis in AXES}))
+
+
+def _increases(
+    model: ElasticModel,
+    tokens: torch.Tensor,
+    around: Subnet,
+    widths: dict[str, tuple[int, ...]],
+    advance: Callable[[], None],
+) -> tuple[float, dict[str, np.ndarray[Any, Any]]]:
+    """Loss of `around`, and of every change of one sub-layer in it, above that with the sub-layer full; [L, widths]."""
+    losses = {axis: np.zeros((around.layers, len(widths[axis]))) for axis in AXES}
+    loss_around = 0.0
+    for tokens_BT in tokens.split(max(1, BATCH_TOKENS // tokens.shape[1])):  # type: ignore[no-untyped-call]
+        part = len(tokens_BT) / len(tokens)
         with torch.inference_mode():
-            if layer == 0:
-                outputs, full_loss = _run_full(model, tokens_BT)
-                full_losses.append(full_loss * len(tokens_BT))
-            with _reused([below.module for below in model.layers[:layer]], outputs):
-                for axis, index, subnet in _changes(space, widths, layer):
-                    with model.use(subnet):
-                        loss = batch_losses(model, tokens_BT).mean().item()
-                    increases[axis][layer, index] += (loss - full_loss) * len(tokens_BT) / len(blocks.tokens)
-    return Sensitivity(
-        search_space=space,
-        widths=widths,
-        increases={axis: tuple(map(tuple, increases[axis].tolist())) for axis in AXES},
-        unit_weights={
-            "neurons": tuple(layer.mlp.weights_per_unit for layer in model.layers),
-            "kv_groups": tuple(layer.attention.weights_per_unit for layer in model.layers),
-        },
-        full_loss=sum(full_losses) / len(blocks.tokens),
-        tokens=blocks.predicted_tokens,
-        text=blocks.text,
-    )
+            outputs, loss = _run(model, around, tokens_BT)
+            loss_around += loss * part
+            for layer in range(around.layers):
+                with _reused([below.module for below in model.layers[:layer]], outputs):
+                    for axis, index, subnet in _changes(around, widths, layer):
+                        changed = loss
+                        if subnet != around:
+                            with model.use(subnet):
+                                changed = batch_losses(model, tokens_BT).mean().item()
+                        losses[axis][layer, index] += changed * part
+                advance()
+    return loss_around, {axis: losses[axis] - losses[axis][:, -1:] for axis in AXES}
 
 
-def _changes(space: SearchSpace, widths: dict[str, tuple[int, ...]], layer: int) -> Iterator[tuple[str, int, Subnet]]:
-    """Every narrower width of one layer, axis by axis, in an otherwise full model."""
+def _frozen(increases: dict[str, np.ndarray[Any, Any]]) -> dict[str, tuple[tuple[float, ...], ...]]:
+    return {axis: tuple(map(tuple, rows.tolist())) for axis, rows in increases.items()}
+
+
+def _changes(around: Subnet, widths: dict[str, tuple[int, ...]], layer: int) -> Iterator[tuple[str, int, Subnet]]:
+    """`around` with every width of one layer, axis by axis."""
     for axis in AXES:
-        full = getattr(space.full, axis)
-        for index, width in enumerate(widths[axis][:-1]):
-            yield axis, index, replace(space.full, **{axis: (*full[:layer], width, *full[layer + 1 :])})
+        rest = getattr(around, axis)
+        for index, width in enumerate(widths[axis]):
+            yield axis, index, replace(around, **{axis: (*rest[:layer], width, *rest[layer + 1 :])})
 
 
-def _run_full(model: ElasticModel, tokens_BT: torch.Tensor) -> tuple[list[Any], float]:
-    """Output of every layer of the full model, and its mean loss."""
+def _run(model: ElasticModel, subnet: Subnet, tokens_BT: torch.Tensor) -> tuple[list[Any], float]:
+    """Output of every layer of a sub-network, and its mean loss."""
     outputs: list[Any] = []
     hooks = [
         layer.module.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
         for layer in model.layers
     ]
     try:
-        with model.use(model.search_space.full):
+        with model.use(subnet):
             return outputs, batch_losses(model, tokens_BT).mean().item()
     finally:
         for hook in hooks:

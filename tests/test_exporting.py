@@ -22,7 +22,7 @@ from transformers import (
 from flextron import per_layer
 from flextron.elastic import ElasticModel
 from flextron.errors import CheckpointError, ExportError, SubnetError
-from flextron.export import ExportReport, export
+from flextron.exporting import ExportReport, export
 from flextron.families import FAMILIES
 from flextron.subnet import Subnet
 

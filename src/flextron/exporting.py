@@ -53,6 +53,17 @@ class ExportReport:
     largest_logit_difference: float
     """Between the elastic model as `subnet` and the reloaded checkpoint, on seeded random tokens."""
 
+    def __str__(self) -> str:
+        needs = ""
+        if self.architecture.startswith(per_layer.PREFIX):
+            needs = "\n  loads by AutoModelForCausalLM after `import flextron`"
+        return (
+            f"wrote {self.folder}: {self.architecture}, {self.subnet}\n"
+            f"  {self.share:.1%} of the layers' weights; parameters asked {self.parameters_asked:,}, "
+            f"got {self.parameters_got:,} ({self.bytes_got / 1e6:.1f} MB)\n"
+            f"  loaded again: logits differ by at most {self.largest_logit_difference:.2g}{needs}"
+        )
+
 
 def export(
     model: ElasticModel, subnet: Subnet, folder: str | Path, *, overwrite: bool = False, remote_code: bool = False

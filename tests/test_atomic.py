@@ -18,7 +18,7 @@ def old(tmp_path):
     """A folder that must survive whatever fails."""
     folder = tmp_path / "made"
     folder.mkdir()
-    (folder / "old.txt").write_text("old")
+    (folder / "config.json").write_text("old")
     return folder
 
 
@@ -45,7 +45,7 @@ class TestNewFolder:
     def test_replaces_the_old_one_whole(self, old):
         with new_folder(old, overwrite=True) as partial:
             (partial / "new.txt").write_text("new")
-            assert content(old) == {"old.txt": "old"}
+            assert content(old) == {"config.json": "old"}
         assert content(old.parent) == {"made/new.txt": "new"}
         assert names(old.parent) == ["made"]
 
@@ -56,7 +56,7 @@ class TestNewFolder:
         with pytest.raises(kind), new_folder(target, overwrite=overwrite) as partial:  # noqa: PT012
             (partial / "new.txt").write_text("new")
             raise kind
-        assert content(old.parent) == {"made/old.txt": "old"}
+        assert content(old.parent) == {"made/config.json": "old"}
         assert names(old.parent) == ["made"]
 
     @pytest.mark.parametrize("kind", [OSError, KeyboardInterrupt])
@@ -73,7 +73,7 @@ class TestNewFolder:
         monkeypatch.setattr(Path, "rename", second_fails)
         with pytest.raises((CheckpointError, KeyboardInterrupt)), new_folder(old, overwrite=True) as partial:
             (partial / "new.txt").write_text("new")
-        assert content(old.parent) == {"made/old.txt": "old"}
+        assert content(old.parent) == {"made/config.json": "old"}
 
     def test_refuses_what_exists_before_any_work(self, old):
         with pytest.raises(CheckpointError) as error, new_folder(old):
@@ -102,7 +102,7 @@ class TestNewFolder:
             (partial / "first.txt").write_text("fits")
             with files_of_at_most(10_000):
                 (partial / "second.bin").write_bytes(bytes(50_000))
-        assert content(old.parent) == {"made/old.txt": "old"}
+        assert content(old.parent) == {"made/config.json": "old"}
         assert names(old.parent) == ["made"]
 
 
@@ -110,7 +110,7 @@ def test_a_model_that_the_system_refuses_to_write(llama, old):
     """The same through safetensors, which reports failed writes in its own way."""
     with pytest.raises(CheckpointError, match=f"cannot write {old}"), files_of_at_most(10_000):
         llama.save_pretrained(old, overwrite=True)
-    assert content(old.parent) == {"made/old.txt": "old"}
+    assert content(old.parent) == {"made/config.json": "old"}
     assert names(old.parent) == ["made"]
 
 
@@ -142,7 +142,7 @@ def test_killed_while_writing(old, overwrite):
         assert process.stdout.readline() == b"writing\n"
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
-    assert content(old) == {"old.txt": "old"}
+    assert content(old) == {"config.json": "old"}
     assert target.exists() is overwrite
     left = [path for path in old.parent.iterdir() if path != old]
     assert all(path.name.startswith(f".{target.name}.partial-") for path in left)
@@ -180,3 +180,10 @@ class TestWriteText:
     def test_no_such_folder(self, tmp_path):
         with pytest.raises(CheckpointError, match=r"cannot write .*No such file"):
             write_text(tmp_path / "gone" / "file", "text")
+
+
+def test_never_replaces_a_folder_that_is_no_checkpoint(tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.txt").write_text("years of work")
+    with pytest.raises(CheckpointError, match=r"is not a checkpoint \(no config\.json\), so it is not replaced"):
+        check_new(tmp_path / "thesis", overwrite=True)

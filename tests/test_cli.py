@@ -45,7 +45,10 @@ def ranked(checkpoint, text, tmp_path_factory):
 
 
 def test_help_is_instant_and_imports_no_torch():
-    imports = "import sys; from flextron import cli\ntry: cli.main(['rank', '--help'])\nexcept SystemExit: pass\n"
+    imports = (
+        "import sys; sys.argv = ['flextron']; from flextron import cli\n"
+        "try: cli.main(['rank', '--help'])\nexcept SystemExit: pass\n"
+    )
     found = subprocess.run(
         [sys.executable, "-c", imports + "print('torch' in sys.modules, 'numpy' in sys.modules)"],
         capture_output=True, text=True, check=True, env=ENVIRONMENT,

@@ -1,6 +1,7 @@
 """Sensitivities: the same as changing one thing at a time by hand; the greedy choice: as good as brute force."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -30,21 +31,53 @@ def sensitivity(neurons, kv_groups, unit_weights=None) -> Sensitivity:
 CONVEX = sensitivity(((2.0, 0.5, 0.0), (0.4, 0.1, 0.0)), ((3.0, 1.0, 0.0), (0.2, 0.05, 0.0)))
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gpt_neox", "gemma2"])
-def test_increases_are_those_of_changing_one_sub_layer_by_hand(model_type):
-    model = ElasticModel(tiny.plain_model(model_type))
-    blocks = tiny.blocks(rows=5)
-    found = measure_sensitivity(model, blocks)
-    full = model.search_space.full
-    assert found.full_loss == pytest.approx(evaluate(model, [full], blocks)[0].nats_per_token, abs=1e-6)
+def by_hand(model, blocks, around, axis, layer, width) -> float:
+    """Loss of `around` with one width changed, above that with the sub-layer full."""
+
+    def changed(units):
+        widths = list(getattr(around, axis))
+        widths[layer] = units
+        return replace(around, **{axis: tuple(widths)})
+
+    return evaluate(model, [changed(getattr(model.search_space, axis)[-1]), changed(width)], blocks)[1].difference
+
+
+def every_change(sensitivity):
     for axis in ("neurons", "kv_groups"):
-        assert found.widths[axis][0] == 0
-        for layer, (index, width) in itertools.product(range(full.layers), enumerate(found.widths[axis])):
-            widths = list(getattr(full, axis))
-            widths[layer] = width
-            changed = Subnet(**{"neurons": full.neurons, "kv_groups": full.kv_groups, axis: tuple(widths)})
-            by_hand = evaluate(model, [full, changed], blocks)[1].difference
-            assert found.increases[axis][layer][index] == pytest.approx(by_hand, abs=1e-5)
+        assert sensitivity.widths[axis][0] == 0
+        for layer, (index, width) in itertools.product(
+            range(sensitivity.search_space.layers), enumerate(sensitivity.widths[axis])
+        ):
+            yield sensitivity.increases[axis][layer][index], (axis, layer, width)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gpt_neox", "gemma2"])
+def test_one_block_measures_changes_of_the_full_model(model_type):
+    model = ElasticModel(tiny.plain_model(model_type))
+    blocks = tiny.blocks(rows=1)
+    full = model.search_space.full
+    found = measure_sensitivity(model, blocks)
+    assert found.full_loss == pytest.approx(evaluate(model, [full], blocks)[0].nats_per_token, abs=1e-6)
+    for increase, change in every_change(found):
+        assert increase == pytest.approx(by_hand(model, blocks, full, *change), abs=1e-5)
+
+
+def test_the_second_half_is_measured_around_the_choice_of_the_first(llama):
+    blocks = tiny.blocks(rows=5)
+    first, second = (replace(blocks, tokens=part) for part in (blocks.tokens[:3], blocks.tokens[3:]))
+    template = measure_sensitivity(llama, tiny.blocks(rows=1))
+    in_full = {change: by_hand(llama, first, llama.search_space.full, *change) for _, change in every_change(template)}
+    around = replace(
+        template,
+        increases={
+            axis: tuple(tuple(in_full[axis, layer, width] for width in widths) for layer in range(tiny.LAYERS))
+            for axis, widths in template.widths.items()
+        },
+    ).allocate(0.6)
+    assert around != llama.search_space.full
+    for increase, change in every_change(measure_sensitivity(llama, blocks)):
+        expected = (in_full[change] + by_hand(llama, second, around, *change)) / 2
+        assert increase == pytest.approx(expected, abs=1e-5)
 
 
 def test_lower_layers_are_not_computed_again():

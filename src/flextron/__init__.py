@@ -73,8 +73,8 @@ def _is_command_line() -> bool:
     """Whether this process is `flextron` or `python -m flextron.cli`, whose help must not wait seconds for torch."""
     program = sys.argv[0] if sys.argv else ""
     if program == "-m":  # what sys.argv holds while Python still looks for the module to run
-        program = sys.orig_argv[sys.orig_argv.index("-m") + 1]
-    return Path(program).name.partition(".")[0] == "flextron"
+        return any("flextron.cli" in argument for argument in sys.orig_argv)
+    return Path(program).stem == "flextron"
 
 
 if not _is_command_line():  # so that transformers' Auto classes load exported checkpoints after `import flextron`

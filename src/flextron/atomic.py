@@ -48,10 +48,14 @@ def check_new(path: str | Path, *, overwrite: bool = False) -> None:
     """Pass if `path` is free to be written, so that a long stage can tell before it starts.
 
     Raises:
-        CheckpointError: something is there already, and `overwrite` is false or it is not a folder.
+        CheckpointError: something is there already, and `overwrite` is false or it is not a checkpoint's folder.
     """
     target = Path(path)
     if target.is_dir() and overwrite:
+        if any(target.iterdir()) and not (target / "config.json").is_file():
+            raise CheckpointError(
+                f"{target} is not a checkpoint (no config.json), so it is not replaced. Name another."
+            )
         return
     if target.exists():
         way_out = "Name another folder." if not target.is_dir() else "Name another folder or pass --overwrite."

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from flextron import per_layer
@@ -21,6 +22,8 @@ from flextron.subnet import SearchSpace
 VERSION = 1
 METADATA_FILE = "flextron.json"
 RANKING_FILE = "ranking.safetensors"
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
+"""What of a caller's options says how to read from the hub."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,24 @@ class Ranking:
     score: str
     tokens: int
     text: str
+
+    def check(self, *, layers: int, neurons: int, kv_groups: int, query_heads: int) -> None:
+        """Pass if this permutes the units of a model of these sizes.
+
+        Raises:
+            ValueError: other sizes, or a unit named twice.
+        """
+        shapes = {
+            "neurons": (layers, neurons),
+            "kv_groups": (layers, kv_groups),
+            "query_heads": (layers, kv_groups, query_heads),
+        }
+        for name, shape in shapes.items():
+            order: torch.Tensor = getattr(self, name)
+            if order.shape != shape:
+                raise ValueError(f"a ranking of this model has {name} of shape {shape}, not {tuple(order.shape)}.")
+            if not torch.equal(order.sort().values, torch.arange(shape[-1], dtype=order.dtype).expand(shape)):
+                raise ValueError(f"{name} of the ranking is no permutation: a unit is missing or named twice.")
 
 
 @dataclass(frozen=True)
@@ -64,18 +85,19 @@ def load(path: str | Path, *, dtype: str | torch.dtype = "auto", **kwargs: Any) 
         lm, info = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, use_safetensors=True, output_loading_info=True, **read
         )
-        tokenizer = _load_tokenizer(source, gguf, revision=kwargs.get("revision"))
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        tokenizer = _load_tokenizer(source, {**gguf, **{key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}})
+    except Exception as error:  # what a damaged file makes transformers raise has no common type
         raise CheckpointError(f"cannot load {path}: {_first_line(error)}") from error
     if info["missing_keys"] or info["mismatched_keys"]:
         missing = sorted(info["missing_keys"]) or sorted(str(key) for key in info["mismatched_keys"])
         raise CheckpointError(
             f"{path} is incomplete: {len(missing)} weights are missing or of another size, such as {missing[0]}."
         )
+    lm.eval()
     if gguf:
         _forget_quantization(lm)
-    lm.eval()
-    return Checkpoint(lm, tokenizer, *_load_metadata(Path(source)))
+        return Checkpoint(lm, tokenizer, None, None)
+    return Checkpoint(lm, tokenizer, *_load_metadata(source, kwargs))
 
 
 def save(folder: str | Path, checkpoint: Checkpoint, *, overwrite: bool = False) -> None:
@@ -130,12 +152,12 @@ def _source(path: str | Path) -> tuple[str, dict[str, Any]]:
     return str(path), {}
 
 
-def _load_tokenizer(source: str, gguf: dict[str, Any], revision: str | None) -> PreTrainedTokenizerBase | None:
+def _load_tokenizer(source: str, options: dict[str, Any]) -> PreTrainedTokenizerBase | None:
     folder = Path(source)
-    if folder.is_dir() and not gguf and not any(folder.glob("tokenizer*")) and not (folder / "vocab.json").exists():
+    has_none = folder.is_dir() and not any(folder.glob("tokenizer*")) and not (folder / "vocab.json").exists()
+    if has_none and "gguf_file" not in options:
         return None
-    hub = {"revision": revision} if revision else {}
-    return AutoTokenizer.from_pretrained(source, **gguf, **hub)
+    return AutoTokenizer.from_pretrained(source, **options)
 
 
 def _forget_quantization(lm: PreTrainedModel) -> None:
@@ -146,9 +168,9 @@ def _forget_quantization(lm: PreTrainedModel) -> None:
     lm.is_quantized = False
 
 
-def _load_metadata(folder: Path) -> tuple[SearchSpace | None, Ranking | None]:
-    file = folder / METADATA_FILE
-    if not file.is_file():
+def _load_metadata(source: str, options: dict[str, Any]) -> tuple[SearchSpace | None, Ranking | None]:
+    file = _find(source, METADATA_FILE, options)
+    if file is None:
         return None, None
     try:
         metadata = json.loads(file.read_text(encoding="utf8"))
@@ -159,7 +181,8 @@ def _load_metadata(folder: Path) -> tuple[SearchSpace | None, Ranking | None]:
             )
         space = metadata["search_space"]
         search_space = None if space is None else SearchSpace(**space)
-        ranking = _load_ranking(folder / RANKING_FILE)
+        ranking_file = _find(source, RANKING_FILE, options)
+        ranking = None if ranking_file is None else _load_ranking(ranking_file)
     except FlextronError:
         raise
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -173,11 +196,21 @@ def _save_ranking(ranking: Ranking, file: Path) -> None:
     save_file(orders, file, metadata=record)
 
 
-def _load_ranking(file: Path) -> Ranking | None:
-    if not file.is_file():
-        return None
+def _find(source: str, name: str, options: dict[str, Any]) -> Path | None:
+    """A file of a local folder or, downloaded, of a hub repository; None where there is none."""
+    if Path(source).is_dir():
+        file = Path(source) / name
+        return file if file.is_file() else None
+    hub = {key: options[key] for key in HUB_OPTIONS if key in options and key != "trust_remote_code"}
+    found = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
+    return None if found is None else Path(found)
+
+
+def _load_ranking(file: Path) -> Ranking:
     with safe_open(file, framework="pt") as stored:
         record = stored.metadata()
+        if record["version"] != str(VERSION):
+            raise CheckpointError(f"{file} has version {record['version']}; this flextron reads {VERSION}.")
         orders = {name: stored.get_tensor(name) for name in ("neurons", "kv_groups", "query_heads")}
     return Ranking(**orders, score=record["score"], tokens=int(record["tokens"]), text=record["text"])
 

@@ -113,7 +113,7 @@ def _rank(config: RankConfig) -> None:
 
     check_new(config.out, overwrite=config.overwrite)
     model = _load(config)
-    if config.neuron_step:
+    if config.neuron_step is not None:
         space = model.search_space
         sizes = {"layers": space.layers, "neurons": space.neurons[-1], "kv_groups": space.kv_groups[-1]}
         model.search_space = SearchSpace.of_model(**sizes, neuron_step=config.neuron_step)

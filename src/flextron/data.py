@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
@@ -97,11 +98,11 @@ def documents(text: str | Path) -> Iterator[str]:
     path = _path(text)
     empty = True
     try:
-        with _OPENERS.get(path.suffix, open)(path, "rt", encoding="utf8") as file:
+        with _OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8-sig") as file:
             for document in _read(file, path):
                 empty = empty and not document.strip()
                 yield document
-    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error) as error:
         raise FlextronError(f"cannot read {text}: {error}") from None
     if empty:
         raise FlextronError(f"{text} is empty.")
@@ -137,10 +138,12 @@ def _read(file: TextIO, path: Path) -> Iterator[str]:
             continue
         try:
             document = json.loads(line)["text"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (json.JSONDecodeError, KeyError, TypeError, RecursionError) as error:
             raise FlextronError(f'{path}, line {number}: not a JSON object with a "text" field ({error}).') from None
         if not isinstance(document, str):
             raise FlextronError(f'{path}, line {number}: "text" is a {type(document).__name__}, not a string.')
+        if any("\ud800" <= character <= "\udfff" for character in document):
+            raise FlextronError(f"{path}, line {number}: half of a surrogate pair, which is no character.")
         yield document
 
 
@@ -150,6 +153,6 @@ def _tokenise(tokenizer: PreTrainedTokenizerBase, document: str) -> tuple[list[i
     sizes = []
     seen = 0
     for _, end in encoded["offset_mapping"]:
-        sizes.append(len(document[seen:end].encode("utf8", errors="replace")))
+        sizes.append(len(document[seen:end].encode("utf8")))
         seen = max(seen, end)
     return encoded["input_ids"], sizes

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flextron import checkpoint
 from flextron.checkpoint import Checkpoint, Ranking
-from flextron.errors import FlextronError
+from flextron.errors import CheckpointError, FlextronError
 from flextron.families import Axis, Family, family_of
 from flextron.projections import Projection, Width, make_elastic, make_skippable
 from flextron.subnet import SearchSpace, Subnet
@@ -93,7 +93,7 @@ class ElasticModel:
 
         Raises:
             UnknownFamilyError: the architecture has no spec.
-            ValueError: a search space that the model does not fit.
+            ValueError: a search space or ranking of another model.
         """
         self.lm = lm
         self.tokenizer = tokenizer
@@ -102,6 +102,8 @@ class ElasticModel:
         self.layers = [_make_layer_elastic(layer, self.family, lm.config) for layer in _layers(lm, self.family)]
         first = self.layers[0]
         sizes = {"layers": len(self.layers), "neurons": first.mlp.width.full, "kv_groups": first.attention.width.full}
+        if ranking is not None:
+            ranking.check(**sizes, query_heads=first.attention.heads_per_unit)
         self.search_space = search_space or SearchSpace.of_model(**sizes)
         _check_fits(self.search_space, sizes)
         self._subnet = self.search_space.full
@@ -129,8 +131,14 @@ class ElasticModel:
         """
         found = checkpoint.load(path, dtype=dtype, **kwargs)
         _move(found.lm, device)
-        space = search_space or found.search_space
-        return cls(found.lm, found.tokenizer, search_space=space, ranking=found.ranking)
+        try:
+            return cls(
+                found.lm, found.tokenizer, search_space=search_space or found.search_space, ranking=found.ranking
+            )
+        except ValueError as error:
+            if search_space is not None:
+                raise
+            raise CheckpointError(f"{path} does not fit together: {error}") from error
 
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write a folder that transformers loads as the plain full model and `from_pretrained` as this elastic one.
@@ -149,6 +157,8 @@ class ElasticModel:
     @contextmanager
     def use(self, subnet: Subnet) -> Iterator[ElasticModel]:
         """Run as `subnet` inside the block, then as before; views of the shared weights, nothing is copied.
+
+        In training, call `backward` inside the block too: gradient checkpointing runs the forward pass again there.
 
         Raises:
             SubnetError: not in the search space of this model.

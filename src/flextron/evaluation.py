@@ -46,6 +46,7 @@ def evaluate(
     """
     for subnet in subnets:
         model.search_space.check(subnet)
+    tokens_per_byte = blocks.predicted_tokens / blocks.predicted_bytes if blocks.predicted_bytes else math.nan
     results: list[Evaluation] = []
     first_N: torch.Tensor | None = None
     for subnet in progress(subnets, "evaluate") if show else subnets:
@@ -59,7 +60,7 @@ def evaluate(
                 share=model.share(subnet),
                 nats_per_token=loss,
                 standard_error=_standard_error(loss_N),
-                bits_per_byte=loss * blocks.predicted_tokens / blocks.predicted_bytes / math.log(2),
+                bits_per_byte=loss / math.log(2) * tokens_per_byte,
                 difference=(loss_N - first_N).mean().item(),
                 difference_standard_error=_standard_error(loss_N - first_N),
                 tokens=blocks.predicted_tokens,

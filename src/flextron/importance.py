@@ -21,6 +21,7 @@ from torch import nn
 
 from flextron.data import BATCH_TOKENS, TokenBlocks
 from flextron.elastic import ElasticModel, SubLayer
+from flextron.errors import FlextronError
 from flextron.progress import progress
 
 Score = Literal["reconstruction", "absolute", "absolute_weight", "rms", "rms_weight"]
@@ -55,6 +56,7 @@ def measure_importance(
 
     Raises:
         ValueError: an unknown score.
+        FlextronError: activations that are not finite.
     """
     if score not in SCORES:
         raise ValueError(f"unknown score {score!r}; the scores are {', '.join(SCORES)}.")
@@ -116,9 +118,18 @@ class _Statistic:
         else:
             gram_UU = torch.diag(self.sum * weights_U if self.score == "rms_weight" else self.sum)
         result: NDArray[np.float64] = gram_UU.double().cpu().numpy()
+        if not np.isfinite(result).all():
+            raise FlextronError(
+                "the activations of a layer are not finite, so there is no order of its units. "
+                "Check the checkpoint for NaN, or use float32 or bfloat16 instead of float16."
+            )
         if self.first_gram is not None:  # rounds count alike, whatever the size of their activations
-            result = self.first_gram / self.first_gram.trace() + result / result.trace()
+            result = _normalised(self.first_gram) + _normalised(result)
         return result
+
+
+def _normalised(gram_UU: NDArray[np.float64]) -> NDArray[np.float64]:
+    return gram_UU / (gram_UU.trace() or 1.0)
 
 
 @contextmanager

@@ -41,7 +41,17 @@ def permute(model: ElasticModel, ranking: Ranking) -> None:
 
     Rows of the opening projections and columns of the closing one move together, so the full model computes the same
     up to the order of sums (1e-5 in fp32).
+
+    Raises:
+        ValueError: not a permutation of this model's units; nothing was moved.
     """
+    first = model.layers[0]
+    ranking.check(
+        layers=len(model.layers),
+        neurons=first.mlp.width.full,
+        kv_groups=first.attention.width.full,
+        query_heads=first.attention.heads_per_unit,
+    )
     for index, layer in enumerate(model.layers):
         _permute_sub_layer(layer.mlp, ranking.neurons[index].long())
         _permute_sub_layer(layer.attention, ranking.kv_groups[index].long(), ranking.query_heads[index].long())

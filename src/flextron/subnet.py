@@ -106,12 +106,13 @@ class SearchSpace:
     kv_groups: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if self.layers < 1:
-            raise ValueError(f"a search space has at least 1 layer, got {self.layers}.")
+        if type(self.layers) is not int or self.layers < 1:
+            raise ValueError(f"a search space has a whole number of layers from 1 up, got {self.layers!r}.")
         for axis in ("neurons", "kv_groups"):
             choices = tuple(getattr(self, axis))
             object.__setattr__(self, axis, choices)
-            if not choices or list(choices) != sorted(set(choices)) or choices[0] < 0 or choices[-1] < 1:
+            whole = all(type(choice) is int for choice in choices)
+            if not choices or not whole or list(choices) != sorted(set(choices)) or choices[0] < 0 or choices[-1] < 1:
                 raise ValueError(f"{axis} must be ascending widths from 0 up, without repeats, got {list(choices)}.")
 
     @classmethod
@@ -121,7 +122,7 @@ class SearchSpace:
         `neuron_step` defaults to the largest power of two that gives at least 16 steps (64 for 1,536 neurons,
         512 for 11,008): few enough to search, and sizes that hardware likes.
         """
-        step = neuron_step or 1 << max(0, (neurons // 16).bit_length() - 1)
+        step = 1 << max(0, (neurons // 16).bit_length() - 1) if neuron_step is None else neuron_step
         if not 1 <= step <= neurons:
             raise ValueError(f"neuron_step is {step}; it must lie between 1 and the model's {neurons} neurons.")
         return cls(layers, (*range(0, neurons, step), neurons), tuple(range(kv_groups + 1)))

@@ -73,10 +73,10 @@ def evaluate(
 @torch.inference_mode()
 def block_losses(model: ElasticModel, blocks: TokenBlocks) -> torch.Tensor:
     """Mean loss of every block in nats per token, [N] in float64, as the sub-network in use."""
-    return torch.cat([batch_losses(model, tokens_BT) for tokens_BT in blocks.batches(BATCH_TOKENS)])
+    return torch.cat([_batch_losses(model, tokens_BT) for tokens_BT in blocks.batches(BATCH_TOKENS)])
 
 
-def batch_losses(model: ElasticModel, tokens_BT: torch.Tensor) -> torch.Tensor:
+def _batch_losses(model: ElasticModel, tokens_BT: torch.Tensor) -> torch.Tensor:
     """Mean loss of every row in nats per token, [B] in float64."""
     tokens_BT = tokens_BT.to(model.device)
     logits_BTV = model(tokens_BT, use_cache=False).logits

@@ -1,6 +1,6 @@
 """What each layer's units are worth: loss increases of one change at a time, and the greedy choice they lead to.
 
-Shapes: B blocks in a batch, T tokens, L layers.
+Shapes: B blocks in a batch, T tokens, V vocabulary, L layers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from flextron.atomic import write_text
 from flextron.data import TokenBlocks
 from flextron.elastic import ElasticModel
 from flextron.errors import CheckpointError, SubnetError
-from flextron.evaluation import batch_losses
 from flextron.progress import bar
 from flextron.subnet import SearchSpace, Subnet
 
@@ -46,7 +45,6 @@ class Sensitivity:
     widths: dict[str, tuple[int, ...]]
     increases: dict[str, tuple[tuple[float, ...], ...]]
     unit_weights: dict[str, tuple[int, ...]]
-    full_loss: float
     tokens: int
     text: str
 
@@ -140,6 +138,7 @@ class _Step(NamedTuple):
 def measure_sensitivity(model: ElasticModel, blocks: TokenBlocks, *, show: bool = False) -> Sensitivity:
     """Narrow one sub-layer at a time and measure the loss, on the same tokens each time.
 
+    The loss is half cross-entropy to the text and half to the full model's own predictions, which has less noise.
     Five widths of each MLP (0, 1/4, 1/2, 3/4, full) and every number of KV groups. Half of the blocks are measured
     around the full model, the other half around the sub-network of 60% that the first half leads to: what a part is
     worth depends on what else is gone. The increases are the mean of both. Layers below the changed one are not
@@ -151,7 +150,7 @@ def measure_sensitivity(model: ElasticModel, blocks: TokenBlocks, *, show: bool 
     with bar(
         sum(-(-half.numel() // BATCH_TOKENS) for half in halves) * space.layers, description="sensitivity", show=show
     ) as advance:
-        full_loss, increases = _increases(model, halves[0], space.full, widths, advance)
+        increases = _increases(model, halves[0], space.full, widths, advance)
         sensitivity = Sensitivity(
             search_space=space,
             widths=widths,
@@ -160,14 +159,13 @@ def measure_sensitivity(model: ElasticModel, blocks: TokenBlocks, *, show: bool 
                 "neurons": tuple(layer.mlp.weights_per_unit for layer in model.layers),
                 "kv_groups": tuple(layer.attention.weights_per_unit for layer in model.layers),
             },
-            full_loss=full_loss,
             tokens=blocks.predicted_tokens,
             text=blocks.text,
         )
         if len(halves) == 1:
             return sensitivity
         around = sensitivity.allocate(max(SECOND_SHARE, sensitivity.share(space.smallest)))
-        _, narrow = _increases(model, halves[1], around, widths, advance)
+        narrow = _increases(model, halves[1], around, widths, advance)
     return replace(sensitivity, increases=_frozen({axis: (increases[axis] + narrow[axis]) / 2 for axis in AXES}))
 
 
@@ -177,25 +175,25 @@ def _increases(
     around: Subnet,
     widths: dict[str, tuple[int, ...]],
     advance: Callable[[], None],
-) -> tuple[float, dict[str, np.ndarray[Any, Any]]]:
-    """Loss of `around`, and of every change of one sub-layer in it, above that with the sub-layer full; [L, widths]."""
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Loss of `around` with every change of one sub-layer, above that with the sub-layer full; [L, widths] per axis."""
     losses = {axis: np.zeros((around.layers, len(widths[axis]))) for axis in AXES}
-    loss_around = 0.0
     for tokens_BT in tokens.split(max(1, BATCH_TOKENS // tokens.shape[1])):  # type: ignore[no-untyped-call]
         part = len(tokens_BT) / len(tokens)
         with torch.inference_mode():
-            outputs, loss = _run(model, around, tokens_BT)
-            loss_around += loss * part
+            tokens_BT = tokens_BT.to(model.device)
+            probabilities_BTV = _probabilities(model, tokens_BT)
+            outputs, loss = _run(model, around, tokens_BT, probabilities_BTV)
             for layer in range(around.layers):
                 with _reused([below.module for below in model.layers[:layer]], outputs):
                     for axis, index, subnet in _changes(around, widths, layer):
                         changed = loss
                         if subnet != around:
                             with model.use(subnet):
-                                changed = batch_losses(model, tokens_BT).mean().item()
+                                changed = _loss(model, tokens_BT, probabilities_BTV)
                         losses[axis][layer, index] += changed * part
                 advance()
-    return loss_around, {axis: losses[axis] - losses[axis][:, -1:] for axis in AXES}
+    return {axis: losses[axis] - losses[axis][:, -1:] for axis in AXES}
 
 
 def _frozen(increases: dict[str, np.ndarray[Any, Any]]) -> dict[str, tuple[tuple[float, ...], ...]]:
@@ -210,7 +208,31 @@ def _changes(around: Subnet, widths: dict[str, tuple[int, ...]], layer: int) -> 
             yield axis, index, replace(around, **{axis: (*rest[:layer], width, *rest[layer + 1 :])})
 
 
-def _run(model: ElasticModel, subnet: Subnet, tokens_BT: torch.Tensor) -> tuple[list[Any], float]:
+def _probabilities(model: ElasticModel, tokens_BT: torch.Tensor) -> torch.Tensor:
+    """What the full model predicts at each place, [B, T, V] in fp32."""
+    with model.use(model.search_space.full):
+        logits_BTV: torch.Tensor = model(tokens_BT, use_cache=False).logits
+    return logits_BTV.float().softmax(-1)
+
+
+def _loss(model: ElasticModel, tokens_BT: torch.Tensor, probabilities_BTV: torch.Tensor) -> float:
+    """Mean over predicted tokens of two cross-entropies, half each: to the text, and to the full model's predictions.
+
+    The second rises as much as the first where the text is typical of the model, but has no noise of single tokens.
+    """
+    logits_BTV = model(tokens_BT, use_cache=False).logits
+    total = 0.0
+    for logits_TV, probabilities_TV, tokens_T in zip(logits_BTV, probabilities_BTV, tokens_BT, strict=True):
+        logits = logits_TV[:-1].float()
+        to_text = logits.gather(1, tokens_T[1:, None])[:, 0]
+        to_full = torch.linalg.vecdot(logits, probabilities_TV[:-1])
+        total += (logits.logsumexp(-1) - (to_text + to_full) / 2).mean().item()
+    return total / len(tokens_BT)
+
+
+def _run(
+    model: ElasticModel, subnet: Subnet, tokens_BT: torch.Tensor, probabilities_BTV: torch.Tensor
+) -> tuple[list[Any], float]:
     """Output of every layer of a sub-network, and its mean loss."""
     outputs: list[Any] = []
     hooks = [
@@ -219,7 +241,7 @@ def _run(model: ElasticModel, subnet: Subnet, tokens_BT: torch.Tensor) -> tuple[
     ]
     try:
         with model.use(subnet):
-            return outputs, batch_losses(model, tokens_BT).mean().item()
+            return outputs, _loss(model, tokens_BT, probabilities_BTV)
     finally:
         for hook in hooks:
             hook.remove()

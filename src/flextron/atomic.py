@@ -37,8 +37,8 @@ def new_folder(path: str | Path, *, overwrite: bool = False, needs_bytes: int = 
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     try:
         with _clear_errors(target):
-            partial.chmod(0o755)
             yield partial
+            _make_readable(partial)
             _replace_folder(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -76,6 +76,13 @@ def write_text(path: str | Path, text: str) -> None:
             partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _make_readable(folder: Path) -> None:
+    """Temporary folders, and what safetensors writes, are for their owner only; a checkpoint is for all to read."""
+    folder.chmod(0o755)
+    for path in folder.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
 
 
 def _replace_folder(partial: Path, target: Path) -> None:

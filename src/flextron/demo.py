@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import time
@@ -58,7 +59,7 @@ def quickstart(config: QuickstartConfig | None = None) -> Path:
     results = _measure(config, model, candidates, blocks)
     path = report.write(config.out, results)
     print((config.out / "report.md").read_text(encoding="utf8"))
-    print(f"\nwrote {path} after {time.monotonic() - started:.0f} s; beside it elastic/, loss.png and widths.png.")
+    print(f"\nwrote {path} in {time.monotonic() - started:.0f} s; beside it elastic/, loss.png and widths.png.")
     print(f'try: flextron generate {config.out / "elastic"} "Once upon a time" --subnet 75%')
     return path
 
@@ -110,13 +111,10 @@ def _candidates(space: SearchSpace, sensitivity: Sensitivity) -> list[_Candidate
 
 
 def equal_widths(space: SearchSpace, sensitivity: Sensitivity, share: float) -> Subnet:
-    """The widest equal MLP widths, all KV groups, within a share of the layers' weights."""
-    choices = [space.uniform(neurons) for neurons in space.neurons]
-    return max(
-        (subnet for subnet in choices if sensitivity.share(subnet) <= share),
-        key=lambda s: s.neurons[0],
-        default=choices[0],
-    )
+    """The same widths in every layer within a share of the layers' weights: as many KV groups, then neurons, as fit."""
+    sizes = sorted(itertools.product(space.kv_groups, space.neurons), reverse=True)
+    subnets = (space.uniform(neurons, kv_groups) for kv_groups, neurons in sizes)
+    return next((subnet for subnet in subnets if sensitivity.share(subnet) <= share), space.smallest)
 
 
 def _measure(
@@ -132,7 +130,8 @@ def _measure(
     evaluations = evaluate(model, subnets, blocks, show=True)
     prefill_ms = _prefill_ms(model, subnets)
     rows = []
-    for candidate, evaluation, milliseconds in zip(candidates, evaluations, prefill_ms, strict=True):
+    measured = list(zip(candidates, evaluations, prefill_ms, strict=True))
+    for candidate, evaluation, milliseconds in progress(measured, "complete"):
         completion = generate(model, config.prompt, subnet=candidate.subnet, max_new_tokens=NEW_TOKENS)
         row = {"name": candidate.name, "method": candidate.method, "prefill_ms": milliseconds, "completion": completion}
         rows.append({**row, **asdict(evaluation)})

@@ -1,0 +1,88 @@
+"""quickstart on a tiny checkpoint: what it writes, what it reuses, and what it refuses. The real one is a slow test."""
+
+import json
+
+import pytest
+
+import tiny
+from flextron import demo
+from flextron.config import QuickstartConfig
+from flextron.elastic import ElasticModel
+from flextron.errors import FlextronError
+from flextron.subnet import Subnet
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    ElasticModel(tiny.plain_model("llama", vocab_size=300), tiny.tokenizer()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(checkpoint, tmp_path_factory):
+    """Settings of a run that has ended."""
+    config = QuickstartConfig(out=tmp_path_factory.mktemp("run") / "out", model=str(checkpoint), tokens=1024)
+    demo.quickstart(config)
+    return config
+
+
+def files(folder):
+    return {path.name: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_writes_a_report_with_pictures_and_every_sub_network(config):
+    report = (config.out / "report.md").read_text()
+    assert "![loss against cost](loss.png)" in report
+    assert "![widths of each layer](widths.png)" in report
+    assert all((config.out / name).read_bytes().startswith(b"\x89PNG") for name in ("loss.png", "widths.png"))
+    rows = json.loads((config.out / "results.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["greedy"] * 6 + ["equal widths"] * 5
+    for row, share in zip(rows, [*demo.SHARES, *demo.SHARES[1:]], strict=True):
+        assert row["share"] <= share
+        assert row["prefill_ms"] > 0
+        assert row["tokens"] == 511
+        assert f"{row['nats_per_token']:.3f}" in report
+    model = ElasticModel.from_pretrained(config.out / "elastic")
+    model.search_space.check(Subnet(**rows[5]["subnet"]))
+
+
+def test_a_second_run_reuses_all_but_the_report(config):
+    before = files(config.out)
+    demo.quickstart(config)
+    after = files(config.out)
+    assert {name for name in after if after[name] != before[name]} == {"report.md", "loss.png", "widths.png"}
+
+
+def test_what_is_missing_is_made_again(config):
+    before = files(config.out)
+    (config.out / "results.json").unlink()
+    demo.quickstart(config)
+    after = files(config.out)
+    assert after.keys() == before.keys()
+    assert after["model.safetensors"] == before["model.safetensors"]
+    assert after["sensitivity.json"] == before["sensitivity.json"]
+
+
+def test_other_settings_in_the_same_folder_are_refused(config):
+    other = QuickstartConfig(out=config.out, model=config.model, tokens=2048)
+    with pytest.raises(FlextronError, match=r"other settings.*--fresh"):
+        demo.quickstart(other)
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    for fresh in (False, True):
+        with pytest.raises(FlextronError, match="exists"):
+            demo.quickstart(QuickstartConfig(out=tmp_path, fresh=fresh))
+    assert (tmp_path / "thesis.txt").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_the_real_one_takes_less_than_eight_minutes(tmp_path):
+    demo.quickstart(QuickstartConfig(out=tmp_path / "out"))
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    greedy, equal = rows[5], rows[10]
+    assert rows[0]["nats_per_token"] < greedy["nats_per_token"] < equal["nats_per_token"]
+    assert greedy["prefill_ms"] < rows[0]["prefill_ms"]

@@ -29,3 +29,11 @@ def plain_llama():
 def llama(plain_llama) -> ElasticModel:
     """A fresh elastic copy of `plain_llama`."""
     return ElasticModel(copy.deepcopy(plain_llama))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """Folder of a tiny llama with a tokenizer, not ranked; to read, never to change."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    ElasticModel(tiny.plain_model("llama", vocab_size=300), tiny.tokenizer()).save_pretrained(folder)
+    return folder

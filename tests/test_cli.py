@@ -23,13 +23,6 @@ def run(*arguments, **options):
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
-    ElasticModel(tiny.plain_model("llama", vocab_size=300), tiny.tokenizer()).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(tiny.TEXT * 60)
@@ -140,6 +133,17 @@ def test_rank_refuses_an_existing_folder_before_it_loads_anything(ranked, capsys
     assert "exists" in capsys.readouterr().err
 
 
+def test_rank_goes_on_where_it_was_interrupted(checkpoint, text, tmp_path, capsys):
+    arguments = ["rank", str(checkpoint), str(tmp_path / "out"), "--text", str(text), "--tokens", "1024"]
+    assert cli.main([*arguments, "--sensitivity-tokens", "0"]) == 0  # what an interrupted run has saved
+    ranked = (tmp_path / "out" / "ranking.safetensors").stat().st_mtime_ns
+    assert cli.main([*arguments, "--sensitivity-tokens", "256"]) == 0
+    assert "only its sensitivities" in capsys.readouterr().err
+    assert (tmp_path / "out" / "ranking.safetensors").stat().st_mtime_ns == ranked
+    assert (tmp_path / "out" / "sensitivity.json").exists()
+    assert cli.main([*arguments, "--sensitivity-tokens", "256"]) == 2
+
+
 def test_evaluate_prints_json_and_a_table(ranked, text, capsys):
     wishes = ["full", "60%", "neurons=20"]
     arguments = ["evaluate", str(ranked), "--text", str(text), "--tokens", "512", "--block-tokens", "64", "--subnet"]
@@ -169,17 +173,22 @@ def test_env(capsys):
     assert "transformers 5." in capsys.readouterr().out
 
 
-def test_ctrl_c_in_the_middle_leaves_nothing_and_exits_130(checkpoint, text, tmp_path):
+@pytest.mark.parametrize("stage", ["loading", "sensitivity:"])
+def test_ctrl_c_keeps_what_was_finished_and_nothing_else(checkpoint, text, tmp_path, stage):
     out = tmp_path / "out"
-    arguments = ["rank", checkpoint, out, "--text", text, "--tokens", "1024", "--sensitivity-tokens", "1024"]
+    arguments = ["rank", checkpoint, out, "--text", text, "--tokens", "1024", "--sensitivity-tokens", "2048"]
     process = subprocess.Popen(
         [sys.executable, "-u", "-m", "flextron.cli", *map(str, arguments)],
         stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
     )  # fmt: skip
-    assert process.stderr.readline().startswith("loading")
-    time.sleep(0.2)
+    seen = ""
+    while stage not in seen:
+        seen += process.stderr.read(1)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "interrupted" in errors
-    assert list(tmp_path.iterdir()) == []
+    assert "Traceback" not in errors
+    assert [path.name for path in tmp_path.iterdir()] == ([] if stage == "loading" else ["out"])
+    assert run(*arguments).returncode == 0
+    assert "sensitivity.json" in {path.name for path in out.iterdir()}

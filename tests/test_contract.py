@@ -153,6 +153,12 @@ class TestCache:
         assert torch.equal(cached.sequences, uncached.sequences)
         assert_same_function(torch.stack(cached.logits), torch.stack(uncached.logits))
 
+    def test_static_cache_equals_dynamic(self, model):
+        dynamic, static = (
+            generate(model, tiny.token_ids(2, 8), cache_implementation=kind) for kind in (None, "static")
+        )
+        assert_same_function(torch.stack(static.logits), torch.stack(dynamic.logits))
+
     def test_a_padded_row_equals_the_row_alone(self, model):
         rows = [tiny.token_ids(1, 9, seed=1), tiny.token_ids(1, 4, seed=2)]
         padded = torch.cat([rows[0], torch.cat([torch.zeros(1, 5, dtype=torch.long), rows[1]], 1)])

@@ -4,19 +4,11 @@ import json
 
 import pytest
 
-import tiny
 from flextron import demo
 from flextron.config import QuickstartConfig
 from flextron.elastic import ElasticModel
 from flextron.errors import FlextronError
 from flextron.subnet import Subnet
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
-    ElasticModel(tiny.plain_model("llama", vocab_size=300), tiny.tokenizer()).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

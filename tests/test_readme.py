@@ -3,35 +3,25 @@
 import re
 from pathlib import Path
 
-import pytest
-
-import tiny
 from flextron import cli
-from flextron.elastic import ElasticModel
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf8")
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """A folder with a tiny checkpoint where the README has the real one."""
+def test_commands_and_code(checkpoint, tmp_path, monkeypatch, capsys):
+    """With a tiny checkpoint where the README has the real one."""
     monkeypatch.chdir(tmp_path)
-    ElasticModel(tiny.plain_model("llama", vocab_size=300), tiny.tokenizer()).save_pretrained("original")
-    return tmp_path
-
-
-def test_commands_and_code(here, capsys):
     commands = re.findall(r"^flextron (.*)$", README, flags=re.MULTILINE)
     assert [command.split()[0] for command in commands] == ["rank", "evaluate", "generate", "export"]
     for command in commands:
         words = re.sub(r"\s+#.*", "", command).replace("neurons=768", "neurons=20")
-        words = words.replace("HuggingFaceTB/SmolLM2-135M-Instruct", "original")
+        words = words.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(checkpoint))
         arguments = [a or b for a, b in re.findall(r'"([^"]*)"|(\S+)', words)]
         sizes = {"rank": ["--tokens", "512", "--sensitivity-tokens", "256"], "evaluate": ["--tokens", "512"]}
         assert cli.main([*arguments, *sizes.get(arguments[0], [])]) == 0, command
     (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     exec(code.replace("out/smollm2-60", "out/smollm2-60-again"), {})  # noqa: S102
-    assert (here / "out/smollm2-60-again/config.json").exists()
+    assert (tmp_path / "out/smollm2-60-again/config.json").exists()
     assert capsys.readouterr().out
 
 

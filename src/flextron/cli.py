@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,28 +105,38 @@ def _load(config: Any) -> ElasticModel:
 
 
 def _rank(config: RankConfig) -> None:
+    from flextron.data import load_blocks
+    from flextron.sensitivity import measure_sensitivity
+
+    model = _ranked(config)
+    if config.sensitivity_tokens:
+        blocks = load_blocks(model.tokenizer, config.text, tokens=config.sensitivity_tokens, block_tokens=256)
+        measure_sensitivity(model, blocks, show=True).save(config.out)
+    print(f"wrote {config.out}: {model.search_space.full}, ranked by {config.score}.")
+
+
+def _ranked(config: RankConfig) -> ElasticModel:
+    """The ranked model, saved; an interrupted run's is taken up, so that only the sensitivities are left to do."""
     from flextron.atomic import check_new
+    from flextron.checkpoint import RANKING_FILE
     from flextron.data import load_blocks
     from flextron.ranking import rank
-    from flextron.sensitivity import measure_sensitivity
+    from flextron.sensitivity import Sensitivity
     from flextron.subnet import SearchSpace
 
+    unfinished = (config.out / RANKING_FILE).is_file() and not Sensitivity.is_in(config.out)
+    if unfinished and config.sensitivity_tokens and not config.overwrite:
+        print(f"{config.out} is ranked already; only its sensitivities are measured.", file=sys.stderr)
+        return _load(replace(config, model=str(config.out)))
     check_new(config.out, overwrite=config.overwrite)
     model = _load(config)
     if config.neuron_step is not None:
         space = model.search_space
         sizes = {"layers": space.layers, "neurons": space.neurons[-1], "kv_groups": space.kv_groups[-1]}
         model.search_space = SearchSpace.of_model(**sizes, neuron_step=config.neuron_step)
-    blocks = load_blocks(model.tokenizer, config.text, tokens=config.tokens)
-    rank(model, blocks, score=config.score, show=True)
-    sensitivity = None
-    if config.sensitivity_tokens:
-        blocks = load_blocks(model.tokenizer, config.text, tokens=config.sensitivity_tokens, block_tokens=256)
-        sensitivity = measure_sensitivity(model, blocks, show=True)
+    rank(model, load_blocks(model.tokenizer, config.text, tokens=config.tokens), score=config.score, show=True)
     model.save_pretrained(config.out, overwrite=config.overwrite)
-    if sensitivity is not None:
-        sensitivity.save(config.out)
-    print(f"wrote {config.out}: ranked on {model.ranking.tokens} tokens of {config.text} by {config.score}.")  # type: ignore[union-attr]
+    return model
 
 
 def _evaluate(config: EvaluateConfig) -> None:

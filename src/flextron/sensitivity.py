@@ -147,9 +147,8 @@ def measure_sensitivity(model: ElasticModel, blocks: TokenBlocks, *, show: bool 
     space = model.search_space
     widths = {"neurons": _quarters(space.neurons), "kv_groups": space.kv_groups}
     halves = [half for half in blocks.tokens.tensor_split(2) if len(half)]
-    with bar(
-        sum(-(-half.numel() // BATCH_TOKENS) for half in halves) * space.layers, description="sensitivity", show=show
-    ) as advance:
+    steps = sum(len(_batches(half)) for half in halves) * space.layers
+    with bar(steps, description="sensitivity", show=show) as advance, torch.inference_mode():
         increases = _increases(model, halves[0], space.full, widths, advance)
         sensitivity = Sensitivity(
             search_space=space,
@@ -178,22 +177,36 @@ def _increases(
 ) -> dict[str, np.ndarray[Any, Any]]:
     """Loss of `around` with every change of one sub-layer, above that with the sub-layer full; [L, widths] per axis."""
     losses = {axis: np.zeros((around.layers, len(widths[axis]))) for axis in AXES}
-    for tokens_BT in tokens.split(max(1, BATCH_TOKENS // tokens.shape[1])):  # type: ignore[no-untyped-call]
+    for tokens_BT in _batches(tokens):
         part = len(tokens_BT) / len(tokens)
-        with torch.inference_mode():
-            tokens_BT = tokens_BT.to(model.device)
-            probabilities_BTV = _probabilities(model, tokens_BT)
-            outputs, loss = _run(model, around, tokens_BT, probabilities_BTV)
-            for layer in range(around.layers):
-                with _reused([below.module for below in model.layers[:layer]], outputs):
-                    for axis, index, subnet in _changes(around, widths, layer):
-                        changed = loss
-                        if subnet != around:
-                            with model.use(subnet):
-                                changed = _loss(model, tokens_BT, probabilities_BTV)
-                        losses[axis][layer, index] += changed * part
-                advance()
+        for axis, layer, index, loss in _changed_losses(model, tokens_BT.to(model.device), around, widths, advance):
+            losses[axis][layer, index] += loss * part
     return {axis: losses[axis] - losses[axis][:, -1:] for axis in AXES}
+
+
+def _batches(tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return torch.split(tokens, max(1, BATCH_TOKENS // tokens.shape[1]))
+
+
+def _changed_losses(
+    model: ElasticModel,
+    tokens_BT: torch.Tensor,
+    around: Subnet,
+    widths: dict[str, tuple[int, ...]],
+    advance: Callable[[], None],
+) -> Iterator[tuple[str, int, int, float]]:
+    """Axis, layer, index of the width, and loss on one batch, for every change."""
+    probabilities_BTV = _probabilities(model, tokens_BT)
+    outputs, loss = _run(model, around, tokens_BT, probabilities_BTV)
+    for layer in range(around.layers):
+        with _reused([below.module for below in model.layers[:layer]], outputs):
+            for axis, index, subnet in _changes(around, widths, layer):
+                if subnet == around:
+                    yield axis, layer, index, loss
+                    continue
+                with model.use(subnet):
+                    yield axis, layer, index, _loss(model, tokens_BT, probabilities_BTV)
+        advance()
 
 
 def _frozen(increases: dict[str, np.ndarray[Any, Any]]) -> dict[str, tuple[tuple[float, ...], ...]]:

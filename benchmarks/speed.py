@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import random
-import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,7 +62,8 @@ def main(settings: Settings) -> None:
 def _ranking_cost(model: ElasticModel, settings: Settings) -> dict[str, float]:
     blocks = load_blocks(model.tokenizer, "sample/train", tokens=settings.rank_tokens)
     forward = _seconds(lambda: [model(batch, use_cache=False) for batch in blocks.batches(2048)])
-    ranking = _seconds(lambda: rank(copy.deepcopy(model), blocks))
+    fresh = copy.deepcopy(model)
+    ranking = _seconds(lambda: rank(fresh, blocks))
     forward = (forward + _seconds(lambda: [model(batch, use_cache=False) for batch in blocks.batches(2048)])) / 2
     rank(model, blocks)
     print(
@@ -127,15 +127,22 @@ def _memory_growth_mb(model: ElasticModel) -> float:
     tokens_BT = torch.zeros(4, 512, dtype=torch.long)
     space, draw = model.search_space, random.Random(0)  # noqa: S311
     model.lm.model(tokens_BT, use_cache=False)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is held now
+    model.lm.model(tokens_BT, use_cache=False)
+    before = _peak_mb()
     for _ in range(20):
         neurons = tuple(draw.choice(space.neurons) for _ in range(space.layers))
         kv_groups = tuple(draw.choice(space.kv_groups) for _ in range(space.layers))
         with model.use(Subnet(neurons, kv_groups)):
             model.lm.model(tokens_BT, use_cache=False)
-    growth = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    growth = _peak_mb() - before
     print(f"\npeak memory grew by {growth:.1f} MB over 20 random sub-networks")
     return growth
+
+
+def _peak_mb() -> float:
+    status = Path("/proc/self/status").read_text(encoding="utf8").splitlines()
+    return next(float(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM"))
 
 
 def _seconds(run: Callable[[], Any]) -> float:

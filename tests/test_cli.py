@@ -72,11 +72,13 @@ def test_version(capsys):
     assert capsys.readouterr().out.startswith("flextron 0.")
 
 
-def test_recipe_stands_for_options_and_later_options_win(tmp_path):
+def test_recipe_stands_for_options_and_options_given_win(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("tokens: 4096\nsubnet: [full, 60%]\njson: true\nblock_tokens: 128\n")
-    config = cli.parse(["evaluate", "model", "--recipe", str(recipe), "--tokens", "512", "--no-json"])
-    assert config == EvaluateConfig("model", subnet=("full", "60%"), tokens=512, block_tokens=128)
+    expected = EvaluateConfig("model", subnet=("full", "60%"), tokens=512, block_tokens=128)
+    options, from_recipe = ["--tokens", "512", "--no-json"], ["--recipe", str(recipe)]
+    assert cli.parse(["evaluate", "model", *from_recipe, *options]) == expected
+    assert cli.parse(["evaluate", "model", *options, *from_recipe]) == expected
 
 
 @pytest.mark.parametrize(
@@ -136,6 +138,7 @@ def test_rank_refuses_an_existing_folder_before_it_loads_anything(ranked, capsys
 def test_rank_goes_on_where_it_was_interrupted(checkpoint, text, tmp_path, capsys):
     arguments = ["rank", str(checkpoint), str(tmp_path / "out"), "--text", str(text), "--tokens", "1024"]
     assert cli.main([*arguments, "--sensitivity-tokens", "0"]) == 0  # what an interrupted run has saved
+    assert cli.main([*arguments, "--score", "rms"]) == 2  # something else was asked for
     ranked = (tmp_path / "out" / "ranking.safetensors").stat().st_mtime_ns
     assert cli.main([*arguments, "--sensitivity-tokens", "256"]) == 0
     assert "only its sensitivities" in capsys.readouterr().err

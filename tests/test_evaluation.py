@@ -9,7 +9,7 @@ import torch
 import tiny
 from flextron.data import BATCH_TOKENS, TokenBlocks
 from flextron.errors import SubnetError
-from flextron.evaluation import block_losses, evaluate
+from flextron.evaluation import evaluate
 from flextron.subnet import Subnet
 
 
@@ -38,13 +38,6 @@ def test_losses_are_those_of_transformers(llama, plain_llama, blocks, subnets):
         assert result.nats_per_token == pytest.approx(loss_by_transformers(masked, blocks.tokens), rel=1e-5)
 
 
-def test_block_losses(llama, blocks):
-    losses = block_losses(llama, blocks)
-    assert losses.dtype == torch.float64
-    expected = [loss_by_transformers(llama, block[None]) for block in blocks.tokens]
-    torch.testing.assert_close(losses, torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=0)
-
-
 def test_batches_do_not_matter(llama):
     """More blocks than fit into one forward pass."""
     blocks = tiny.blocks(rows=2 * BATCH_TOKENS // 64 + 1, time=64)
@@ -58,7 +51,7 @@ def test_derived_values_follow_their_definitions(llama, blocks, subnets):
     losses = []
     for subnet in subnets:
         with llama.use(subnet):
-            losses.append(block_losses(llama, blocks).tolist())
+            losses.append([loss_by_transformers(llama, block[None]) for block in blocks.tokens])
     for result, loss in zip(results, losses, strict=True):
         difference = [here - first for here, first in zip(loss, losses[0], strict=True)]
         assert result.nats_per_token == pytest.approx(statistics.mean(loss))

@@ -338,6 +338,7 @@ def test_weights_that_the_architecture_cannot_hold_are_refused(tmp_path):
 
 def test_an_existing_folder_stays_unless_told_otherwise(llama, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="exists"):
         export(llama, uneven(llama), tmp_path)
     assert (tmp_path / "notes.txt").read_text() == "mine"

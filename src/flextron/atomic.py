@@ -28,13 +28,14 @@ def new_folder(path: str | Path, *, overwrite: bool = False, needs_bytes: int = 
     check_new(target, overwrite=overwrite)
     with _clear_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-    free_bytes = shutil.disk_usage(target.parent).free
+        free_bytes = shutil.disk_usage(target.parent).free
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     if free_bytes < needs_bytes:
+        partial.rmdir()
         raise CheckpointError(
             f"no space for {target}: it needs about {needs_bytes / 1e6:.0f} MB, {free_bytes / 1e6:.0f} MB are free. "
             "Free some space or name a folder on another disk; nothing was written."
         )
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     try:
         with _clear_errors(target):
             yield partial
@@ -90,14 +91,15 @@ def _replace_folder(partial: Path, target: Path) -> None:
         partial.rename(target)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
-    target.rename(old / target.name)
     try:
+        target.rename(old / target.name)
         partial.rename(target)
     except BaseException:  # Ctrl-C too: the old folder comes back
-        (old / target.name).rename(target)
+        if not target.exists():
+            (old / target.name).rename(target)
+        old.rmdir()
         raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ class Checkpoint:
 def load(path: str | Path, *, dtype: str | torch.dtype = "auto", **kwargs: Any) -> Checkpoint:
     """Read a plain or elastic checkpoint: a local folder, a hub id, or a GGUF file (which is dequantised).
 
-    Further `kwargs` go to transformers' `from_pretrained` (`device_map`, `revision`, `attn_implementation`, ...).
+    Further `kwargs` go to transformers' `from_pretrained` (`revision`, `attn_implementation`, ...).
 
     Raises:
         CheckpointError: nothing there, unreadable, incomplete, or weights that are not safetensors or GGUF.
@@ -135,6 +136,7 @@ def quiet_transformers() -> None:
     """Stop transformers' own progress bars and notices; ours say what is going on."""
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 def _source(path: str | Path) -> tuple[str, dict[str, Any]]:

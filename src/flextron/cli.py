@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from inspect import cleandoc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +29,11 @@ from flextron.errors import FlextronError
 if TYPE_CHECKING:
     from flextron.elastic import ElasticModel
 
+DESCRIPTION = "One checkpoint, every latency: nested sub-networks of any Hugging Face LLM. Also: flextron --version."
+_NOT_OF_THE_RANKING = ("out", "overwrite", "sensitivity_tokens", "device")
 RECIPE_HELP = """
 
---recipe FILE stands for the options listed in a YAML file, one a line, such as `tokens: 4096`; options after it win."""
+--recipe FILE stands for the options listed in a YAML file, one a line, such as `tokens: 4096`; options given win."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,20 +64,24 @@ def parse(arguments: Sequence[str]) -> Any:
         print(f"flextron {__version__}")
         raise SystemExit(0)
     if command not in COMMANDS:
-        return tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="flextron", args=[command, *rest])
+        return tyro.extras.subcommand_cli_from_dict(
+            COMMANDS, prog="flextron", description=DESCRIPTION, args=[command, *rest]
+        )
     kind = COMMANDS[command]
-    description = (kind.__doc__ or "") + (RECIPE_HELP if kind is not EnvConfig else "")
+    description = cleandoc(kind.__doc__ or "") + (RECIPE_HELP if kind is not EnvConfig else "")
     return tyro.cli(kind, prog=f"flextron {command}", args=_with_recipes(rest), description=description)
 
 
 def _with_recipes(arguments: list[str]) -> list[str]:
-    """`arguments` with each `--recipe FILE` replaced by the options that the file lists."""
+    """`arguments` with `--recipe FILE` replaced by the options that the file lists, ahead of all options given."""
     if "--recipe" not in arguments:
         return arguments
     at = arguments.index("--recipe")
     if at + 1 == len(arguments):
         raise FlextronError("--recipe needs a YAML file.")
-    return [*arguments[:at], *_recipe_arguments(arguments[at + 1]), *_with_recipes(arguments[at + 2 :])]
+    given = [*arguments[:at], *arguments[at + 2 :]]
+    first_option = next((place for place, word in enumerate(given) if word.startswith("--")), len(given))
+    return [*given[:first_option], *_recipe_arguments(arguments[at + 1]), *given[first_option:]]
 
 
 def _recipe_arguments(file: str) -> list[str]:
@@ -112,20 +119,24 @@ def _rank(config: RankConfig) -> None:
     if config.sensitivity_tokens:
         blocks = load_blocks(model.tokenizer, config.text, tokens=config.sensitivity_tokens, block_tokens=256)
         measure_sensitivity(model, blocks, show=True).save(config.out)
-    print(f"wrote {config.out}: {model.search_space.full}, ranked by {config.score}.")
+    print(f"wrote {config.out}: {model.search_space.full}, ranked by {config.score} on {config.text}.")
 
 
 def _ranked(config: RankConfig) -> ElasticModel:
     """The ranked model, saved; an interrupted run's is taken up, so that only the sensitivities are left to do."""
-    from flextron.atomic import check_new
-    from flextron.checkpoint import RANKING_FILE
+    from flextron.atomic import check_new, write_text
     from flextron.data import load_blocks
     from flextron.ranking import rank
     from flextron.sensitivity import Sensitivity
     from flextron.subnet import SearchSpace
 
-    unfinished = (config.out / RANKING_FILE).is_file() and not Sensitivity.is_in(config.out)
-    if unfinished and config.sensitivity_tokens and not config.overwrite:
+    asks = {
+        key: value for key, value in asdict(config).items() if key not in ("out", "overwrite", "sensitivity_tokens")
+    }
+    wanted = json.dumps({"version": 1, **asks}) + "\n"
+    asked = config.out / "rank.json"
+    unfinished = asked.is_file() and not Sensitivity.is_in(config.out)
+    if unfinished and asked.read_text(encoding="utf8") == wanted and not config.overwrite:
         print(f"{config.out} is ranked already; only its sensitivities are measured.", file=sys.stderr)
         return _load(replace(config, model=str(config.out)))
     check_new(config.out, overwrite=config.overwrite)
@@ -136,6 +147,7 @@ def _ranked(config: RankConfig) -> ElasticModel:
         model.search_space = SearchSpace.of_model(**sizes, neuron_step=config.neuron_step)
     rank(model, load_blocks(model.tokenizer, config.text, tokens=config.tokens), score=config.score, show=True)
     model.save_pretrained(config.out, overwrite=config.overwrite)
+    write_text(asked, wanted)
     return model
 
 
@@ -150,7 +162,10 @@ def _evaluate(config: EvaluateConfig) -> None:
     results = evaluate(model, subnets, blocks, show=True)
     if config.json:
         rows = [{"name": wish, **asdict(result)} for wish, result in zip(config.subnet, results, strict=True)]
-        print(json.dumps(rows, indent=1))
+        rows = [
+            {key: None if value != value else value for key, value in row.items()} for row in rows
+        ]  # NaN is no JSON
+        print(json.dumps(rows, indent=1, allow_nan=False))
         return
     first = config.subnet[0]
     print(f"{results[0].tokens} tokens of {config.text}; ± is the standard error over blocks of {config.block_tokens}")

@@ -47,9 +47,9 @@ class RankConfig:
     """Where to run, such as cpu or cuda:0; auto takes a GPU if there is one."""
 
     def __post_init__(self) -> None:
-        _check_tokens("tokens", self.tokens)
+        _check_at_least("tokens", self.tokens, 512)
         if self.sensitivity_tokens:
-            _check_tokens("sensitivity_tokens", self.sensitivity_tokens)
+            _check_at_least("sensitivity_tokens", self.sensitivity_tokens, 256)
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ class EvaluateConfig:
     """Where to run, such as cpu or cuda:0; auto takes a GPU if there is one."""
 
     def __post_init__(self) -> None:
-        _check_tokens("tokens", self.tokens)
-        _check_tokens("block_tokens", self.block_tokens)
+        _check_at_least("block_tokens", self.block_tokens, 2)
+        _check_at_least("tokens", self.tokens, self.block_tokens)
         if not self.subnet:
             raise ValueError("name at least one sub-network, such as --subnet full.")
 
@@ -159,9 +159,11 @@ class QuickstartConfig:
     """Tokens to rank on; other stages take fewer in proportion."""
     fresh: bool = False
     """Do every stage again."""
+    device: str = "auto"
+    """Where to run, such as cpu or cuda:0; auto takes a GPU if there is one."""
 
     def __post_init__(self) -> None:
-        _check_tokens("tokens", self.tokens)
+        _check_at_least("tokens", self.tokens, 2048)
 
 
 @dataclass(frozen=True)
@@ -177,10 +179,6 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "export": ExportConfig,
     "env": EnvConfig,
 }
-
-
-def _check_tokens(name: str, value: int) -> None:
-    _check_at_least(name, value, 2)
 
 
 def _check_at_least(name: str, value: float, limit: float) -> None:

@@ -69,14 +69,14 @@ def load_blocks(
         raise FlextronError("this checkpoint has no tokenizer; put its tokenizer files into the same folder.")
     if block_tokens < 2 or tokens < block_tokens:
         raise ValueError(f"need blocks of at least 2 tokens and one whole block, got {tokens} in {block_tokens}s.")
-    end = document_end(tokenizer)
+    start, end = document_start(tokenizer), document_end(tokenizer)
     wanted = tokens // block_tokens * block_tokens
     ids: list[int] = []
     sizes: list[int] = []
     for document in documents(text):
         document_ids, document_sizes = _tokenise(tokenizer, document[:max_characters])
-        ids += [*document_ids, end]
-        sizes += [*document_sizes, 0]
+        ids += [*start, *document_ids, end]
+        sizes += [*(0 for _ in start), *document_sizes, 0]
         if len(ids) >= wanted:
             break
     whole = min(wanted, len(ids) // block_tokens * block_tokens)
@@ -106,6 +106,12 @@ def documents(text: str | Path) -> Iterator[str]:
         raise FlextronError(f"cannot read {text}: {error}") from None
     if empty:
         raise FlextronError(f"{text} is empty.")
+
+
+def document_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token that starts a document, [BOS], where the tokenizer puts it by itself (Gemma, Llama), else []."""
+    alone = tokenizer("")["input_ids"]
+    return [tokenizer.bos_token_id] if alone[:1] == [tokenizer.bos_token_id] else []
 
 
 def document_end(tokenizer: PreTrainedTokenizerBase) -> int:

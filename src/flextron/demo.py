@@ -30,6 +30,7 @@ from flextron.ranking import rank
 from flextron.sensitivity import Sensitivity, measure_sensitivity
 from flextron.subnet import SearchSpace, Subnet
 
+VERSION = 1
 SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 PROMPT_TOKENS = 512
 TIMING_ROUNDS = 5
@@ -67,11 +68,11 @@ def quickstart(config: QuickstartConfig | None = None) -> Path:
 def _prepare(config: QuickstartConfig) -> None:
     """Make the folder, or see that what is in it was made with the same settings."""
     settings_file = config.out / "settings.json"
-    settings = {"model": config.model, "tokens": config.tokens, "prompt": config.prompt}
-    if config.fresh and settings_file.is_file():
+    settings = {"quickstart": VERSION, "model": config.model, "tokens": config.tokens, "prompt": config.prompt}
+    found = _read_settings(settings_file)
+    if config.fresh and found:
         shutil.rmtree(config.out)
-    if settings_file.is_file():
-        found = json.loads(settings_file.read_text(encoding="utf8"))
+    elif found:
         if found != settings:
             raise FlextronError(
                 f"{config.out} holds a quickstart with other settings ({found}). "
@@ -82,16 +83,25 @@ def _prepare(config: QuickstartConfig) -> None:
         write_text(folder / settings_file.name, json.dumps(settings) + "\n")
 
 
+def _read_settings(file: Path) -> dict[str, Any]:
+    """What the run in a folder was asked for; nothing where the folder is not a quickstart's."""
+    try:
+        settings = json.loads(file.read_text(encoding="utf8"))
+    except (OSError, ValueError):
+        return {}
+    return settings if isinstance(settings, dict) and settings.get("quickstart") == VERSION else {}
+
+
 def _elastic_model(config: QuickstartConfig) -> tuple[ElasticModel, Sensitivity]:
     folder = config.out / "elastic"
     if (folder / METADATA_FILE).is_file():
         _say(f"reusing the ranked model in {folder}")
-        model = ElasticModel.from_pretrained(folder)
+        model = ElasticModel.from_pretrained(folder, device=config.device)
     else:
         source = smollm2_path() if config.model == "smollm2" else config.model
         dtype = _faster_dtype()
         _say(f"loading {source} in {dtype}, the faster type here")
-        model = ElasticModel.from_pretrained(source, dtype=dtype)
+        model = ElasticModel.from_pretrained(source, dtype=dtype, device=config.device)
         _say(f"ranking neurons and KV groups on {config.tokens} tokens")
         rank(model, load_blocks(model.tokenizer, "sample/train", tokens=config.tokens), show=True)
         model.save_pretrained(folder)
@@ -124,7 +134,8 @@ def _measure(
     if file.is_file():
         _say(f"reusing the measurements in {file}")
         results: dict[str, Any] = json.loads(file.read_text(encoding="utf8"))
-        return results
+        if results["version"] == VERSION:
+            return results
     subnets = [candidate.subnet for candidate in candidates]
     _say(f"measuring {len(subnets)} sub-networks: loss, time of a {PROMPT_TOKENS}-token prompt, a completion of each")
     evaluations = evaluate(model, subnets, blocks, show=True)
@@ -135,7 +146,7 @@ def _measure(
         completion = generate(model, config.prompt, subnet=candidate.subnet, max_new_tokens=NEW_TOKENS)
         row = {"name": candidate.name, "method": candidate.method, "prefill_ms": milliseconds, "completion": completion}
         rows.append({**row, **asdict(evaluation)})
-    results = {"version": 1, "conditions": _conditions(config, model, blocks), "rows": rows}
+    results = {"version": VERSION, "conditions": _conditions(config, model, blocks), "rows": rows}
     write_text(file, json.dumps(results, indent=1) + "\n")
     return results
 
@@ -149,7 +160,7 @@ def _prefill_ms(model: ElasticModel, subnets: list[Subnet]) -> list[float]:
     for index in progress(work, "time"):
         with model.use(subnets[index]):
             start = time.perf_counter()
-            model(prompt_BT, use_cache=False, logits_to_keep=1)
+            model(prompt_BT, use_cache=False, logits_to_keep=1)[0].sum().item()  # which also waits for a GPU
             times[index].append(1000 * (time.perf_counter() - start))
     return [median(rounds[1:]) for rounds in times]
 
@@ -179,6 +190,8 @@ def smollm2_path() -> Path:
 
 def _faster_dtype() -> torch.dtype:
     """Whichever of bfloat16 and float32 multiplies matrices faster here: some processors have no bfloat16 units."""
+    if torch.cuda.is_available():
+        return torch.bfloat16
     return min((torch.bfloat16, torch.float32), key=_product_seconds)
 
 

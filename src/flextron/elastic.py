@@ -121,7 +121,7 @@ class ElasticModel:
         """Load a plain or elastic checkpoint: a folder, a hub id, or a GGUF file (dequantised to `dtype`).
 
         `device` is where to put it; "auto" takes a GPU if there is one.
-        `kwargs` go to transformers' `from_pretrained` (`device_map`, `revision`, `attn_implementation`, ...). Only
+        `kwargs` go to transformers' `from_pretrained` (`revision`, `attn_implementation`, ...). Only
         safetensors and GGUF weights are read, and no remote code runs unless `trust_remote_code=True` is passed.
 
         Raises:
@@ -135,10 +135,10 @@ class ElasticModel:
             return cls(
                 found.lm, found.tokenizer, search_space=search_space or found.search_space, ranking=found.ranking
             )
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             if search_space is not None:
                 raise
-            raise CheckpointError(f"{path} does not fit together: {error}") from error
+            raise CheckpointError(f"cannot make {path} elastic: {error}") from error
 
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write a folder that transformers loads as the plain full model and `from_pretrained` as this elastic one.

@@ -1,6 +1,6 @@
 """Loss of sub-networks on a text: nats per token and bits per byte, paired on the same tokens.
 
-Shapes: N blocks, T tokens a block, B blocks in a batch, V vocabulary.
+Shapes: S sub-networks, N blocks, T tokens a block, B blocks in a batch, V vocabulary.
 """
 
 from __future__ import annotations
@@ -47,39 +47,31 @@ def evaluate(
     for subnet in subnets:
         model.search_space.check(subnet)
     tokens_per_byte = blocks.predicted_tokens / blocks.predicted_bytes if blocks.predicted_bytes else math.nan
-    results: list[Evaluation] = []
-    first_N: torch.Tensor | None = None
-    for subnet in progress(subnets, "evaluate") if show else subnets:
-        with model.use(subnet):
-            loss_N = block_losses(model, blocks)
-        first_N = loss_N if first_N is None else first_N
-        loss = loss_N.mean().item()
-        results.append(
-            Evaluation(
-                subnet=subnet,
-                share=model.share(subnet),
-                nats_per_token=loss,
-                standard_error=_standard_error(loss_N),
-                bits_per_byte=loss / math.log(2) * tokens_per_byte,
-                difference=(loss_N - first_N).mean().item(),
-                difference_standard_error=_standard_error(loss_N - first_N),
-                tokens=blocks.predicted_tokens,
-                text=blocks.text,
-            )
+    work = [(subnet, tokens_BT) for subnet in subnets for tokens_BT in blocks.batches(BATCH_TOKENS)]
+    losses = [_losses(model, *item) for item in (progress(work, "evaluate") if show else work)]
+    losses_SN = torch.cat(losses).view(len(subnets), -1)
+    return [
+        Evaluation(
+            subnet=subnet,
+            share=model.share(subnet),
+            nats_per_token=loss_N.mean().item(),
+            standard_error=_standard_error(loss_N),
+            bits_per_byte=loss_N.mean().item() / math.log(2) * tokens_per_byte,
+            difference=(loss_N - losses_SN[0]).mean().item(),
+            difference_standard_error=_standard_error(loss_N - losses_SN[0]),
+            tokens=blocks.predicted_tokens,
+            text=blocks.text,
         )
-    return results
+        for subnet, loss_N in zip(subnets, losses_SN, strict=True)
+    ]
 
 
 @torch.inference_mode()
-def block_losses(model: ElasticModel, blocks: TokenBlocks) -> torch.Tensor:
-    """Mean loss of every block in nats per token, [N] in float64, as the sub-network in use."""
-    return torch.cat([_batch_losses(model, tokens_BT) for tokens_BT in blocks.batches(BATCH_TOKENS)])
-
-
-def _batch_losses(model: ElasticModel, tokens_BT: torch.Tensor) -> torch.Tensor:
+def _losses(model: ElasticModel, subnet: Subnet, tokens_BT: torch.Tensor) -> torch.Tensor:
     """Mean loss of every row in nats per token, [B] in float64."""
     tokens_BT = tokens_BT.to(model.device)
-    logits_BTV = model(tokens_BT, use_cache=False).logits
+    with model.use(subnet):
+        logits_BTV = model(tokens_BT, use_cache=False).logits
     rows = [
         F.cross_entropy(logits_TV[:-1].float(), tokens_T[1:])
         for logits_TV, tokens_T in zip(logits_BTV, tokens_BT, strict=True)

@@ -57,6 +57,7 @@ class ExportReport:
         needs = ""
         if self.architecture.startswith(per_layer.PREFIX):
             needs = "\n  loads by AutoModelForCausalLM after `import flextron`"
+            needs += ", or with its code beside it by trust_remote_code=True"
         return (
             f"wrote {self.folder}: {self.architecture}, {self.subnet}\n"
             f"  {self.share:.1%} of the layers' weights; parameters asked {self.parameters_asked:,}, "

@@ -12,19 +12,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from flextron.config import Score
 from flextron.data import BATCH_TOKENS, TokenBlocks
 from flextron.elastic import ElasticModel, SubLayer
 from flextron.errors import FlextronError
 from flextron.progress import progress
 
-Score = Literal["reconstruction", "absolute", "absolute_weight", "rms", "rms_weight"]
 SCORES: tuple[Score, ...] = get_args(Score)
 SECOND_ROUND_SHARE = 0.75
 """Share of each layer's neurons that the layers above see in the second round of `reconstruction`."""
@@ -52,7 +52,8 @@ def measure_importance(
             sub-layer, with all that went before left out too, stays nearest to the full output in squared error. So
             every prefix is chosen for its own output, and units that repeat or cancel each other are seen. The first
             half of the tokens is read in the full model, the second in one in which each layer adds the best three
-            quarters of its neurons only. Needs one fp32 matrix [C, C] per sub-layer.
+            quarters of its neurons only. Needs one fp32 matrix [C, C] per sub-layer, and
+            for MLPs a second one.
 
     Raises:
         ValueError: an unknown score.
@@ -81,16 +82,15 @@ class _Statistic:
         self.score = score
         self.groups = sub.width.full
         self.units = sub.width.full * sub.heads_per_unit
-        self.weight_DC = sub.closes.matrix().detach().float()
         columns = sub.closing_size
         size = (columns, columns) if score == "reconstruction" else (self.units,)
-        self.sum = torch.zeros(size, dtype=torch.float32, device=self.weight_DC.device)
-        self.first_gram: NDArray[np.float64] | None = None
+        self.sum = torch.zeros(size, dtype=torch.float32, device=sub.closes.weight.device)
+        self.first_gram: NDArray[np.float32] | None = None
         self.seen_C: torch.Tensor | None = None
 
     def observe(self, _module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Add the closing projection's input; in the second round, pass on only what the layers above may see."""
-        a_TC = inputs[0].reshape(-1, len(self.weight_DC[0])).float()
+        a_TC = inputs[0].flatten(0, -2).float()
         if self.score == "reconstruction":
             self.sum.addmm_(a_TC.T, a_TC)
         elif self.score.startswith("absolute"):
@@ -100,8 +100,9 @@ class _Statistic:
         return None if self.seen_C is None else (inputs[0] * self.seen_C,)
 
     def start_second_round(self) -> None:
-        self.first_gram = self.gram()
-        best_first = _eliminate(self.first_gram)
+        gram_UU = self.gram()
+        best_first = _eliminate(gram_UU)
+        self.first_gram = _normalised(gram_UU).astype(np.float32)
         seen = torch.zeros(self.units, dtype=self.closes.weight.dtype)
         seen[best_first[: int(self.units * SECOND_ROUND_SHARE)]] = 1
         self.seen_C = seen.to(self.sum.device)
@@ -109,9 +110,10 @@ class _Statistic:
 
     def gram(self) -> NDArray[np.float64]:
         """[U, U]; entry u, v is the sum over tokens of y_u . y_v, and for additive scores a diagonal of them."""
-        weights_U = self.weight_DC.view(len(self.weight_DC), self.units, -1).square().sum((0, 2))
+        weight_DC = self.closes.matrix().detach().float()
+        weights_U = weight_DC.view(len(weight_DC), self.units, -1).square().sum((0, 2))
         if self.score == "reconstruction":
-            gram_CC = self.sum * (self.weight_DC.T @ self.weight_DC)
+            gram_CC = self.sum * (weight_DC.T @ weight_DC)
             gram_UU = gram_CC.view(self.units, -1, self.units, len(gram_CC) // self.units).sum((1, 3))
         elif self.score == "absolute_weight":
             gram_UU = torch.diag(self.sum * weights_U.sqrt())
@@ -124,7 +126,7 @@ class _Statistic:
                 "Check the checkpoint for NaN, or use float32 or bfloat16 instead of float16."
             )
         if self.first_gram is not None:  # rounds count alike, whatever the size of their activations
-            result = _normalised(self.first_gram) + _normalised(result)
+            result = self.first_gram + _normalised(result)
         return result
 
 

@@ -105,6 +105,11 @@ def make_elastic(projection: nn.Module, width: Width, *, opens: bool, stacked: i
     """
     if isinstance(projection, Projection):
         raise TypeError("this model is elastic already; use the ElasticModel that made it so, or load it again.")
+    if "forward" in vars(projection):
+        raise TypeError(
+            "this model's modules are wrapped (as accelerate does for device_map), so they cannot be narrowed. "
+            "Load it onto one device: pass device instead of device_map."
+        )
     try:
         projection.__class__ = _ELASTIC[type(projection), opens]
     except KeyError:

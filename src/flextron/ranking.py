@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 
 from flextron.checkpoint import Ranking
+from flextron.config import Score
 from flextron.data import TokenBlocks
 from flextron.elastic import ElasticModel, SubLayer
-from flextron.importance import Score, measure_importance
+from flextron.importance import measure_importance
 from flextron.projections import Projection
 
 

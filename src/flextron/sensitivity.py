@@ -66,11 +66,13 @@ class Sensitivity:
                 f"({smallest:.0%}) and 100%."
             )
         subnet = space.full
-        for step in sorted(self._steps(), key=lambda step: step.price):
+        for step in sorted(self._steps(), key=lambda step: (step.price, -step.down_to)):
             excess = self._weights(subnet) - share * total
+            widths = list(getattr(subnet, step.axis))
             if excess <= 0:
                 break
-            widths = list(getattr(subnet, step.axis))
+            if widths[step.layer] <= step.down_to:  # rounding can put a lower step of nearly the same price first
+                continue
             choices = [width for width in getattr(space, step.axis) if step.down_to <= width < widths[step.layer]]
             unit = self.unit_weights[step.axis][step.layer]
             enough = [width for width in choices if (widths[step.layer] - width) * unit >= excess]

@@ -8,11 +8,14 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
+import torch
 import tyro
 
 from flextron import evaluate, load_blocks, measure_sensitivity, rank
 from flextron.demo import equal_widths
+from flextron.sensitivity import sensitivity_blocks
 from model import load_smollm2, write_results
 
 
@@ -21,7 +24,9 @@ class Settings:
     """Measure greedy and equal sub-networks of one ranked model."""
 
     rank_on: str = "sample/train"
-    """Text to rank on and to measure sensitivities on."""
+    """Text to rank on."""
+    sensitivity_on: str = "sample/train"
+    """Text to measure sensitivities on."""
     rank_tokens: int = 16384
     """Tokens to rank on."""
     sensitivity_tokens: int = 2048
@@ -32,15 +37,17 @@ class Settings:
     """Tokens of each to measure on."""
     shares: tuple[float, ...] = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
     """Shares of the layers' weights."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the weights."""
     out: Path | None = None
     """JSON file to write."""
 
 
 def main(settings: Settings) -> None:
     """Rank, measure sensitivities, print one row for every share."""
-    model = load_smollm2()
+    model = load_smollm2(getattr(torch, settings.dtype))
     rank(model, load_blocks(model.tokenizer, settings.rank_on, tokens=settings.rank_tokens))
-    blocks = load_blocks(model.tokenizer, settings.rank_on, tokens=settings.sensitivity_tokens, block_tokens=256)
+    blocks = sensitivity_blocks(model.tokenizer, settings.sensitivity_on, tokens=settings.sensitivity_tokens)
     start = time.perf_counter()
     sensitivity = measure_sensitivity(model, blocks, show=True)
     print(f"sensitivities on {settings.sensitivity_tokens} tokens: {time.perf_counter() - start:.0f} s")

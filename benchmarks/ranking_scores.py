@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
@@ -35,13 +36,15 @@ class Settings:
     """Neurons of every MLP."""
     kv_groups: tuple[int, ...] = (2,)
     """KV groups of every attention, MLPs full."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the weights."""
     out: Path | None = None
     """JSON file to write."""
 
 
 def main(settings: Settings) -> None:
     """Rank a fresh copy by each score, print one table row for each."""
-    original = load_smollm2()
+    original = load_smollm2(getattr(torch, settings.dtype))
     ranking_blocks = load_blocks(original.tokenizer, settings.rank_on, tokens=settings.rank_tokens)
     texts = [load_blocks(original.tokenizer, text, tokens=settings.tokens) for text in settings.texts]
     space = original.search_space

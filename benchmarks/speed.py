@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from flextron import ElasticModel, Subnet, load_blocks, measure_sensitivity, rank
 from flextron.demo import smollm2_path
+from flextron.sensitivity import sensitivity_blocks
 from model import load_smollm2, write_results
 
 
@@ -45,7 +46,7 @@ def main(settings: Settings) -> None:
     original = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
     model = load_smollm2()
     results: dict[str, Any] = {"ranking": _ranking_cost(model, settings)}
-    blocks = load_blocks(model.tokenizer, "sample/train", tokens=512, block_tokens=256)
+    blocks = sensitivity_blocks(model.tokenizer, "sample/train", tokens=512)
     half = measure_sensitivity(model, blocks, show=True).allocate(0.5)
     equal_half = model.search_space.uniform(768, 2)
     results["choosing_ms"] = _choosing_ms(model, half)

@@ -1,5 +1,6 @@
 """Text becomes blocks: documents in order, each ended, every byte counted once, and clear words for broken files."""
 
+import copy
 import gzip
 import json
 import lzma
@@ -213,3 +214,18 @@ class TestBytes:
         file = write(tmp_path, "a.jsonl", json_lines(["good"]) + '{"text": "abc \\ud83d def"}\n')
         with pytest.raises(FlextronError, match=f"{file}, line 2"):
             load_blocks(tokenizer, file, tokens=16, block_tokens=4)
+
+
+def test_documents_start_with_bos_where_the_tokenizer_puts_it(tmp_path):
+    file = write(tmp_path, "a.jsonl", json_lines(["The quick", "lazy dog"]))
+    tokenizer = copy.deepcopy(tiny.tokenizer())
+    plain = load_blocks(tokenizer, file, tokens=8, block_tokens=4)
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", bos)]
+    )
+    started = load_blocks(tokenizer, file, tokens=8, block_tokens=4)
+    assert bos not in plain.tokens
+    assert started.tokens.flatten()[:6].tolist() == [bos, *plain.tokens.flatten()[:4].tolist(), bos]
+    assert started.bytes.flatten()[0] == 0

@@ -166,3 +166,19 @@ def test_bad_files_are_named(tmp_path, content):
     (tmp_path / "sensitivity.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"sensitivity\.json"):
         Sensitivity.load(tmp_path)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_never_above_the_share_whatever_the_curves(seed):
+    """Straight curves too, whose steps all cost the same up to rounding."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def curves(points):
+        slopes = torch.rand(2, 1, generator=draw) if seed % 2 else torch.rand(2, points, generator=draw).sort().values
+        steps = (slopes / 3).expand(2, points).clone()
+        steps[:, 0] = 0
+        return tuple(tuple(reversed(row)) for row in steps.cumsum(1).tolist())
+
+    made_up = sensitivity(curves(3), curves(3), {"neurons": (7, 11), "kv_groups": (13, 3)})
+    for share in torch.linspace(0, 1, 41).tolist():
+        assert made_up.share(made_up.allocate(share)) <= share + 1e-12

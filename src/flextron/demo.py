@@ -27,7 +27,7 @@ from flextron.evaluation import evaluate
 from flextron.generation import generate
 from flextron.progress import progress
 from flextron.ranking import rank
-from flextron.sensitivity import Sensitivity, measure_sensitivity
+from flextron.sensitivity import Sensitivity, measure_sensitivity, sensitivity_blocks
 from flextron.subnet import SearchSpace, Subnet
 
 VERSION = 1
@@ -107,7 +107,7 @@ def _elastic_model(config: QuickstartConfig) -> tuple[ElasticModel, Sensitivity]
         model.save_pretrained(folder)
     if not Sensitivity.is_in(folder):
         _say("measuring what each part of each layer is worth")
-        blocks = load_blocks(model.tokenizer, "sample/train", tokens=max(256, config.tokens // 8), block_tokens=256)
+        blocks = sensitivity_blocks(model.tokenizer, "sample/train", tokens=config.tokens // 8)
         measure_sensitivity(model, blocks, show=True).save(folder)
     return model, Sensitivity.load(folder)
 

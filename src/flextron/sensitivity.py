@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from flextron.atomic import write_text
-from flextron.data import TokenBlocks
+from flextron.data import TokenBlocks, load_blocks
 from flextron.elastic import ElasticModel
 from flextron.errors import CheckpointError, SubnetError
 from flextron.progress import bar
@@ -135,6 +136,15 @@ class _Step(NamedTuple):
     axis: str
     layer: int
     down_to: int
+
+
+def sensitivity_blocks(tokenizer: PreTrainedTokenizerBase | None, text: str | Path, *, tokens: int) -> TokenBlocks:
+    """Blocks of many documents for few tokens: 256 tokens each, documents cut at 1,000 characters.
+
+    Raises:
+        FlextronError: as `load_blocks`.
+    """
+    return load_blocks(tokenizer, text, tokens=tokens, block_tokens=256, max_characters=1000)
 
 
 def measure_sensitivity(model: ElasticModel, blocks: TokenBlocks, *, show: bool = False) -> Sensitivity:

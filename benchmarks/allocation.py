@@ -24,9 +24,7 @@ class Settings:
     """Measure greedy and equal sub-networks of one ranked model."""
 
     rank_on: str = "sample/train"
-    """Text to rank on."""
-    sensitivity_on: str = "sample/train"
-    """Text to measure sensitivities on."""
+    """Text to rank on; sensitivities are measured on its next documents."""
     rank_tokens: int = 16384
     """Tokens to rank on."""
     sensitivity_tokens: int = 2048
@@ -46,8 +44,11 @@ class Settings:
 def main(settings: Settings) -> None:
     """Rank, measure sensitivities, print one row for every share."""
     model = load_smollm2(getattr(torch, settings.dtype))
-    rank(model, load_blocks(model.tokenizer, settings.rank_on, tokens=settings.rank_tokens))
-    blocks = sensitivity_blocks(model.tokenizer, settings.sensitivity_on, tokens=settings.sensitivity_tokens)
+    ranked_on = load_blocks(model.tokenizer, settings.rank_on, tokens=settings.rank_tokens)
+    rank(model, ranked_on)
+    blocks = sensitivity_blocks(
+        model.tokenizer, settings.rank_on, tokens=settings.sensitivity_tokens, after=ranked_on.documents
+    )
     start = time.perf_counter()
     sensitivity = measure_sensitivity(model, blocks, show=True)
     print(f"sensitivities on {settings.sensitivity_tokens} tokens: {time.perf_counter() - start:.0f} s")

@@ -185,8 +185,8 @@ def test_ctrl_c_keeps_what_was_finished_and_nothing_else(checkpoint, text, tmp_p
         stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
     )  # fmt: skip
     seen = ""
-    while stage not in seen:
-        seen += process.stderr.read(1)
+    while stage not in seen and (character := process.stderr.read(1)):
+        seen += character
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors

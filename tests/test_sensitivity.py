@@ -1,16 +1,18 @@
 """Sensitivities: the same as changing one thing at a time by hand; the greedy choice: as good as brute force."""
 
 import itertools
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 
 import tiny
+from flextron.data import load_blocks
 from flextron.elastic import ElasticModel
 from flextron.errors import CheckpointError, SubnetError
 from flextron.evaluation import evaluate
-from flextron.sensitivity import Sensitivity, measure_sensitivity
+from flextron.sensitivity import Sensitivity, measure_sensitivity, sensitivity_blocks
 from flextron.subnet import SearchSpace, Subnet
 
 SPACE = SearchSpace(layers=2, neurons=(0, 1, 2, 3, 4), kv_groups=(0, 1, 2))
@@ -182,3 +184,16 @@ def test_never_above_the_share_whatever_the_curves(seed):
     made_up = sensitivity(curves(3), curves(3), {"neurons": (7, 11), "kv_groups": (13, 3)})
     for share in torch.linspace(0, 1, 41).tolist():
         assert made_up.share(made_up.allocate(share)) <= share + 1e-12
+
+
+def test_blocks_leave_out_the_documents_that_were_ranked_on(tmp_path):
+    file = tmp_path / "text.jsonl"
+    texts = [f"Document {number}: {tiny.TEXT * 12}" for number in range(6)]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    tokenizer = tiny.tokenizer()
+    ranked_on = load_blocks(tokenizer, file, tokens=512, block_tokens=256)
+    assert ranked_on.documents == 2
+    others = sensitivity_blocks(tokenizer, file, tokens=512, after=ranked_on.documents)
+    assert tokenizer.decode(others.tokens[0]).startswith("Document 2:")
+    again = sensitivity_blocks(tokenizer, file, tokens=512, after=6)  # no others are left
+    assert tokenizer.decode(again.tokens[0]).startswith("Document 0:")

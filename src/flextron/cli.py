@@ -112,11 +112,15 @@ def _load(config: Any) -> ElasticModel:
 
 
 def _rank(config: RankConfig) -> None:
+    from flextron.data import load_blocks
     from flextron.sensitivity import measure_sensitivity, sensitivity_blocks
 
     model = _ranked(config)
     if config.sensitivity_tokens:
-        blocks = sensitivity_blocks(model.tokenizer, config.text, tokens=config.sensitivity_tokens)
+        ranked_on = load_blocks(model.tokenizer, config.text, tokens=config.tokens)
+        blocks = sensitivity_blocks(
+            model.tokenizer, config.text, tokens=config.sensitivity_tokens, after=ranked_on.documents
+        )
         measure_sensitivity(model, blocks, show=True).save(config.out)
     print(f"wrote {config.out}: {model.search_space.full}, ranked by {config.score} on {config.text}.")
 

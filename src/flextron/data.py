@@ -15,7 +15,7 @@ from typing import Any, TextIO
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from flextron.errors import CheckpointError, FlextronError
+from flextron.errors import CheckpointError, FlextronError, TooLittleTextError
 
 SAMPLES = ("sample/train", "sample/validation")
 BATCH_TOKENS = 2048
@@ -31,6 +31,8 @@ class TokenBlocks:
     bytes: torch.Tensor  # [N, T] int64
     text: str
     """Where the text came from."""
+    documents: int = 0
+    """How many documents of it were read, those skipped included."""
 
     @property
     def predicted_tokens(self) -> int:
@@ -54,12 +56,14 @@ def load_blocks(
     tokens: int,
     block_tokens: int = 512,
     max_characters: int | None = 4000,
+    skip_documents: int = 0,
 ) -> TokenBlocks:
     """The first `tokens` tokens of a text as blocks; fewer where the text is shorter, at least one block.
 
     Args:
         text: a .txt or .md file (one document), a .jsonl file with a `text` field per line, either also as .xz or .gz,
             or one of the samples that ship with flextron: sample/train, sample/validation.
+        skip_documents: leave out the first ones.
         max_characters: cut each document there, so that one book does not stand for a whole text; None for no cut.
 
     Raises:
@@ -73,7 +77,10 @@ def load_blocks(
     wanted = tokens // block_tokens * block_tokens
     ids: list[int] = []
     sizes: list[int] = []
-    for document in documents(text):
+    read = 0
+    for read, document in enumerate(documents(text), start=1):
+        if read <= skip_documents:
+            continue
         document_ids, document_sizes = _tokenise(tokenizer, document[:max_characters])
         ids += [*start, *document_ids, end]
         sizes += [*(0 for _ in start), *document_sizes, 0]
@@ -81,12 +88,12 @@ def load_blocks(
             break
     whole = min(wanted, len(ids) // block_tokens * block_tokens)
     if not whole:
-        raise FlextronError(
+        raise TooLittleTextError(
             f"{text} holds {len(ids)} tokens, less than one block of {block_tokens}. "
             "Give a longer text or a smaller block size."
         )
     shape = (-1, block_tokens)
-    return TokenBlocks(torch.tensor(ids[:whole]).view(shape), torch.tensor(sizes[:whole]).view(shape), str(text))
+    return TokenBlocks(torch.tensor(ids[:whole]).view(shape), torch.tensor(sizes[:whole]).view(shape), str(text), read)
 
 
 def documents(text: str | Path) -> Iterator[str]:

@@ -107,7 +107,10 @@ def _elastic_model(config: QuickstartConfig) -> tuple[ElasticModel, Sensitivity]
         model.save_pretrained(folder)
     if not Sensitivity.is_in(folder):
         _say("measuring what each part of each layer is worth")
-        blocks = sensitivity_blocks(model.tokenizer, "sample/train", tokens=config.tokens // 8)
+        ranked_on = load_blocks(model.tokenizer, "sample/train", tokens=config.tokens)
+        blocks = sensitivity_blocks(
+            model.tokenizer, "sample/train", tokens=config.tokens // 8, after=ranked_on.documents
+        )
         measure_sensitivity(model, blocks, show=True).save(folder)
     return model, Sensitivity.load(folder)
 

@@ -24,5 +24,9 @@ class SubnetError(FlextronError, ValueError):
     """A `Subnet` that does not fit the model or its search space."""
 
 
+class TooLittleTextError(FlextronError):
+    """A text that holds less than one block of tokens."""
+
+
 class ExportError(FlextronError):
     """A sub-network that cannot be exported to the format asked for."""

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from flextron.atomic import write_text
 from flextron.data import TokenBlocks, load_blocks
 from flextron.elastic import ElasticModel
-from flextron.errors import CheckpointError, SubnetError
+from flextron.errors import CheckpointError, SubnetError, TooLittleTextError
 from flextron.progress import bar
 from flextron.subnet import SearchSpace, Subnet
 
@@ -138,13 +138,22 @@ class _Step(NamedTuple):
     down_to: int
 
 
-def sensitivity_blocks(tokenizer: PreTrainedTokenizerBase | None, text: str | Path, *, tokens: int) -> TokenBlocks:
+def sensitivity_blocks(
+    tokenizer: PreTrainedTokenizerBase | None, text: str | Path, *, tokens: int, after: int = 0
+) -> TokenBlocks:
     """Blocks of many documents for few tokens: 256 tokens each, documents cut at 1,000 characters.
+
+    `after` is the number of documents to leave out: on text that the model was ranked on, what is left out looks
+    cheaper than it is (docs/decisions/0003-sensitivity.md). Where no others are left, these serve all the same.
 
     Raises:
         FlextronError: as `load_blocks`.
     """
-    return load_blocks(tokenizer, text, tokens=tokens, block_tokens=256, max_characters=1000)
+    few: dict[str, Any] = {"tokens": tokens, "block_tokens": 256, "max_characters": 1000}
+    try:
+        return load_blocks(tokenizer, text, **few, skip_documents=after)
+    except TooLittleTextError:
+        return load_blocks(tokenizer, text, **few)
 
 
 def measure_sensitivity(model: ElasticModel, blocks: TokenBlocks, *, show: bool = False) -> Sensitivity:

@@ -9,7 +9,6 @@ after using many sub-networks; time to choose one; and the cost of ranking again
 
 from __future__ import annotations
 
-import copy
 import random
 import time
 from collections.abc import Callable
@@ -22,9 +21,8 @@ import torch
 import tyro
 from transformers import AutoModelForCausalLM
 
-from flextron import ElasticModel, Subnet, load_blocks, measure_sensitivity, rank
+from flextron import ElasticModel, Subnet, load_blocks, rank
 from flextron.demo import smollm2_path
-from flextron.sensitivity import sensitivity_blocks
 from model import load_smollm2, write_results
 
 
@@ -46,15 +44,13 @@ def main(settings: Settings) -> None:
     original = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
     model = load_smollm2()
     results: dict[str, Any] = {"ranking": _ranking_cost(model, settings)}
-    blocks = sensitivity_blocks(model.tokenizer, "sample/train", tokens=512)
-    half = measure_sensitivity(model, blocks, show=True).allocate(0.5)
-    equal_half = model.search_space.uniform(768, 2)
-    results["choosing_ms"] = _choosing_ms(model, half)
+    layers = model.search_space.layers
+    uneven = Subnet((1088, 448) * (layers // 2), (1, 2) * (layers // 2))  # half of the layers' weights
+    equal = model.search_space.uniform(704, 2)
+    results["choosing_ms"] = _choosing_ms(model, uneven)
     print(f"choosing a sub-network: {results['choosing_ms']:.3f} ms")
     for dtype in (torch.float32, torch.bfloat16):
-        results[str(dtype)] = _prefill(
-            model.lm.to(dtype), original.to(dtype), model, [half, equal_half], settings.rounds
-        )
+        results[str(dtype)] = _prefill(model.lm.to(dtype), original.to(dtype), model, [uneven, equal], settings.rounds)
     results["memory"] = _memory_growth_mb(model)
     write_results(settings.out, results)
 
@@ -63,10 +59,8 @@ def main(settings: Settings) -> None:
 def _ranking_cost(model: ElasticModel, settings: Settings) -> dict[str, float]:
     blocks = load_blocks(model.tokenizer, "sample/train", tokens=settings.rank_tokens)
     forward = _seconds(lambda: [model(batch, use_cache=False) for batch in blocks.batches(2048)])
-    fresh = copy.deepcopy(model)
-    ranking = _seconds(lambda: rank(fresh, blocks))
+    ranking = _seconds(lambda: rank(model, blocks))
     forward = (forward + _seconds(lambda: [model(batch, use_cache=False) for batch in blocks.batches(2048)])) / 2
-    rank(model, blocks)
     print(
         f"ranking on {settings.rank_tokens} tokens: {ranking:.1f} s, {ranking / forward:.2f} x a forward pass over them"
     )
@@ -96,8 +90,8 @@ def _prefill(lm: Any, original: Any, model: ElasticModel, halves: list[Subnet], 
         "original": lambda: original(tokens_BT, use_cache=False),
         "elastic, full": lambda: lm(tokens_BT, use_cache=False),
         "layers, full": layers(model.search_space.full),
-        "layers, greedy 50%": layers(halves[0]),
-        "layers, 768 neurons, 2 groups": layers(halves[1]),
+        "layers, uneven half": layers(halves[0]),
+        "layers, 704 neurons, 2 groups": layers(halves[1]),
     }
     times: dict[str, list[float]] = {name: [] for name in runs}
     for round_ in range(rounds + 1):
@@ -110,8 +104,8 @@ def _prefill(lm: Any, original: Any, model: ElasticModel, halves: list[Subnet], 
     print("\n".join(f"  {name:<32}{value:8.0f} ms" for name, value in ms.items()))
     ratios = {
         "elastic / original": _ratio(times, "elastic, full", "original"),
-        "greedy 50% / full": _ratio(times, "layers, greedy 50%", "layers, full"),
-        f"equal {model.share(halves[1]):.1%} / full": _ratio(times, "layers, 768 neurons, 2 groups", "layers, full"),
+        f"uneven {model.share(halves[0]):.1%} / full": _ratio(times, "layers, uneven half", "layers, full"),
+        f"equal {model.share(halves[1]):.1%} / full": _ratio(times, "layers, 704 neurons, 2 groups", "layers, full"),
     }
     print("\n".join(f"  {name:<32}{value:8.3f}" for name, value in ratios.items()))
     return {"ms": ms, "ratios": ratios}

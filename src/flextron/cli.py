@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from flextron.elastic import ElasticModel
 
 DESCRIPTION = "One checkpoint, every latency: nested sub-networks of any Hugging Face LLM. Also: flextron --version."
+# What may change between an interrupted `rank` and the run that takes it up.
 _NOT_OF_THE_RANKING = ("out", "overwrite", "sensitivity_tokens", "device")
 RECIPE_HELP = """
 
@@ -133,9 +134,7 @@ def _ranked(config: RankConfig) -> ElasticModel:
     from flextron.sensitivity import Sensitivity
     from flextron.subnet import SearchSpace
 
-    asks = {
-        key: value for key, value in asdict(config).items() if key not in ("out", "overwrite", "sensitivity_tokens")
-    }
+    asks = {key: value for key, value in asdict(config).items() if key not in _NOT_OF_THE_RANKING}
     wanted = json.dumps({"version": 1, **asks}) + "\n"
     asked = config.out / "rank.json"
     unfinished = asked.is_file() and not Sensitivity.is_in(config.out)
@@ -165,10 +164,8 @@ def _evaluate(config: EvaluateConfig) -> None:
     results = evaluate(model, subnets, blocks, show=True)
     if config.json:
         rows = [{"name": wish, **asdict(result)} for wish, result in zip(config.subnet, results, strict=True)]
-        rows = [
-            {key: None if value != value else value for key, value in row.items()} for row in rows
-        ]  # NaN is no JSON
-        print(json.dumps(rows, indent=1, allow_nan=False))
+        numbers = [{key: None if value != value else value for key, value in row.items()} for row in rows]  # no NaN
+        print(json.dumps(numbers, indent=1, allow_nan=False))
         return
     first = config.subnet[0]
     print(f"{results[0].tokens} tokens of {config.text}; ± is the standard error over blocks of {config.block_tokens}")

@@ -4,6 +4,7 @@ FlextronError
 ├── UnknownFamilyError    no spec for this architecture; a spec of some ten lines adds it
 ├── CheckpointError       a folder or file that is missing, truncated or of another kind
 ├── SubnetError           widths that the model or its search space does not have (also a ValueError)
+├── TooLittleTextError    a text shorter than one block
 └── ExportError           a sub-network that the target format cannot express
 """
 

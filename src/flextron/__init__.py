@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flextron.choice import choose
+    from flextron.config import OptimizerOptions, TextOptions, TrainConfig, VisitOptions, WatchOptions
     from flextron.data import TokenBlocks, load_blocks
     from flextron.demo import quickstart
     from flextron.elastic import ElasticModel
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from flextron.ranking import rank
     from flextron.sensitivity import Sensitivity, measure_sensitivity
     from flextron.subnet import SearchSpace, Subnet
+    from flextron.training import train
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,10 +31,15 @@ __all__ = [
     "Evaluation",
     "ExportReport",
     "FlextronError",
+    "OptimizerOptions",
     "SearchSpace",
     "Sensitivity",
     "Subnet",
+    "TextOptions",
     "TokenBlocks",
+    "TrainConfig",
+    "VisitOptions",
+    "WatchOptions",
     "choose",
     "evaluate",
     "export",
@@ -41,6 +48,7 @@ __all__ = [
     "measure_sensitivity",
     "quickstart",
     "rank",
+    "train",
 ]
 
 _HOMES = {
@@ -51,6 +59,12 @@ _HOMES = {
     "TokenBlocks": "data",
     "load_blocks": "data",
     "rank": "ranking",
+    "TrainConfig": "config",
+    "TextOptions": "config",
+    "VisitOptions": "config",
+    "OptimizerOptions": "config",
+    "WatchOptions": "config",
+    "train": "training",
     "Evaluation": "evaluation",
     "evaluate": "evaluation",
     "Sensitivity": "sensitivity",

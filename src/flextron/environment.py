@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -25,6 +26,23 @@ def describe_device(device: str | torch.device) -> str:
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{_processor()}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
+
+
+def faster_dtype() -> torch.dtype:
+    """Whichever of bfloat16 and float32 multiplies matrices faster here: some processors have no bfloat16 units."""
+    if torch.cuda.is_available():
+        return torch.bfloat16
+    return min((torch.bfloat16, torch.float32), key=_product_seconds)
+
+
+def _product_seconds(dtype: torch.dtype) -> float:
+    matrix = torch.ones(1024, 1024, dtype=dtype)
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        matrix @ matrix
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def _version(package: str) -> str:

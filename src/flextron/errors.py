@@ -5,6 +5,7 @@ FlextronError
 ├── CheckpointError       a folder or file that is missing, truncated or of another kind
 ├── SubnetError           widths that the model or its search space does not have (also a ValueError)
 ├── TooLittleTextError    a text shorter than one block
+├── TrainingError         a loss that is no longer a number
 └── ExportError           a sub-network that the target format cannot express
 """
 
@@ -27,6 +28,10 @@ class SubnetError(FlextronError, ValueError):
 
 class TooLittleTextError(FlextronError):
     """A text that holds less than one block of tokens."""
+
+
+class TrainingError(FlextronError):
+    """A training run that cannot go on, such as one whose loss is no longer a number."""
 
 
 class ExportError(FlextronError):

@@ -123,6 +123,20 @@ def make_elastic(projection: nn.Module, width: Width, *, opens: bool, stacked: i
     return elastic
 
 
+class _WithZeroGradients(torch.autograd.Function):
+    """Its first input, and zeros as the gradients of all others: as masking gives them, and as sharding needs them."""
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, *parameters: nn.Parameter) -> torch.Tensor:
+        ctx.like = [(p.shape, p.dtype, p.device) if p.requires_grad else None for p in parameters]
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        zeros = [None if like is None else torch.zeros(like[0], dtype=like[1], device=like[2]) for like in ctx.like]
+        return (gradients[0], *zeros)
+
+
 class _Skippable(nn.Module):
     """A sub-layer that is left out when no unit of it runs: it adds zero to the residual stream.
 
@@ -138,6 +152,8 @@ class _Skippable(nn.Module):
         if self.width.kept:
             return super().forward(hidden_states, *args, **kwargs)
         nothing = torch.zeros_like(hidden_states)
+        if torch.is_grad_enabled():
+            nothing = _WithZeroGradients.apply(nothing, *self.parameters())  # type: ignore[no-untyped-call]
         if not self.gives_weights:
             return nothing
         for cache_ in (value for value in kwargs.values() if isinstance(value, Cache)):

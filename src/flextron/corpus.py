@@ -1,0 +1,494 @@
+"""Texts of any size -> blocks of tokens in one fixed order that can be taken up anywhere. B blocks of T tokens."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import math
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from importlib import import_module, resources
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+from transformers import PreTrainedTokenizerBase
+
+from flextron.data import SAMPLES, document_end, document_start, documents
+from flextron.errors import CheckpointError, FlextronError, TooLittleTextError
+from flextron.progress import bar
+
+VERSION = 1
+"""Of the cache's files and of a saved position."""
+GROUP_CHARACTERS = 1 << 18
+"""Characters that the tokenizer gets at once: many documents, so that it uses all cores."""
+_DATASET = "datasets:"
+_TEXT_FILE = re.compile(r"\.((jsonl|txt|md)(\.xz|\.gz)?|parquet)$")
+_ENDINGS = ".jsonl, .txt, .md (each also .xz, .gz) or .parquet"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A text, and how much of the training data it gives."""
+
+    path: str
+    """A file (.jsonl, .txt, .md, each also .xz or .gz, or .parquet), a folder with such files at any depth, a glob of
+    them (both in the order of their names), a sample such as sample/train, or datasets:NAME[,CONFIG[,SPLIT]]."""
+    weight: float = 1.0
+    """Share of the blocks, relative to the weights of the other sources."""
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ValueError("a source of text has an empty path; write PATH or PATH@WEIGHT.")
+        if not (math.isfinite(self.weight) and self.weight > 0):
+            raise ValueError(f"weight {self.weight} of {self.path} is not a finite number above 0.")
+
+    @classmethod
+    def parse(cls, text: str) -> Source:
+        """The source written as PATH or PATH@WEIGHT.
+
+        Raises:
+            ValueError: what follows the last @ is no finite number above 0. It may hold a / where it is part of a path.
+        """
+        path, at, weight = text.rpartition("@")
+        if not at or "/" in weight or Path(text).exists():
+            return cls(text)
+        try:
+            number = float(weight)
+        except ValueError:
+            raise ValueError(
+                f"weight {weight!r} of {path!r} is no number. Write PATH@0.3; with an @, PATH@1."
+            ) from None
+        return cls(path, number)
+
+
+class Corpus:
+    """Blocks of tokens drawn from weighted sources, in one fixed order that can be taken up anywhere.
+
+    Documents follow one another, each ended by one token, and go on in the next block where one is full. A source is
+    tokenised once, a shard at a time when it is first needed, into `cache` (2 or 4 bytes a token). Its shards come in
+    the order of the text, the whole blocks of a shard in a seeded order; what is left of a shard, less than a block, is
+    not used. A text that ends is read again in another order.
+
+    The next block is from the source that lags most behind its weight, so no source is ever a whole block ahead of its
+    share. Of each source, one shard is in memory.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        sources: Sequence[str | Source],
+        *,
+        block_tokens: int,
+        seed: int = 0,
+        cache: Path | None = None,
+        shard_tokens: int = 1 << 19,
+    ) -> None:
+        """Find the files of all sources; nothing is read yet.
+
+        Args:
+            cache: folder for tokenised text, shared by all corpora; by default $FLEXTRON_CACHE or the user's cache.
+                A dataset of a hub is found there by its name, so a newer version of it is not noticed.
+            shard_tokens: tokens that are made, kept and shuffled together.
+
+        Raises:
+            FlextronError: no tokenizer, or a source that is not there.
+            ValueError: no source, one named twice, a bad weight, a negative seed, or a block larger than a shard.
+        """
+        if tokenizer is None:
+            raise FlextronError("this checkpoint has no tokenizer; put its tokenizer files into the same folder.")
+        if not 2 <= block_tokens <= shard_tokens or seed < 0:
+            raise ValueError(
+                f"got blocks of {block_tokens} tokens, shards of {shard_tokens} and seed {seed}; "
+                "a block is 2 tokens to a whole shard, a seed is 0 or more."
+            )
+        self._sources = [source if isinstance(source, Source) else Source.parse(source) for source in sources]
+        _check_paths([source.path for source in self._sources])
+        self._settings = {"block_tokens": block_tokens, "seed": seed, "shard_tokens": shard_tokens}
+        folder = (cache or _default_cache()) / "tokens"
+        total = sum(source.weight for source in self._sources)
+        self._readers = []
+        for index, source in enumerate(self._sources):
+            shards = _Shards(source.path, tokenizer, folder, shard_tokens)
+            self._readers.append(_Reader(shards, source.weight / total, block_tokens, (seed, index)))
+
+    def next_blocks(self, count: int) -> torch.Tensor:
+        """The next `count` blocks, [count, T] int64. Where it fails or is interrupted, the position is as before.
+
+        Raises:
+            FlextronError: a text that cannot be read, is empty, or has changed since a position in it was saved.
+            TooLittleTextError: a source of less than one block.
+            CheckpointError: the cache cannot be written, such as when the disk is full.
+        """
+        if count < 1:
+            raise ValueError(f"got {count} blocks to draw; it must be at least 1.")
+        before = [reader.position for reader in self._readers]
+        try:
+            blocks = [self._most_behind().next_block() for _ in range(count)]
+        except BaseException:  # Ctrl-C too: a position saved now leaves nothing out
+            for reader, position in zip(self._readers, before, strict=True):
+                reader.position = position
+            raise
+        return torch.from_numpy(np.stack(blocks).astype(np.int64))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, as JSON, with the settings that it holds for."""
+        return {**self._identity(), "positions": [asdict(reader.position) for reader in self._readers]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken, in a corpus of the same sources and settings.
+
+        Raises:
+            FlextronError: a position of other sources, weights, sizes or seed, or one that makes no sense.
+        """
+        for name, mine in self._identity().items():
+            if state.get(name) != mine:
+                raise FlextronError(
+                    f"this position in the text has other {name}: {state.get(name)}, not {mine}. "
+                    "Give the former ones, or start anew."
+                )
+        try:
+            positions = [_Position(**position) for position in state["positions"]]
+            pairs = list(zip(self._readers, positions, strict=True))
+        except (KeyError, TypeError, ValueError) as error:
+            raise FlextronError(f"this position in the text is garbled ({error}). Start anew.") from None
+        for reader, position in pairs:
+            reader.position = position
+
+    @property
+    def epochs(self) -> dict[str, int]:
+        """By path, how often the source was read through before its latest block; above 0, its text repeats."""
+        return {reader.shards.path: reader.position.epoch for reader in self._readers}
+
+    def _identity(self) -> dict[str, Any]:
+        return {"version": VERSION, "sources": [asdict(source) for source in self._sources], **self._settings}
+
+    def _most_behind(self) -> _Reader:
+        """The reader of the source that would lag most if the next block were another's; of equals, the first."""
+        number = 1 + sum(reader.position.given for reader in self._readers)
+        return max(self._readers, key=lambda reader: reader.share * number - reader.position.given)
+
+
+def positions(tokens_BT: torch.Tensor, end: int) -> torch.Tensor:
+    """Place of each token in its document, [B, T] int64: 0 after each `end` and at the start of each block."""
+    places_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand(tokens_BT.shape)
+    begins_BT = torch.nn.functional.pad(tokens_BT[:, :-1] == end, (1, 0))
+    return places_BT - (places_BT * begins_BT).cummax(1).values
+
+
+@dataclass(frozen=True)
+class _Position:
+    """Where a source is read."""
+
+    given: int = 0
+    """Blocks since the start, those of former epochs included."""
+    epoch: int = 0
+    shard: int = 0
+    place: int = 0
+    """Blocks of the shard that are done."""
+
+    def __post_init__(self) -> None:
+        if not all(type(value) is int and value >= 0 for value in vars(self).values()):
+            raise ValueError(f"got {vars(self)}, want whole numbers from 0 up")
+
+
+class _Reader:
+    """The blocks of one source, for ever."""
+
+    def __init__(self, shards: _Shards, share: float, block_tokens: int, seed: tuple[int, int]) -> None:
+        self.position = _Position()
+        self.shards, self.share = shards, share
+        self._block_tokens, self._seed = block_tokens, seed
+        self._held: tuple[int, _Shard] | None = None
+
+    def next_block(self) -> NDArray[Any]:
+        """The next block, [T]."""
+        while True:
+            now = self.position
+            shard = self._shard(now.shard)
+            blocks = len(shard.tokens) // self._block_tokens
+            if now.place < blocks:
+                break
+            self.position = self._after(shard, blocks)
+        order = np.random.default_rng([*self._seed, now.epoch, now.shard]).permutation(blocks)
+        start = int(order[now.place]) * self._block_tokens
+        self.position = replace(now, given=now.given + 1, place=now.place + 1)
+        return shard.tokens[start : start + self._block_tokens]
+
+    def _after(self, shard: _Shard, blocks: int) -> _Position:
+        """The start of the shard that follows."""
+        now = self.position
+        if not shard.last:
+            return replace(now, shard=now.shard + 1, place=0)
+        if now.shard == 0 and blocks == 0:
+            raise TooLittleTextError(
+                f"{self.shards.path} holds {len(shard.tokens)} tokens, less than one block of {self._block_tokens}. "
+                "Give a longer text or a smaller block size."
+            )
+        return replace(now, epoch=now.epoch + 1, shard=0, place=0)
+
+    def _shard(self, number: int) -> _Shard:
+        if self._held is None or self._held[0] != number:
+            self._held = None  # one shard in memory, not two
+            self._held = (number, self.shards.shard(number))
+        return self._held[1]
+
+
+@dataclass(frozen=True)
+class _Shard:
+    tokens: NDArray[Any]
+    documents: int
+    """Documents of the source that end in this shard or before it."""
+    begun: int
+    """Tokens of the document after those that are in this shard or before it."""
+    last: bool
+    """Whether the text ends with this shard."""
+
+    @property
+    def about(self) -> dict[str, str]:
+        """The rest as a file's metadata, with a checksum of it all."""
+        about = {"version": str(VERSION), "documents": str(self.documents), "begun": str(self.begun)}
+        about |= {"last": str(self.last).lower(), "count": str(len(self.tokens)), "dtype": str(self.tokens.dtype)}
+        return about | {"checksum": str(zlib.crc32(self.tokens.tobytes(), zlib.crc32(json.dumps(about).encode())))}
+
+
+class _Shards:
+    """The tokens of one source in shards, each made from the text once and then read from its file.
+
+    Files appear whole or not at all, and any of them can be made again alone: several processes may share a folder.
+    """
+
+    def __init__(self, path: str, tokenizer: PreTrainedTokenizerBase, folder: Path, shard_tokens: int) -> None:
+        self.path = path
+        self._texts: Callable[[], Iterator[str]]
+        self._texts, identity = _open_source(path)
+        self._tokenizer, self._size = tokenizer, shard_tokens
+        self._start, self._end = document_start(tokenizer), document_end(tokenizer)
+        about = {"version": VERSION, "shard_tokens": shard_tokens, "start": self._start, "end": self._end}
+        about |= {"tokenizer": _fingerprint(tokenizer), "text": identity}
+        self._about = json.dumps(about, indent=1)
+        self._folder = folder / hashlib.sha256(self._about.encode()).hexdigest()[:32]
+        self._coming: Iterator[_Shard] = iter(())
+        self._number: int | None = None  # of the shard that `_coming` gives next
+
+    def shard(self, number: int) -> _Shard:
+        """Shard `number`, from its file if that is whole; else it is made, after those before it."""
+        found = self._load(number)
+        if found is not None:
+            return found
+        first = number if number == self._number else self._reopen(number)
+        with bar(number - first, description=f"tokenising {self.path}", show=number > first) as advance:
+            for earlier in range(first, number):
+                self._make(earlier)
+                advance()
+        return self._make(number)
+
+    def _reopen(self, number: int) -> int:
+        """Get ready to make the shards that follow the last whole file before `number`; the first one's number."""
+        before = None
+        while number and (before := self._load(number - 1)) is None:
+            number -= 1
+        self._coming = self._pack(before)
+        return number
+
+    def _make(self, number: int) -> _Shard:
+        self._number = None  # a generator that was interrupted gives nothing more
+        shard = next(self._coming, None)
+        if shard is None:
+            raise FlextronError(
+                f"{self.path} has changed since this position in it was saved: it has no shard {number} of "
+                f"{self._size} tokens any more. Give the former text, or start anew."
+            )
+        if number == 0:
+            _write(self._folder / "source.json", self._about.encode())
+        _write(self._file(number), save({"tokens": shard.tokens}, metadata=shard.about))
+        self._number = number + 1
+        return shard
+
+    def _load(self, number: int) -> _Shard | None:
+        """The shard in the cache; None where it is not there or not whole."""
+        try:
+            with safe_open(self._file(number), "numpy") as file:
+                about, tokens = file.metadata(), file.get_tensor("tokens")
+            shard = _Shard(tokens, int(about["documents"]), int(about["begun"]), about["last"] == "true")
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+            return None
+        return shard if shard.about == about else None
+
+    def _file(self, number: int) -> Path:
+        return self._folder / f"shard-{number:05}.safetensors"
+
+    def _pack(self, before: _Shard | None) -> Iterator[_Shard]:
+        """The shards that follow `before`: all full but the last."""
+        done, begun = (before.documents, before.begun) if before else (0, 0)
+        pieces: list[NDArray[Any]] = []
+        room = self._size
+        for document in self._tokenised(islice(self._texts(), done, None)):
+            while len(document) - begun > room:  # more than fits, so this shard is not the last
+                pieces.append(document[begun : begun + room])
+                begun += room
+                yield _Shard(np.concatenate(pieces), done, begun, last=False)
+                pieces, room = [], self._size
+            pieces.append(document[begun:])
+            room -= len(pieces[-1])
+            done, begun = done + 1, 0
+        if pieces:  # none where `before` was the last
+            yield _Shard(np.concatenate(pieces), done, begun, last=True)
+
+    def _tokenised(self, texts: Iterable[str]) -> Iterator[NDArray[Any]]:
+        """The tokens of each document, with those that start and end it."""
+        top = max(*self._tokenizer.get_vocab().values(), *self._start, self._end)
+        dtype = np.uint16 if top < 1 << 16 else np.int32
+        for group in _groups(texts):
+            encoded = self._tokenizer(group, add_special_tokens=False, return_attention_mask=False, verbose=False)
+            for ids in encoded["input_ids"]:
+                yield np.array([*self._start, *ids, self._end], dtype)
+
+
+def _groups(texts: Iterable[str]) -> Iterator[list[str]]:
+    group: list[str] = []
+    characters = 0
+    for text in texts:
+        group.append(text)
+        characters += len(text) + 1
+        if characters >= GROUP_CHARACTERS:
+            yield group
+            group, characters = [], 0
+    if group:
+        yield group
+
+
+def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Of what the tokenizer does; to be taken after a first use, which clears limits to the length of a text."""
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+
+
+def _default_cache() -> Path:
+    if own := os.environ.get("FLEXTRON_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flextron"
+
+
+def _write(path: Path, content: bytes) -> None:
+    partial = path.with_name(f".{path.name}.partial-{uuid4().hex}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write tokenised text to {path}: {error.strerror}. "
+            "Free some space, or name another folder for the cache."
+        ) from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def _check_paths(paths: list[str]) -> None:
+    if not paths:
+        raise ValueError("name at least one source of text.")
+    for path in paths:
+        if paths.count(path) > 1:
+            raise ValueError(f"source {path} is named twice; name it once, with the sum of the weights.")
+
+
+def _open_source(path: str) -> tuple[Callable[[], Iterator[str]], Any]:
+    """A function that reads the documents of a source from the start, and what tells the source from all others."""
+    if path.startswith(_DATASET):
+        name, *options = path.removeprefix(_DATASET).split(",")
+        if not name or len(options) > 2:
+            raise ValueError(f"cannot read {path!r} as a dataset; write datasets:NAME[,CONFIG[,SPLIT]].")
+        config, split = [option.strip() or None for option in (*options, "", "")[:2]]
+        files = [file for file in sorted(Path(name).rglob("*")) if file.is_file()]
+        identity = [name if not files else _stats(files), config, split or "train"]
+        return lambda: _strings(_rows(path, name, config, split or "train"), path), identity
+    files = _files(path)
+    return lambda: chain.from_iterable(map(_documents, files)), _stats(files)
+
+
+def _stats(files: list[Path]) -> list[tuple[str, int, int]]:
+    """Of each file its place, its size in bytes, and when it last changed, in nanoseconds."""
+    stats = [(file.resolve(), file.stat()) for file in files]
+    return [(str(place), stat.st_size, stat.st_mtime_ns) for place, stat in stats]
+
+
+def _files(path: str) -> list[Path]:
+    if path in SAMPLES:
+        return [Path(str(resources.files("flextron") / f"{path}.jsonl.xz"))]
+    if Path(path).is_file():
+        return [Path(path)]
+    inside = Path(path).is_dir()
+    pattern = f"{glob.escape(path)}/**" if inside else path
+    found = glob.glob(pattern, recursive=True)  # noqa: PTH207 - also takes absolute patterns
+    files = sorted(Path(name) for name in found if _TEXT_FILE.search(name) and Path(name).is_file())
+    if not files:
+        raise FlextronError(f"no text at {path}. Name a file ({_ENDINGS}), a folder or glob of them, or {SAMPLES[0]}.")
+    return files
+
+
+def _documents(file: Path) -> Iterator[str]:
+    return _strings(_parquet(file), str(file)) if file.suffix == ".parquet" else documents(file)
+
+
+def _strings(values: Iterable[Any], name: str) -> Iterator[str]:
+    """The values of a column, each a string, not all of them blank."""
+    empty = True
+    for number, value in enumerate(values, start=1):
+        if not isinstance(value, str):
+            raise FlextronError(f'{name}, row {number}: "text" is a {type(value).__name__}, not a string.')
+        empty = empty and not value.strip()
+        yield value
+    if empty:
+        raise FlextronError(f"{name} is empty.")
+
+
+def _parquet(file: Path) -> Iterator[Any]:
+    parquet = _extra("pyarrow.parquet", file)
+    with _clear_errors(file), parquet.ParquetFile(file) as table:
+        _check_column(table.schema_arrow.names, file)
+        for batch in table.iter_batches(batch_size=256, columns=["text"]):
+            yield from batch.column(0).to_pylist()
+
+
+def _rows(path: str, name: str, config: str | None, split: str) -> Iterator[Any]:
+    datasets = _extra("datasets", path)
+    with _clear_errors(path):
+        for row in datasets.load_dataset(name, config, split=split, streaming=True):
+            _check_column(row, path)
+            yield row["text"]
+
+
+def _check_column(names: Iterable[str], path: str | Path) -> None:
+    if "text" not in names:
+        raise FlextronError(f'{path} has no column "text" but {", ".join(names)}. Rename the one that holds the text.')
+
+
+def _extra(module: str, path: str | Path) -> Any:
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise FlextronError(f'cannot read {path}: {error}. Run: pip install "flextron[data]"') from None
+
+
+@contextmanager
+def _clear_errors(path: str | Path) -> Iterator[None]:
+    """Turn what pyarrow and datasets raise, which is of many kinds, into one line."""
+    try:
+        yield
+    except FlextronError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise FlextronError(f"cannot read {path}: {reason}") from None

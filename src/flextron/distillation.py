@@ -1,0 +1,196 @@
+"""The training loss, from hidden states, in chunks: the logits of a whole batch never exist.
+
+Shapes: B batch, T time, D model, V vocabulary, C tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+
+from flextron.corpus import positions
+
+CHUNK_TOKENS = 256
+"""Tokens whose logits exist at once: 50 MB in fp32 for a vocabulary of 49,152."""
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Sums over the predicted tokens of a batch; `total` carries the gradient, the others are for the record."""
+
+    total: torch.Tensor
+    """(1 - text_weight) x divergence + text_weight x cross_entropy, in nats, summed."""
+    divergence: torch.Tensor
+    """Forward KL from the teacher's predictions, in nats, summed."""
+    cross_entropy: torch.Tensor
+    """To the text, in nats, summed."""
+
+
+def hidden_states(lm: PreTrainedModel, tokens_BT: torch.Tensor, positions_BT: torch.Tensor | None) -> torch.Tensor:
+    """What the output projection reads, [B, T, D]; attention stays inside documents where their positions are given."""
+    hidden_BTD: torch.Tensor = lm.base_model(
+        input_ids=tokens_BT, position_ids=positions_BT, use_cache=False
+    ).last_hidden_state
+    return hidden_BTD
+
+
+def logits_of(lm: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits of hidden states, as the model's own forward pass computes them: Granite scales, Gemma 2 caps."""
+    logits: torch.Tensor = lm.get_output_embeddings()(hidden) / getattr(lm.config, "logits_scaling", 1)
+    cap = getattr(lm.config, "final_logit_softcapping", None)
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def losses(
+    student: PreTrainedModel,
+    hidden_BTD: torch.Tensor,
+    tokens_BT: torch.Tensor,
+    *,
+    teacher: PreTrainedModel | None = None,
+    teacher_hidden_BTD: torch.Tensor | None = None,
+    text_weight: float = 0.0,
+) -> Losses:
+    """Distillation from a teacher, cross-entropy to the text, or a mix, summed over predicted tokens.
+
+    Forward KL on logits, sum_v p_teacher log(p_teacher / p_student); no temperature. Gradients are computed chunk by
+    chunk in the forward pass, so that the backward pass holds hidden states only.
+
+    Args:
+        hidden_BTD: from `hidden_states` of the student; all but each row's last predict the token that follows.
+        text_weight: share of cross-entropy; 1 needs no teacher.
+    """
+    read = hidden_BTD[:, :-1].flatten(0, 1)
+    taught = None if teacher_hidden_BTD is None else teacher_hidden_BTD[:, :-1].flatten(0, 1)
+    head = [p for p in student.get_output_embeddings().parameters() if p.requires_grad]
+    total, divergence, cross_entropy = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
+        read, tokens_BT[:, 1:].flatten(), student, teacher, taught, text_weight, *head
+    )
+    return Losses(total, divergence, cross_entropy)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """The gradient is computed beside the loss, so that no chunk is computed twice and none is kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: torch.Tensor,
+        labels_N: torch.Tensor,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel | None,
+        teacher_hidden_ND: torch.Tensor | None,
+        text_weight: float,
+        *head: nn.Parameter,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        wanted = ctx.needs_input_grad[0]
+        gradients = [torch.zeros_like(hidden_ND), *(torch.zeros_like(p) for p in head)]
+        sums = hidden_ND.new_zeros(3, dtype=torch.float32)
+        for place in _chunks(len(labels_N)):
+            taught_CV = None
+            if teacher is not None and teacher_hidden_ND is not None:
+                taught_CV = logits_of(teacher, teacher_hidden_ND[place]).float().log_softmax(-1)
+            with torch.set_grad_enabled(wanted):
+                hidden_CD = hidden_ND[place].detach().requires_grad_(wanted)
+                log_p_CV = logits_of(student, hidden_CD).float().log_softmax(-1)
+                cross_entropy = F.nll_loss(log_p_CV, labels_N[place], reduction="sum")
+                divergence = (
+                    torch.zeros_like(cross_entropy)
+                    if taught_CV is None
+                    else F.kl_div(log_p_CV, taught_CV, reduction="sum", log_target=True)
+                )
+                total = (1 - text_weight) * divergence + text_weight * cross_entropy
+            sums += torch.stack([total, divergence, cross_entropy]).detach()
+            if not wanted:
+                continue
+            of_chunk = torch.autograd.grad(total, [hidden_CD, *head])
+            gradients[0][place] = of_chunk[0]
+            for gradient, more in zip(gradients[1:], of_chunk[1:], strict=True):
+                gradient += more
+        ctx.save_for_backward(*gradients)
+        total, divergence, cross_entropy = sums.unbind()
+        ctx.mark_non_differentiable(divergence, cross_entropy)
+        return total.clone(), divergence.clone(), cross_entropy.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *of_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, *head = (gradient * of_outputs[0].to(gradient.dtype) for gradient in ctx.saved_tensors)
+        return (hidden, None, None, None, None, None, *head)
+
+
+def _chunks(tokens: int) -> Iterator[slice]:
+    return (slice(start, min(start + CHUNK_TOKENS, tokens)) for start in range(0, tokens, CHUNK_TOKENS))
+
+
+class Distiller(nn.Module):
+    """Student and teacher as one module, so that one forward pass is all that a training step or sharding sees.
+
+    `teacher` is a model of its own, or None where the loss is the text's alone. `original`, for adapters, is a context
+    in which the student computes as it did before training: then it teaches itself, without a second copy.
+    """
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel | None = None,
+        *,
+        text_weight: float = 0.0,
+        document_end: int | None = None,
+        original: Callable[[], AbstractContextManager[Any]] | None = None,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.teacher = None if teacher is None else Reader(teacher)
+        self.text_weight = text_weight
+        self.document_end = document_end
+        self.original = original
+
+    def forward(self, tokens_BT: torch.Tensor, *, held_out: bool = False) -> Losses:
+        """Losses of the student, as the sub-network in use; `held_out` gives cross-entropy alone, as `evaluate`."""
+        if held_out:
+            return losses(self.student, hidden_states(self.student, tokens_BT, None), tokens_BT, text_weight=1.0)
+        positions_BT = self._positions(tokens_BT)
+        teacher, taught_BTD = self._taught(tokens_BT, positions_BT)
+        return losses(
+            self.student,
+            hidden_states(self.student, tokens_BT, positions_BT),
+            tokens_BT,
+            teacher=teacher,
+            teacher_hidden_BTD=taught_BTD,
+            text_weight=self.text_weight,
+        )
+
+    def _positions(self, tokens_BT: torch.Tensor) -> torch.Tensor | None:
+        """Positions inside documents; None where every row is one document, which attention computes faster."""
+        if self.document_end is None or not (tokens_BT[:, :-1] == self.document_end).any():
+            return None
+        return positions(tokens_BT, self.document_end)
+
+    @torch.no_grad()
+    def _taught(
+        self, tokens_BT: torch.Tensor, positions_BT: torch.Tensor | None
+    ) -> tuple[PreTrainedModel | None, torch.Tensor | None]:
+        if self.teacher is not None:
+            return self.teacher.lm, self.teacher(tokens_BT, positions_BT)
+        if self.original is None:
+            return None, None
+        with self.original():
+            return self.student, hidden_states(self.student, tokens_BT, positions_BT)
+
+
+class Reader(nn.Module):
+    """A model up to its output projection."""
+
+    def __init__(self, lm: PreTrainedModel) -> None:
+        super().__init__()
+        self.lm = lm
+
+    def forward(self, tokens_BT: torch.Tensor, positions_BT: torch.Tensor | None) -> torch.Tensor:
+        """As `hidden_states`."""
+        return hidden_states(self.lm, tokens_BT, positions_BT)

@@ -1,0 +1,151 @@
+"""The folder of a training run: what was asked for, what happened step by step, and at the end the trained model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from flextron import checkpoint
+from flextron.atomic import write_text
+from flextron.checkpoint import METADATA_FILE, Checkpoint
+from flextron.config import TrainConfig
+from flextron.elastic import ElasticModel
+from flextron.errors import CheckpointError
+from flextron.sensitivity import Sensitivity
+
+VERSION = 1
+SETTINGS_FILE = "train.json"
+METRICS_FILE = "metrics.jsonl"
+SNAPSHOTS = "checkpoints"
+# What may change between an interrupted run and the one that takes it up, because no weight depends on it.
+_FREE = ("out", "watch", "resume", "device", "dry_run")
+
+
+class RunFolder:
+    """OUT of `flextron train`: train.json, metrics.jsonl, checkpoints/, and at the end an elastic checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.snapshots = path / SNAPSHOTS
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the trained model is there."""
+        return (self.path / METADATA_FILE).is_file()
+
+    def open(self, config: TrainConfig, model: str) -> None:
+        """Make the folder, or see that what is in it is a run with the same settings, of the same model.
+
+        Raises:
+            CheckpointError: something else is there, or a run of another model or with other settings.
+        """
+        settings = {"version": VERSION, "fingerprint": model, **_settings(config)}
+        if self._found() and config.resume == "never":
+            shutil.rmtree(self.path)
+        found = self._found()
+        if found:
+            _check_same(self.path, found, settings)
+            return
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise CheckpointError(f"{self.path} exists and is not a training run. Name another folder.")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"cannot make the folder {self.path}: {error}") from error
+        write_text(self.path / SETTINGS_FILE, json.dumps(settings, indent=1) + "\n")
+
+    def _found(self) -> dict[str, Any]:
+        file = self.path / SETTINGS_FILE
+        if not file.is_file():
+            return {}
+        try:
+            found = json.loads(file.read_text(encoding="utf8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"cannot read {file}: {error}. Name another folder, or remove this one.") from None
+        return found if isinstance(found, dict) else {}
+
+    def forget_after(self, step: int) -> None:
+        """Drop the metrics of steps after `step`: they are taken again."""
+        file = self.path / METRICS_FILE
+        if file.is_file():
+            lines = [line for line in file.read_text(encoding="utf8").splitlines() if _step(line) <= step]
+            write_text(file, "".join(f"{line}\n" for line in lines))
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        try:
+            with (self.path / METRICS_FILE).open("a", encoding="utf8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise CheckpointError(f"cannot write {self.path / METRICS_FILE}: {error}.") from error
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All that was logged."""
+        file = self.path / METRICS_FILE
+        lines = file.read_text(encoding="utf8").splitlines() if file.is_file() else []
+        return [json.loads(line) for line in lines if _step(line) >= 0]
+
+    def finish(self, model: ElasticModel, weights: Any, sensitivity: Sensitivity | None) -> None:
+        """Put the trained elastic checkpoint into the folder, flextron.json last; then the snapshots may go.
+
+        `weights` are the trained ones by name, where `model` holds shards only; None takes the model's own.
+        """
+        whole = self.path / ".final"
+        shutil.rmtree(whole, ignore_errors=True)
+        found = Checkpoint(model.lm, model.tokenizer, model.search_space, model.ranking)
+        checkpoint.save(whole, found, weights=weights)
+        if sensitivity is not None:
+            sensitivity.save(whole)
+        for file in sorted(whole.iterdir(), key=lambda file: file.name == METADATA_FILE):
+            file.replace(self.path / file.name)
+        whole.rmdir()
+        shutil.rmtree(self.snapshots, ignore_errors=True)
+
+
+def fingerprint(model: ElasticModel) -> str:
+    """A hash that tells this model's weights from another's: of parts of the first and last layer, and its sizes."""
+    digest = hashlib.sha256(repr((model.config.model_type, model.search_space)).encode())
+    for layer in (model.layers[0], model.layers[-1]):
+        for sub in (layer.mlp, layer.attention):
+            digest.update(sub.closes.weight.detach().flatten()[:65536].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
+    for key in _FREE:
+        del plain[key]
+    del plain["text"]["cache"]
+    return plain
+
+
+def _check_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    old, new = _flat(found), _flat(wanted)
+    if old.get("fingerprint") != new["fingerprint"]:
+        raise CheckpointError(f"{folder} holds the training of another model. Name another folder.")
+    different = [key for key in new if old.get(key) != new[key]]
+    if different:
+        changes = ", ".join(f"{key} was {old.get(key)!r}, is {new[key]!r}" for key in different[:3])
+        raise CheckpointError(
+            f"{folder} holds a run with other settings: {changes}. "
+            "Ask for the same, name another folder, or pass --resume never to replace that run."
+        )
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat.update(value if isinstance(value, dict) else {key: value})
+    return flat
+
+
+def _step(line: str) -> int:
+    """The step of a line of metrics; -1 for a line that a crash cut short."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return -1

@@ -1,0 +1,137 @@
+"""Which sub-networks a training step visits: a sandwich of the full model, the smallest, presets, and random ones.
+
+Flextron (Cai et al., ICML 2024), section 3.3, samples at random; the sandwich rule is from slimmable networks (Yu and
+Huang, 2019); random ones spread evenly over cost, and widths per layer near the greedy choice, are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from flextron.elastic import ElasticModel
+from flextron.sensitivity import AXES, Sensitivity
+from flextron.subnet import Subnet
+
+KINDS = ("full", "smallest", "preset", "random")
+_GOLDEN = (5**0.5 - 1) / 2
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One sub-network that a step trains, and why it was taken."""
+
+    kind: str
+    """One of KINDS."""
+    subnet: Subnet
+
+
+class SubnetSampler:
+    """An endless sequence of sub-networks in fixed proportions, from one seeded generator; `state_dict` takes it up.
+
+    Kinds come in turn, each the one whose share of the visits so far lags most behind its weight, so that proportions
+    hold exactly at any length. A random sub-network's share of the layers' weights runs evenly over [smallest, full]
+    (steps of the golden ratio from a random start, so that a short run covers it evenly too); its widths are the greedy
+    allocation for that share under sensitivities of which each sub-layer's is multiplied by exp(N(0, spread)).
+    """
+
+    def __init__(
+        self,
+        sensitivity: Sensitivity,
+        *,
+        smallest: Subnet,
+        presets: Sequence[Subnet] = (),
+        weights: Sequence[float] = (1, 1, 0, 2),
+        spread: float = 0.5,
+        seed: int = 0,
+    ) -> None:
+        """Make a sampler.
+
+        Args:
+            sensitivity: what each part costs; `Sensitivity.even` where nothing was measured.
+            smallest: the least that is trained.
+            weights: how often each of KINDS is visited, relative to one another; presets take turns.
+            spread: standard deviation of the logarithm of the noise on sensitivities; 0 gives greedy choices only.
+
+        Raises:
+            ValueError: weights that are not four numbers from 0 up, or that ask for presets where there are none, or
+                a smallest sub-network that is the full model.
+        """
+        if len(weights) != len(KINDS) or min(weights) < 0 or sum(weights) <= 0:
+            raise ValueError(f"visits must be four weights from 0 up, for {', '.join(KINDS)}; got {list(weights)}.")
+        if weights[2] and not presets:
+            raise ValueError(f"presets are visited with weight {weights[2]}, but none is named. Name some, or weigh 0.")
+        self._sensitivity = sensitivity
+        self._smallest = smallest
+        self._presets = tuple(presets)
+        self._weights = np.array(weights, dtype=float) / sum(weights)
+        self._spread = spread
+        self._lowest_share = sensitivity.share(smallest)
+        if self._lowest_share >= 1:
+            raise ValueError(
+                "the smallest sub-network is the full model: there is nothing between them to train. "
+                "Name a smaller one, or load a search space with more than one size."
+            )
+        self._draw = np.random.default_rng(seed)
+        self._place = self._draw.random()
+        self._visits = [0] * len(KINDS)
+
+    def next(self) -> Visit:
+        """The sub-network to train next."""
+        lag = self._weights * (sum(self._visits) + 1) - self._visits
+        kind = KINDS[int(lag.argmax())]
+        subnet = {"full": self._full, "smallest": self._least, "preset": self._preset, "random": self._random}[kind]()
+        self._visits[KINDS.index(kind)] += 1
+        return Visit(kind, subnet)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the sequence stands, as JSON."""
+        return {"generator": self._draw.bit_generator.state, "place": self._place, "visits": self._visits}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from where `state_dict` was taken."""
+        self._draw.bit_generator.state = state["generator"]
+        self._place = state["place"]
+        self._visits = list(state["visits"])
+
+    def _full(self) -> Subnet:
+        return self._sensitivity.search_space.full
+
+    def _least(self) -> Subnet:
+        return self._smallest
+
+    def _preset(self) -> Subnet:
+        return self._presets[self._visits[KINDS.index("preset")] % len(self._presets)]
+
+    def _random(self) -> Subnet:
+        self._place = (self._place + _GOLDEN) % 1
+        share = self._lowest_share + (1 - self._lowest_share) * self._place
+        noisy = {
+            axis: tuple(
+                tuple(np.array(row) * factor)
+                for row, factor in zip(rows, np.exp(self._spread * self._draw.standard_normal(len(rows))), strict=True)
+            )
+            for axis, rows in ((axis, self._sensitivity.increases[axis]) for axis in AXES)
+        }
+        return replace(self._sensitivity, increases=noisy).allocate(share)
+
+
+def even_sensitivity(model: ElasticModel) -> Sensitivity:
+    """Sensitivities of a model of which none were measured: all sub-layers alike, quadratic in the part left out."""
+    space = model.search_space
+    widths = {"neurons": space.neurons, "kv_groups": space.kv_groups}
+    unit_weights = {
+        "neurons": tuple(layer.mlp.weights_per_unit for layer in model.layers),
+        "kv_groups": tuple(layer.attention.weights_per_unit for layer in model.layers),
+    }
+    increases = {
+        axis: tuple(
+            tuple((1 - width / widths[axis][-1]) ** 2 * unit * widths[axis][-1] for width in widths[axis])
+            for unit in unit_weights[axis]
+        )
+        for axis in AXES
+    }
+    return Sensitivity(space, widths, increases, unit_weights, tokens=0, text="")

@@ -1,0 +1,394 @@
+"""Snapshots of a training run: it can be taken up from one exactly, also by another number of processes.
+
+    runs/
+    ├── .step-00000060.partial/     being written, or left by a run that was killed: nothing reads it
+    └── step-00000040/
+        ├── state.json              written last; names all files beside it with their checksums
+        └── shard-00001-model-00001-of-00001.safetensors, ...     one or more of each rank
+
+torch.distributed.checkpoint (DCP) writes and reads the tensors, each rank its own shards. All files are safetensors or
+JSON; nothing is pickled. A tensor is named `model.WEIGHT` or `optimizer.INDEX.WEIGHT.KEY`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from flextron.atomic import write_text
+from flextron.errors import CheckpointError
+
+VERSION = 1
+STATE_FILE = "state.json"
+_FILE_BYTES = 2**30
+"""DCP puts a file together in memory before it writes it, so a rank's tensors go into files of about this size."""
+
+T = TypeVar("T")
+State = Mapping[Tensor, dict[str, Any]]
+"""What an optimizer keeps of each weight."""
+
+
+def save_snapshot(
+    runs: Path,
+    *,
+    step: int,
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    state: dict[str, Any],
+    keep_last: int,
+) -> Path:
+    """Write `runs/step-00000040` whole or not at all, then delete all but the newest `keep_last`; returns its folder.
+
+    All ranks call it, between two steps, with `runs` on a disk that they share. Stored are the weights that require
+    gradients and the tensors that the optimizers keep of them: no frozen weights, buffers or learning rates.
+    `state` is JSON, and rank 0's is the one written: generator states of other ranks must be gathered into it.
+
+    Raises:
+        CheckpointError: on all ranks; the disk is full or a write failed, and the earlier snapshots are as they were,
+            or `runs` holds a snapshot of this or a later step.
+        TypeError: `state` is not JSON, or an optimizer keeps something that is not a tensor.
+        ValueError: `keep_last` below 1, or an optimizer trains what the model does not have.
+    """
+    if keep_last < 1:
+        raise ValueError(f"keep_last is {keep_last}, but the newest snapshot always stays. Pass 1 or more.")
+    target = Path(runs) / f"step-{step:08d}"
+    partial = _hidden(target)
+    doing = f"cannot write {target}"
+    tensors = _tensors(_trainable(model), optimizers)
+    try:
+        _together(doing, lambda: _on_first(_make_way, target, step, state))
+        with _clear_errors(doing):
+            writer = HuggingFaceStorageWriter(str(partial), fqn_to_index_mapping=_split(tensors), save_distributed=True)
+            save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
+        mine = _together(doing, lambda: _checksums(_my_share(partial.iterdir())))
+        record = {
+            "version": VERSION,
+            "step": step,
+            "optimizers": _kinds(optimizers),
+            "files": {name: found for part in _gathered(mine) for name, found in part.items()},
+            "state": state,
+        }
+        _together(doing, lambda: _on_first(_finish, partial, target, record))
+    finally:
+        _on_first(shutil.rmtree, partial, ignore_errors=True)
+    doing = f"{target} is written, but older snapshots cannot be deleted"
+    _together(doing, lambda: _on_first(_delete_old, target.parent, keep_last))
+    return target
+
+
+def latest_snapshot(runs: Path) -> Path | None:
+    """Folder of the newest complete snapshot, which is one with a readable `state.json`; None if there is none."""
+    return next(_complete(Path(runs)), None)
+
+
+def load_snapshot(snapshot: Path, *, model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
+    """Put the trainable weights and the optimizers' tensors in place; returns the `state` that was saved.
+
+    All ranks call it, as many as there are now, with optimizers built as in the run that saved: the same kinds, the
+    same parameters in each. Learning rates and the like stay as they are; what the optimizers kept before is dropped.
+
+    Raises:
+        CheckpointError: on all ranks; a missing, truncated or garbled file, or a snapshot of another model or other
+            optimizers, and nothing was changed; or reading failed halfway, and the weights are a mixture.
+    """
+    snapshot, weights = Path(snapshot), _trainable(model)
+    doing = f"cannot load {snapshot}"
+    record = _together(doing, lambda: _checked_record(snapshot))
+    states = _together(doing, lambda: _empty_states(snapshot, weights, optimizers, record["optimizers"]))
+    with _clear_errors(f"{doing}, the weights are a mixture now"):
+        reader = HuggingFaceStorageReader(str(snapshot))
+        load(_named(weights, states), storage_reader=reader, no_dist=not dist.is_initialized())
+    for optimizer, loaded in zip(optimizers, states, strict=True):
+        optimizer.state.clear()
+        optimizer.state.update(loaded)
+    state: dict[str, Any] = record["state"]
+    return state
+
+
+# Tensors by name
+
+
+def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Weights by name, a tied one once. After a forward pass alone FSDP keeps the root's gathered; they are freed."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def _kinds(optimizers: Sequence[Optimizer]) -> list[str]:
+    return [type(optimizer).__name__ for optimizer in optimizers]
+
+
+def _tensors(weights: dict[str, nn.Parameter], optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
+    """All that a snapshot stores; safetensors takes contiguous tensors only."""
+    for optimizer in optimizers:
+        held = {weight for group in optimizer.param_groups for weight in group["params"] if weight.requires_grad}
+        if foreign := len(held.difference(weights.values())):
+            kind = type(optimizer).__name__
+            raise ValueError(f"{kind} trains {foreign} parameters that the model does not have. Pass the whole model.")
+    named = _named(weights, [optimizer.state for optimizer in optimizers])
+    for name, value in named.items():
+        if not isinstance(value, Tensor):
+            kind = type(value).__name__
+            raise TypeError(f"{name!r} is of {kind}, and snapshots hold tensors only. Use AdamW or Muon.")
+    return {name: value.detach().contiguous() for name, value in named.items()}
+
+
+def _named(weights: dict[str, nn.Parameter], states: Sequence[State]) -> dict[str, Any]:
+    named: dict[str, Any] = {f"model.{name}": weight for name, weight in weights.items()}
+    for index, state in enumerate(states):
+        for name, weight in weights.items():
+            named.update({f"optimizer.{index}.{name}.{key}": value for key, value in state.get(weight, {}).items()})
+    return named
+
+
+def _split(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """Number of the file, from 1, for each tensor; rank 0's answer holds for all, whose shards are about as large."""
+    files, size_bytes = {}, 0
+    for name, tensor in tensors.items():
+        files[name] = 1 + size_bytes // _FILE_BYTES
+        size_bytes += (tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes
+    return files
+
+
+# Tensors to read into
+
+
+def _empty_states(
+    snapshot: Path, weights: dict[str, nn.Parameter], optimizers: Sequence[Optimizer], kinds: list[str]
+) -> list[dict[Tensor, dict[str, Tensor]]]:
+    """What the snapshot holds of each optimizer, still zero but sharded as the weights are; checks the model too."""
+    if _kinds(optimizers) != kinds:
+        raise CheckpointError(f"it is of the optimizers {kinds}, not {_kinds(optimizers)}. Build those of the run.")
+    stored = HuggingFaceStorageReader(str(snapshot)).read_metadata().state_dict_metadata
+    _check_same_weights({name: stored.pop(name) for name in list(stored) if name.startswith("model.")}, weights)
+    groups = [{p: group for group in optimizer.param_groups for p in group["params"]} for optimizer in optimizers]
+    states: list[dict[Tensor, dict[str, Tensor]]] = [{} for _ in optimizers]
+    for name, found in stored.items():
+        index, _, rest = name.removeprefix("optimizer.").partition(".")
+        owner, _, key = rest.rpartition(".")
+        if owner not in weights or weights[owner] not in groups[int(index)]:
+            raise _another(name, f"is in the snapshot, but optimizer {index} does not train {owner!r} here")
+        empty = _empty(key, found, weights[owner], groups[int(index)][weights[owner]])
+        _check_same(name, found, empty)
+        states[int(index)].setdefault(weights[owner], {})[key] = empty
+    return states
+
+
+def _empty(key: str, found: Any, weight: nn.Parameter, group: dict[str, Any]) -> Tensor:
+    """What the optimizer would make: a step counter, on the CPU unless fused; all else like the weight."""
+    if key == "step":
+        on_device = group.get("fused") or group.get("capturable")
+        return torch.zeros((), dtype=found.properties.dtype, device=weight.device if on_device else "cpu")
+    return torch.zeros_like(weight, dtype=found.properties.dtype, requires_grad=False)
+
+
+def _check_same_weights(stored: dict[str, Any], weights: dict[str, nn.Parameter]) -> None:
+    named = {f"model.{name}": weight for name, weight in weights.items()}
+    if missing := sorted(named.keys() - stored.keys()):
+        raise _another(missing[0], "is trainable here, but not in the snapshot")
+    if foreign := sorted(stored.keys() - named.keys()):
+        raise _another(foreign[0], "is in the snapshot, but not trainable here")
+    for name, weight in named.items():
+        _check_same(name, stored[name], weight)
+
+
+def _check_same(name: str, found: Any, here: Tensor) -> None:
+    """DCP would convert another dtype without a word."""
+    if found.size != here.shape:
+        raise _another(name, f"has the shape {tuple(found.size)} in the snapshot, {tuple(here.shape)} here")
+    if found.properties.dtype != here.dtype:
+        raise _another(name, f"is {found.properties.dtype} in the snapshot, {here.dtype} here")
+
+
+def _another(name: str, problem: str) -> CheckpointError:
+    return CheckpointError(f"it is of another model: {name!r} {problem}. Pass the model and optimizers of the run.")
+
+
+# Folders and files
+
+
+def _hidden(snapshot: Path) -> Path:
+    return snapshot.with_name(f".{snapshot.name}.partial")
+
+
+def _complete(runs: Path) -> Iterator[Path]:
+    """Folders of complete snapshots, the newest first."""
+    folders = [path for path in runs.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
+    for path in sorted(folders, key=_step_of, reverse=True):
+        try:
+            _read_record(path)
+        except CheckpointError:
+            continue
+        yield path
+
+
+def _step_of(snapshot: Path) -> int:
+    return int(snapshot.name.removeprefix("step-"))
+
+
+def _make_way(target: Path, step: int, state: dict[str, Any]) -> None:
+    """Check what can be checked before any work, clear what killed runs left, and make the hidden folder."""
+    json.dumps(state)
+    newest = latest_snapshot(target.parent)
+    if newest is not None and _step_of(newest) >= step:
+        raise CheckpointError(f"{newest} is not older. Take up the run from it, delete it, or name another folder.")
+    for leftover in (target, *target.parent.glob(".step-*.partial")):
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    _hidden(target).mkdir(parents=True)
+
+
+def _finish(partial: Path, target: Path, record: dict[str, Any]) -> None:
+    """Write `state.json` and give the folder its name, all of it on the disk, since older ones are deleted next."""
+    write_text(partial / STATE_FILE, json.dumps(record))
+    _sync(partial / STATE_FILE)
+    partial.rename(target)
+    _sync(target.parent)
+
+
+def _sync(path: Path) -> None:
+    if os.name == "posix":
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _delete_old(runs: Path, keep_last: int) -> None:
+    for path in list(_complete(runs))[keep_last:]:
+        shutil.rmtree(path.rename(_hidden(path)))  # at no time half deleted under its own name
+
+
+def _read_record(snapshot: Path) -> dict[str, Any]:
+    try:
+        record = json.loads((snapshot / STATE_FILE).read_text(encoding="utf8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{STATE_FILE} cannot be read ({error}). {_DELETE}") from error
+    if not isinstance(record, dict) or "version" not in record:
+        raise CheckpointError(f"{STATE_FILE} is not that of a snapshot. {_DELETE}")
+    return record
+
+
+def _checked_record(snapshot: Path) -> dict[str, Any]:
+    """`state.json`, once all files are there and this rank's share of them is as it was written."""
+    record = _read_record(snapshot)
+    if record["version"] != VERSION:
+        raise CheckpointError(
+            f"it has version {record['version']}, and this flextron reads {VERSION}. Update flextron."
+        )
+    written = record["files"]
+    paths = {path.name: path for path in snapshot.iterdir() if path.name != STATE_FILE}
+    if wrong := sorted(paths.keys() ^ written.keys()):
+        problem = "is missing" if wrong[0] in written else "does not belong there"
+        raise CheckpointError(f"{wrong[0]} {problem}. {_DELETE}")
+    for path in _my_share(paths.values()):
+        if path.stat().st_size != written[path.name]["bytes"]:
+            size_bytes = path.stat().st_size
+            raise CheckpointError(f"{path.name} has {size_bytes} of {written[path.name]['bytes']} bytes. {_DELETE}")
+    for name, found in _checksums(_my_share(paths.values())).items():
+        if found != written[name]:
+            raise CheckpointError(f"{name} is not as it was written (CRC-32). {_DELETE}")
+    return record
+
+
+_DELETE = "Delete it to take up the run from an earlier one."
+
+
+def _checksums(paths: Sequence[Path]) -> dict[str, dict[str, int]]:
+    """Size and CRC-32 by name; DCP alone would skip a shard that is missing and take any bytes of the right number."""
+    found = {}
+    for path in paths:
+        checksum = 0
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                checksum = zlib.crc32(block, checksum)
+        found[path.name] = {"bytes": path.stat().st_size, "crc32": checksum}
+    return found
+
+
+# Ranks
+
+
+def _ranks() -> tuple[int, int]:
+    """This rank and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _my_share(paths: Iterable[Path]) -> list[Path]:
+    rank, ranks = _ranks()
+    return sorted(paths)[rank::ranks]
+
+
+def _on_first(work: Callable[..., object], *args: Any, **kwargs: Any) -> None:
+    if _ranks()[0] == 0:
+        work(*args, **kwargs)
+
+
+def _gathered(mine: T) -> list[T]:
+    """What each rank has, on all ranks; waits for all."""
+    everyones = [mine] * _ranks()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(everyones, mine)
+    return everyones
+
+
+def _together(doing: str, work: Callable[[], T]) -> T:
+    """Do `work` on all ranks and wait for each other; where one fails, all raise, so that none waits for ever."""
+    error: Exception | None = None
+    try:
+        result = work()
+    except Exception as caught:
+        error = caught
+    problems = _gathered(None if error is None else str(error))
+    if error is not None and not isinstance(error, _EXPECTED):
+        raise error
+    for rank, problem in enumerate(problems):
+        if problem is not None:
+            raise CheckpointError(f"{doing}: {_where(rank)}{problem}") from error
+    return result
+
+
+@contextmanager
+def _clear_errors(doing: str) -> Iterator[None]:
+    """The first error of any rank, which DCP raises on all, wrapped; even Ctrl-C. And no remark on a single process."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning
+            )
+            yield
+    except CheckpointException as wrapped:
+        rank, (error, _) = min(wrapped.failures.items())
+        if not isinstance(error, _EXPECTED):
+            raise error from None
+        raise CheckpointError(f"{doing}: {_where(rank)}{error}") from error
+
+
+_EXPECTED = (OSError, SafetensorError, CheckpointError)
+
+
+def _where(rank: int) -> str:
+    return f"rank {rank}: " if _ranks()[1] > 1 else ""

@@ -1,0 +1,503 @@
+"""Elastic continued training: one run that makes all nested sub-networks good at once.
+
+Flextron (Cai et al., ICML 2024), section 3.3. Ours: several narrowed sub-networks in every step, the full model and the
+smallest among them, and distillation from the model as it was (docs/decisions/0006-elastic-training.md).
+Shapes: B blocks, T tokens of a block.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from tqdm import tqdm
+
+from flextron.adapters import add_adapters, merge_adapters, without_adapters
+from flextron.choice import choose
+from flextron.config import OptimizerOptions, TrainConfig
+from flextron.corpus import Corpus
+from flextron.data import TokenBlocks, document_end, load_blocks
+from flextron.distillation import Distiller
+from flextron.elastic import ElasticModel
+from flextron.environment import describe_device, faster_dtype
+from flextron.errors import FlextronError, TrainingError
+from flextron.run_folder import RunFolder, fingerprint
+from flextron.sampling import SubnetSampler, Visit, even_sensitivity
+from flextron.sensitivity import Sensitivity
+from flextron.sharding import from_first, is_sharded, shard, total, whole_weights
+from flextron.snapshot import latest_snapshot, load_snapshot, save_snapshot
+from flextron.subnet import Subnet
+
+CLASSES = (("full", 1.0), ("large", 0.8), ("medium", 0.6), ("small", 0.0))
+"""Classes of size for the bar, and the least share of the layers' weights of each."""
+HELD_OUT_TOKENS = 2048
+WORSE_NATS = 0.02
+"""Rise of the full model's held-out loss that is worth a warning."""
+
+
+def train(config: TrainConfig) -> Path:
+    """Train a checkpoint elastically, or go on with an interrupted run; returns the folder of the trained checkpoint.
+
+        train(TrainConfig("out/elastic", Path("out/trained"), text=TextOptions(data=("corpus.jsonl.xz",))))
+
+    Raises:
+        FlextronError: a model, text, or folder that does not fit; a loss that is no longer a number (TrainingError).
+        KeyboardInterrupt: after Ctrl-C, once a checkpoint of the last whole step is written.
+    """
+    accelerator = Accelerator(cpu=config.device == "cpu", log_with=list(config.watch.log_with) or None)
+    run = _Run(config, accelerator)
+    if run.folder.is_finished:
+        run.say(f"{config.out} is trained already; name another folder, or pass --resume never to train it again.")
+        return config.out
+    run.train()
+    return config.out
+
+
+class _Run:
+    """One training run: all that a step needs, made once."""
+
+    def __init__(self, config: TrainConfig, accelerator: Accelerator) -> None:
+        self.config = config
+        self.accelerator = accelerator
+        self.folder = RunFolder(config.out)
+        self.model = ElasticModel.from_pretrained(config.model, device=_device(config, accelerator))
+        self.dtype = _arithmetic(config.optimizer.precision)
+        self.saved_dtype = self.model.dtype
+        if self.is_first:
+            self.folder.open(config, fingerprint(self.model))
+        accelerator.wait_for_everyone()
+        if self.folder.is_finished:
+            return
+        self._sensitivity = Sensitivity.load(config.model) if Sensitivity.is_in(config.model) else None
+        self.sampler = _sampler(self.model, config, self._sensitivity or even_sensitivity(self.model))
+        self.corpus = self._corpus()
+        self.watched = {wish: self._choose(wish) for wish in config.watch.evaluate_on}
+        self.held_out = self._held_out()
+        self.distiller = _distiller(self.model, config, self.dtype)
+        if accelerator.num_processes > 1:
+            shard(self.distiller, self.dtype)
+        self.parameters = [p for p in self.distiller.parameters() if p.requires_grad]
+        self.optimizer = _adamw(self.parameters, config.optimizer)
+        self.tokens_per_step = config.visit.visits_per_step * config.visit.blocks_per_visit * config.text.block_tokens
+        self.steps = math.ceil(config.text.tokens / self.tokens_per_step)
+        self.before: dict[str, float] = {}
+        self.step = 0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes and prints for all."""
+        return bool(self.accelerator.is_main_process)
+
+    def say(self, text: str) -> None:
+        """Print a line on standard error, once."""
+        if self.is_first:
+            tqdm.write(text, file=sys.stderr)
+
+    # ------------------------------------------------------------------ the loop
+
+    def train(self) -> None:
+        """Run to the end from wherever the folder stands."""
+        self._resume()
+        self._introduce()
+        if not self.step:
+            self._evaluate()
+            self._save()
+        saved = time.monotonic()
+        with _Bar(self) as bar, _stop_signals() as stop:
+            while self.step < self.steps:
+                bar.show(self._train_step())
+                if self._is_time_to_evaluate():
+                    self._evaluate()
+                stopped, due = from_first((stop.asked, time.monotonic() - saved > 60 * self.config.watch.save_minutes))
+                if stopped or due or self.step == self.steps:
+                    self._save()
+                    saved = time.monotonic()
+                if stopped and self.step < self.steps:
+                    self.say(f"stopped after step {self.step} of {self.steps}; the same command goes on from there.")
+                    raise KeyboardInterrupt
+        self._finish()
+
+    def _train_step(self) -> dict[str, Any]:
+        """One update of the weights; returns, and logs, what it did."""
+        start = time.monotonic()
+        options = self.config.optimizer
+        rate = options.learning_rate * schedule(self.step, self.steps, options.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        visits = [self._visit(*visit) for visit in self._next_visits()]
+        norm = self._clip()
+        self._stop_unless_finite(visits, norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        seconds = time.monotonic() - start
+        record = {
+            "step": self.step,
+            "tokens": self.step * self.tokens_per_step,
+            "learning_rate": rate,
+            "gradient_norm": norm,
+            "seconds": seconds,
+            "tokens_per_second": self.tokens_per_step / seconds,
+            "visits": visits,
+        }
+        self._log(record)
+        return record
+
+    def _next_visits(self) -> Iterator[tuple[Visit, torch.Tensor]]:
+        """Sub-networks of a step, each with this process's part of its blocks [B, T]."""
+        visits, blocks = self.config.visit.visits_per_step, self.config.visit.blocks_per_visit
+        tokens = from_first(self.corpus.next_blocks(visits * blocks) if self.corpus else None)
+        for tokens_BT in tokens.to(self.accelerator.device).split(blocks):
+            yield self.sampler.next(), tokens_BT[self.accelerator.process_index :: self.accelerator.num_processes]
+
+    def _visit(self, visit: Visit, tokens_BT: torch.Tensor) -> dict[str, Any]:
+        """Add one sub-network's gradients; returns its losses in nats per token, over all processes."""
+        predicted = tokens_BT[:, 1:].numel()
+        with self.model.use(visit.subnet):
+            with self._arithmetic():
+                losses = self.distiller(tokens_BT)
+            (losses.total / predicted / self.config.visit.visits_per_step).backward()
+        sums = total(torch.stack([losses.total.detach(), losses.divergence, losses.cross_entropy]))
+        loss, divergence, cross_entropy = (sums / predicted / self.accelerator.num_processes).tolist()
+        return {
+            "kind": visit.kind,
+            "share": round(self.model.share(visit.subnet), 4),
+            "loss": loss,
+            "divergence": divergence,
+            "cross_entropy": cross_entropy,
+            **asdict(visit.subnet),
+        }
+
+    def _clip(self) -> float:
+        norm: Any = nn.utils.clip_grad_norm_(self.parameters, self.config.optimizer.clip_norm)
+        return float(norm.full_tensor() if is_sharded(self.distiller) else norm)
+
+    def _stop_unless_finite(self, visits: list[dict[str, Any]], norm: float) -> None:
+        """Raise before the weights change."""
+        if math.isfinite(norm) and all(math.isfinite(visit["loss"]) for visit in visits):
+            return
+        losses = ", ".join(f"{visit['loss']:.3g} at {visit['share']:.0%}" for visit in visits)
+        raise TrainingError(
+            f"the loss or its gradient is not a number in step {self.step + 1} of {self.steps} "
+            f"(losses {losses}; gradient norm {norm:.3g}). Nothing was changed by this step. "
+            f"Start again with a learning rate below {self.config.optimizer.learning_rate:g} and --resume never."
+        )
+
+    def _arithmetic(self) -> Any:
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.accelerator.device.type, self.dtype)
+
+    # ------------------------------------------------------------------ watching
+
+    def _is_time_to_evaluate(self) -> bool:
+        part = self.config.watch.evaluations
+        return self.step * part // self.steps > (self.step - 1) * part // self.steps
+
+    @torch.no_grad()
+    def _evaluate(self) -> None:
+        """Measure and log the held-out loss of the watched sub-networks, in nats per token."""
+        if self.held_out is None:
+            return
+        held_out = {wish: self._held_out_loss(subnet, self.held_out) for wish, subnet in self.watched.items()}
+        self._log({"step": self.step, "held_out": held_out})
+        if not self.before:
+            self.before = held_out
+            return
+        text = ", ".join(f"{wish} {loss:.3f} ({loss - self.before[wish]:+.3f})" for wish, loss in held_out.items())
+        self.say(f"step {self.step} of {self.steps}, held-out nats per token (change): {text}")
+        rise = held_out.get("full", 0) - self.before.get("full", 0)
+        if rise > WORSE_NATS:
+            self.say(
+                f"warning: the full model has become worse by {rise:.3f}. It recovers in part as the learning rate "
+                "falls; if not, lower --learning-rate or give the first of --visits more weight."
+            )
+
+    def _held_out_loss(self, subnet: Subnet, held_out: TokenBlocks) -> float:
+        """Every process takes the same batches: sharded layers need all of them in every pass."""
+        sum_ = 0.0
+        for tokens_BT in held_out.batches(HELD_OUT_TOKENS):
+            with self.model.use(subnet), self._arithmetic():
+                losses = self.distiller(tokens_BT.to(self.accelerator.device), held_out=True)
+            sum_ += losses.cross_entropy.item()
+        return sum_ / held_out.predicted_tokens
+
+    def _log(self, record: dict[str, Any]) -> None:
+        if not self.is_first:
+            return
+        self.folder.log(record)
+        if self.config.watch.log_with:
+            self.accelerator.log(_numbers(record), step=record["step"])
+
+    # ------------------------------------------------------------------ before, between and after
+
+    def _resume(self) -> None:
+        """Put weights, optimizer, sampler and corpus where the newest checkpoint says."""
+        snapshot = from_first(latest_snapshot(self.folder.snapshots) if self.is_first else None)
+        if snapshot is None:
+            self.folder.forget_after(-1)
+            return
+        state = load_snapshot(snapshot, model=self.distiller, optimizers=[self.optimizer])
+        self.step = state["step"]
+        self.before = state["before"]
+        self.sampler.load_state_dict(state["sampler"])
+        if self.corpus:
+            self.corpus.load_state_dict(state["corpus"])
+        if self.is_first:
+            self.folder.forget_after(self.step)
+        self.say(f"going on from step {self.step} of {self.steps}")
+
+    def _save(self) -> None:
+        state = {
+            "before": self.before,
+            "sampler": self.sampler.state_dict(),
+            "corpus": self.corpus.state_dict() if self.corpus else None,
+            "step": self.step,
+        }
+        save_snapshot(
+            self.folder.snapshots,
+            step=self.step,
+            model=self.distiller,
+            optimizers=[self.optimizer],
+            state=state,
+            keep_last=self.config.watch.keep_last,
+        )
+
+    def _finish(self) -> None:
+        if self.config.optimizer.lora_rank:
+            merge_adapters(self.model)
+        weights = None
+        if is_sharded(self.distiller):
+            weights = {name: weight.to(self.saved_dtype) for name, weight in whole_weights(self.model.lm).items()}
+        else:
+            self.model.lm.to(self.saved_dtype)
+        self.model.config.dtype = self.saved_dtype
+        if self.is_first:
+            self.folder.finish(self.model, weights, self._sensitivity)
+            print(self._summary())
+        self.accelerator.wait_for_everyone()
+        if self.config.watch.log_with:
+            self.accelerator.end_training()
+
+    def _introduce(self) -> None:
+        text, visit = self.config.text, self.config.visit
+        processes = f", {self.accelerator.num_processes} processes" if self.accelerator.num_processes > 1 else ""
+        trained = sum(p.numel() for p in self.parameters) / 1e6
+        self.say(
+            f"training {trained:.1f} M weights for {self.steps} steps of {visit.visits_per_step} x "
+            f"{visit.blocks_per_visit} blocks of {text.block_tokens} tokens on "
+            f"{describe_device(self.accelerator.device)}{processes}, {str(self.dtype).removeprefix('torch.')}"
+        )
+        if self.config.watch.log_with:
+            self.accelerator.init_trackers(self.config.out.name, config=_numbers(asdict(self.config)))
+
+    def _summary(self) -> str:
+        rows = [record for record in self.folder.metrics() if "held_out" in record]
+        steps = [record for record in self.folder.metrics() if "visits" in record]
+        seconds = sum(record["seconds"] for record in steps)
+        lines = [
+            f"trained on {self.steps * self.tokens_per_step} tokens in {seconds / 60:.1f} minutes "
+            f"({self.steps * self.tokens_per_step / seconds:.0f} tokens/s)"
+        ]
+        if rows:
+            lines.append(f"{'held-out nats per token':<28}{'before':>9}{'after':>9}{'change':>9}")
+            for wish, after in rows[-1]["held_out"].items():
+                before = rows[0]["held_out"][wish]
+                lines.append(f"{wish:<28}{before:>9.3f}{after:>9.3f}{after - before:>+9.3f}")
+        return "\n".join([*lines, f"wrote {self.config.out}"])
+
+    def _corpus(self) -> Corpus | None:
+        """The text, in the first process only; it hands the others theirs."""
+        text = self.config.text
+        if not self.is_first:
+            return None
+        tokenizer = self.model.tokenizer
+        _check_vocabulary(self.model)
+        return Corpus(tokenizer, text.data, block_tokens=text.block_tokens, seed=self.config.seed, cache=text.cache)
+
+    def _held_out(self) -> TokenBlocks | None:
+        watch = self.config.watch
+        if not watch.evaluate_tokens or not watch.evaluate_on:
+            return None
+        block_tokens = min(self.config.text.block_tokens, watch.evaluate_tokens)
+        return load_blocks(
+            self.model.tokenizer, watch.evaluate_text, tokens=watch.evaluate_tokens, block_tokens=block_tokens
+        )
+
+    def _choose(self, wish: str) -> Subnet:
+        return _choose(self.model, wish, self._sensitivity or even_sensitivity(self.model))
+
+
+def schedule(step: int, steps: int, warmup: float) -> float:
+    """Part of the highest learning rate in a step from 0: up over the first `warmup` of the steps, then down to 0."""
+    rise = max(1, round(warmup * steps))
+    return min((step + 1) / rise, (steps - step) / max(1, steps - rise + 1))
+
+
+def _choose(model: ElasticModel, wish: str, sensitivity: Sensitivity) -> Subnet:
+    return choose(model, wish, sensitivity=sensitivity)
+
+
+def _sampler(model: ElasticModel, config: TrainConfig, sensitivity: Sensitivity) -> SubnetSampler:
+    visit = config.visit
+    return SubnetSampler(
+        sensitivity,
+        smallest=_choose(model, visit.smallest, sensitivity),
+        presets=[_choose(model, wish, sensitivity) for wish in visit.presets],
+        weights=visit.visits,
+        spread=visit.spread,
+        seed=config.seed,
+    )
+
+
+def _distiller(model: ElasticModel, config: TrainConfig, dtype: torch.dtype) -> Distiller:
+    """Student and teacher, with gradients where they are asked for; the student's weights become fp32."""
+    options = config.optimizer
+    end = document_end(model.tokenizer) if model.tokenizer is not None else None
+    teacher = None if options.text_weight == 1 or options.lora_rank else _teacher(model, options, dtype)
+    original = None
+    model.lm.float().train()
+    if options.lora_rank:
+        torch.manual_seed(config.seed)
+        add_adapters(model, rank=options.lora_rank)
+
+        @contextmanager
+        def original() -> Iterator[None]:
+            with without_adapters(model), model.use(model.search_space.full):
+                yield
+
+    for embedding in (model.lm.get_input_embeddings(), model.lm.get_output_embeddings()):
+        embedding.requires_grad_(options.train_embeddings)
+    if options.gradient_checkpointing:
+        model.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return Distiller(
+        model.lm,
+        teacher,
+        text_weight=options.text_weight,
+        document_end=end,
+        original=original if options.text_weight < 1 else None,
+    )
+
+
+def _teacher(model: ElasticModel, options: OptimizerOptions, dtype: torch.dtype) -> Any:
+    """A frozen model in the type of the arithmetic: the one named, or a copy of this one at full width."""
+    if options.teacher is None:
+        with model.use(model.search_space.full):
+            lm = copy.deepcopy(model.lm)
+    else:
+        lm = ElasticModel.from_pretrained(options.teacher, device=model.device).lm
+        if lm.config.vocab_size != model.config.vocab_size:
+            raise FlextronError(
+                f"the teacher {options.teacher} has a vocabulary of {lm.config.vocab_size}, the model one of "
+                f"{model.config.vocab_size}. A teacher must share the model's tokenizer."
+            )
+    return lm.to(dtype).eval().requires_grad_(False)
+
+
+def _check_vocabulary(model: ElasticModel) -> None:
+    if model.tokenizer is not None and len(model.tokenizer) > model.config.vocab_size:
+        raise FlextronError(
+            f"the tokenizer has {len(model.tokenizer)} tokens, the model's vocabulary {model.config.vocab_size}: "
+            "it belongs to another model. Put the model's own tokenizer files into its folder."
+        )
+
+
+def _adamw(parameters: list[nn.Parameter], options: OptimizerOptions) -> torch.optim.AdamW:
+    """AdamW; weights decay in matrices only."""
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": options.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.95), fused=True)
+
+
+def _arithmetic(precision: str) -> torch.dtype:
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}.get(precision) or faster_dtype()
+
+
+def _device(config: TrainConfig, accelerator: Accelerator) -> Any:
+    return accelerator.device if config.device == "auto" or accelerator.num_processes > 1 else config.device
+
+
+def _numbers(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """What trackers take: numbers and text by name; the visits of a step become one loss per class of size."""
+    flat: dict[str, Any] = {}
+    for key, value in record.items():
+        if key == "visits" and value and isinstance(value[0], dict):
+            flat.update({f"loss/{size_class(visit['share'])}": visit["loss"] for visit in value})
+        elif isinstance(value, dict):
+            flat.update(_numbers(value, f"{prefix}{key}/"))
+        else:
+            flat[prefix + key] = value if isinstance(value, (int, float, str)) else json.dumps(value, default=str)
+    return flat
+
+
+def size_class(share: float) -> str:
+    """The name of the class of size that a share of the layers' weights is in."""
+    return next(name for name, least in CLASSES if share >= least)
+
+
+class _Bar:
+    """A bar with a running loss per class of size, tokens per second, and the time left."""
+
+    def __init__(self, run: _Run) -> None:
+        interval = 0.2 if sys.stderr.isatty() else 15.0
+        self._bar: Any = tqdm(
+            total=run.steps, initial=run.step, desc="train", unit="step", mininterval=interval, dynamic_ncols=True,
+            disable=not run.is_first,
+        )  # fmt: skip
+        self._losses: dict[str, float] = {}
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def show(self, record: dict[str, Any]) -> None:
+        """Advance by a step."""
+        for visit in record["visits"]:
+            name = size_class(visit["share"])
+            before = self._losses.get(name, visit["loss"])
+            self._losses[name] = 0.8 * before + 0.2 * visit["loss"]
+        losses = " ".join(f"{name} {self._losses[name]:.3f}" for name, _ in CLASSES if name in self._losses)
+        self._bar.set_postfix_str(f"{losses} · {record['tokens_per_second']:.0f} tokens/s", refresh=False)
+        self._bar.update()
+
+
+class _Stop:
+    asked = False
+
+
+@contextmanager
+def _stop_signals() -> Iterator[_Stop]:
+    """Ctrl-C and SIGTERM only ask to stop, so that a step ends whole; asked twice, they act at once."""
+    stop = _Stop()
+
+    def ask(_number: int, _frame: Any) -> None:
+        if stop.asked:
+            raise KeyboardInterrupt
+        stop.asked = True
+        tqdm.write("stopping after this step and a checkpoint; once more stops at once.", file=sys.stderr)
+
+    try:
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: its owner handles signals
+        before = {}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

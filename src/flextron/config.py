@@ -278,7 +278,7 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class QuickstartConfig:
-    """Rank a real LLM, choose sub-networks of every size, measure them, and write a report with pictures.
+    """Rank a real LLM, choose sub-networks of every size, train them together, and write a report with pictures.
 
     Stages that are done are not done again; Ctrl-C loses only the stage at work.
 
@@ -292,7 +292,9 @@ class QuickstartConfig:
     prompt: str = "The three most important things about a good library are"
     """What every sub-network completes."""
     tokens: int = 8192
-    """Tokens to rank on; other stages take fewer in proportion."""
+    """Tokens to rank on; other stages take more or fewer in proportion."""
+    thorough: bool = False
+    """Four times the tokens in every stage, and 16 times in training: about an hour on two cores."""
     fresh: bool = False
     """Do every stage again."""
     device: str = "auto"
@@ -300,6 +302,16 @@ class QuickstartConfig:
 
     def __post_init__(self) -> None:
         _check_at_least("tokens", self.tokens, 2048)
+
+    @property
+    def rank_tokens(self) -> int:
+        """Tokens to rank on."""
+        return self.tokens * (4 if self.thorough else 1)
+
+    @property
+    def train_tokens(self) -> int:
+        """Tokens to train on."""
+        return self.tokens * (32 if self.thorough else 2)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch
 from flextron import report
 from flextron.atomic import new_folder, write_text
 from flextron.checkpoint import METADATA_FILE, quiet_transformers
-from flextron.config import QuickstartConfig
+from flextron.config import QuickstartConfig, TextOptions, TrainConfig, WatchOptions
 from flextron.data import TokenBlocks, load_blocks
 from flextron.elastic import ElasticModel
 from flextron.environment import describe_device, faster_dtype
@@ -29,8 +29,9 @@ from flextron.progress import progress
 from flextron.ranking import rank
 from flextron.sensitivity import Sensitivity, measure_sensitivity, sensitivity_blocks
 from flextron.subnet import SearchSpace, Subnet
+from flextron.training import train
 
-VERSION = 1
+VERSION = 2
 SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 PROMPT_TOKENS = 512
 TIMING_ROUNDS = 5
@@ -45,7 +46,7 @@ class _Candidate:
 
 
 def quickstart(config: QuickstartConfig | None = None) -> Path:
-    """Rank, choose, measure and report; returns the report's path. Stages whose results are there are not run again.
+    """Rank, choose, train, measure and report; returns the report's path. Stages that are done are not run again.
 
     Raises:
         FlextronError: the model is not there, or the folder holds a run with other settings.
@@ -55,20 +56,28 @@ def quickstart(config: QuickstartConfig | None = None) -> Path:
     started = time.monotonic()
     _prepare(config)
     model, sensitivity = _elastic_model(config)
-    blocks = load_blocks(model.tokenizer, "sample/validation", tokens=config.tokens // 2)
+    blocks = load_blocks(model.tokenizer, "sample/validation", tokens=config.rank_tokens // 2)
     candidates = _candidates(model.search_space, sensitivity)
-    results = _measure(config, model, candidates, blocks)
+    before = _losses_before(config, model, candidates, blocks)
+    trained = _trained_model(config, model)
+    results = _measure(config, trained, candidates, blocks, before)
     path = report.write(config.out, results)
     print((config.out / "report.md").read_text(encoding="utf8"))
-    print(f"\nwrote {path} in {time.monotonic() - started:.0f} s; beside it elastic/, loss.png and widths.png.")
-    print(f'try: flextron generate {config.out / "elastic"} "Once upon a time" --subnet 75%')
+    print(f"\nwrote {path} in {time.monotonic() - started:.0f} s; beside it elastic/, trained/ and two pictures.")
+    print(f'try: flextron generate {config.out / "trained"} "Once upon a time" --subnet 75%')
     return path
 
 
 def _prepare(config: QuickstartConfig) -> None:
     """Make the folder, or see that what is in it was made with the same settings."""
     settings_file = config.out / "settings.json"
-    settings = {"quickstart": VERSION, "model": config.model, "tokens": config.tokens, "prompt": config.prompt}
+    settings = {
+        "quickstart": VERSION,
+        "model": config.model,
+        "tokens": config.rank_tokens,
+        "train_tokens": config.train_tokens,
+        "prompt": config.prompt,
+    }
     found = _read_settings(settings_file)
     if config.fresh and found:
         shutil.rmtree(config.out)
@@ -102,17 +111,49 @@ def _elastic_model(config: QuickstartConfig) -> tuple[ElasticModel, Sensitivity]
         dtype = faster_dtype()
         _say(f"loading {source} in {dtype}, the faster type here")
         model = ElasticModel.from_pretrained(source, dtype=dtype, device=config.device)
-        _say(f"ranking neurons and KV groups on {config.tokens} tokens")
-        rank(model, load_blocks(model.tokenizer, "sample/train", tokens=config.tokens), show=True)
+        _say(f"ranking neurons and KV groups on {config.rank_tokens} tokens")
+        rank(model, load_blocks(model.tokenizer, "sample/train", tokens=config.rank_tokens), show=True)
         model.save_pretrained(folder)
     if not Sensitivity.is_in(folder):
         _say("measuring what each part of each layer is worth")
-        ranked_on = load_blocks(model.tokenizer, "sample/train", tokens=config.tokens)
+        ranked_on = load_blocks(model.tokenizer, "sample/train", tokens=config.rank_tokens)
         blocks = sensitivity_blocks(
-            model.tokenizer, "sample/train", tokens=config.tokens // 8, after=ranked_on.documents
+            model.tokenizer, "sample/train", tokens=config.rank_tokens // 8, after=ranked_on.documents
         )
         measure_sensitivity(model, blocks, show=True).save(folder)
     return model, Sensitivity.load(folder)
+
+
+def _losses_before(
+    config: QuickstartConfig, model: ElasticModel, candidates: list[_Candidate], blocks: TokenBlocks
+) -> list[float]:
+    """Nats per token of every candidate before training."""
+    file = config.out / "before.json"
+    if not file.is_file():
+        _say(f"measuring {len(candidates)} sub-networks before training")
+        evaluations = evaluate(model, [candidate.subnet for candidate in candidates], blocks, show=True)
+        write_text(file, json.dumps([evaluation.nats_per_token for evaluation in evaluations]) + "\n")
+    losses: list[float] = json.loads(file.read_text(encoding="utf8"))
+    return losses
+
+
+def _trained_model(config: QuickstartConfig, model: ElasticModel) -> ElasticModel:
+    """`model` after elastic training; an interrupted training goes on where it was."""
+    folder = config.out / "trained"
+    if not (folder / METADATA_FILE).is_file():
+        _say(f"training all sub-networks at once on {config.train_tokens} tokens")
+        train(
+            TrainConfig(
+                str(config.out / "elastic"),
+                folder,
+                text=TextOptions(tokens=config.train_tokens, cache=config.out / "tokens"),
+                watch=WatchOptions(evaluate_tokens=0),
+                device=config.device,
+            )
+        )
+    else:
+        _say(f"reusing the trained model in {folder}")
+    return ElasticModel.from_pretrained(folder, dtype=model.dtype, device=config.device)
 
 
 def _candidates(space: SearchSpace, sensitivity: Sensitivity) -> list[_Candidate]:
@@ -131,7 +172,11 @@ def equal_widths(space: SearchSpace, sensitivity: Sensitivity, share: float) -> 
 
 
 def _measure(
-    config: QuickstartConfig, model: ElasticModel, candidates: list[_Candidate], blocks: TokenBlocks
+    config: QuickstartConfig,
+    model: ElasticModel,
+    candidates: list[_Candidate],
+    blocks: TokenBlocks,
+    before: list[float],
 ) -> dict[str, Any]:
     file = config.out / "results.json"
     if file.is_file():
@@ -144,10 +189,11 @@ def _measure(
     evaluations = evaluate(model, subnets, blocks, show=True)
     prefill_ms = _prefill_ms(model, subnets)
     rows = []
-    measured = list(zip(candidates, evaluations, prefill_ms, strict=True))
-    for candidate, evaluation, milliseconds in progress(measured, "complete"):
+    measured = list(zip(candidates, evaluations, prefill_ms, before, strict=True))
+    for candidate, evaluation, milliseconds, loss_before in progress(measured, "complete"):
         completion = generate(model, config.prompt, subnet=candidate.subnet, max_new_tokens=NEW_TOKENS)
-        row = {"name": candidate.name, "method": candidate.method, "prefill_ms": milliseconds, "completion": completion}
+        row = {"name": candidate.name, "method": candidate.method, "before_training": loss_before}
+        row |= {"prefill_ms": milliseconds, "completion": completion}
         rows.append({**row, **asdict(evaluation)})
     results = {"version": VERSION, "conditions": _conditions(config, model, blocks), "rows": rows}
     write_text(file, json.dumps(results, indent=1) + "\n")
@@ -171,6 +217,7 @@ def _prefill_ms(model: ElasticModel, subnets: list[Subnet]) -> list[float]:
 def _conditions(config: QuickstartConfig, model: ElasticModel, blocks: TokenBlocks) -> dict[str, Any]:
     return {
         "model": config.model,
+        "training": f"{config.train_tokens} tokens of sample/train",
         "prompt": config.prompt,
         "device": describe_device(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),

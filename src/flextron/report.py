@@ -30,13 +30,14 @@ def _markdown(results: dict[str, Any]) -> str:
     lines = [
         f"# {conditions['model']}: one checkpoint, {len(results['rows'])} sub-networks",
         "",
-        "No training so far: units are ranked, and the cheapest are left out.",
+        f"Units are ranked, the cheapest left out, and all sub-networks trained together on {conditions['training']}.",
         "",
-        "| kept | method | nats/token | above full | bits/byte | prefill ms | speed-up |",
-        "|---:|---|---:|---:|---:|---:|---:|",
+        "| kept | method | before training | nats/token | above full | bits/byte | prefill ms | speed-up |",
+        "|---:|---|---:|---:|---:|---:|---:|---:|",
         *(_table_row(row, full) for row in results["rows"]),
         "",
-        f"*kept*: share of the layers' weights, embeddings apart. Loss: {conditions['loss']}, ± standard error; *above "
+        "*kept*: share of the layers' weights, embeddings apart. *Before training*: nats/token. "
+        f"Loss: {conditions['loss']}, ± standard error; *above "
         f"full* is paired. Prefill: {conditions['prefill']}. {conditions['device']}, {conditions['dtype']}; "
         + ", ".join(f"{package} {version}" for package, version in conditions["versions"].items())
         + ".",
@@ -54,7 +55,8 @@ def _markdown(results: dict[str, Any]) -> str:
 
 def _table_row(row: dict[str, Any], full: dict[str, Any]) -> str:
     return (
-        f"| {row['share']:.1%} | {row['method']} | {row['nats_per_token']:.3f} ± {row['standard_error']:.3f} "
+        f"| {row['share']:.1%} | {row['method']} | {row['before_training']:.3f} "
+        f"| {row['nats_per_token']:.3f} ± {row['standard_error']:.3f} "
         f"| {row['difference']:+.3f} ± {row['difference_standard_error']:.3f} | {row['bits_per_byte']:.3f} "
         f"| {row['prefill_ms']:.0f} | {full['prefill_ms'] / row['prefill_ms']:.2f}x |"
     )
@@ -66,7 +68,10 @@ def _loss_figure(results: dict[str, Any]) -> Figure:
     for method, (style, color) in STYLES.items():
         rows = [row for row in results["rows"] if row["method"] == method or row is results["rows"][0]]
         losses = [row["nats_per_token"] for row in rows]
-        by_share.plot([100 * row["share"] for row in rows], losses, style, color=color, label=method)
+        shares = [100 * row["share"] for row in rows]
+        by_share.plot(shares, losses, style, color=color, label=method)
+        before = [row["before_training"] for row in rows]
+        by_share.plot(shares, before, ":", color=color, label=f"{method}, before training")
         by_time.plot([row["prefill_ms"] for row in rows], losses, style, color=color, label=method)
     conditions = results["conditions"]
     _label(by_share, "share of the layers' weights kept, %", "nats per token")

@@ -76,7 +76,7 @@ def save_snapshot(
     doing = f"cannot write {target}"
     tensors = _tensors(_trainable(model), optimizers)
     try:
-        _together(doing, lambda: _on_first(_make_way, target, step, state))
+        _together(doing, lambda: _on_first(_make_way, target, state))
         with _clear_errors(doing):
             writer = HuggingFaceStorageWriter(str(partial), fqn_to_index_mapping=_split(tensors), save_distributed=True)
             save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
@@ -248,11 +248,11 @@ def _step_of(snapshot: Path) -> int:
     return int(snapshot.name.removeprefix("step-"))
 
 
-def _make_way(target: Path, step: int, state: dict[str, Any]) -> None:
+def _make_way(target: Path, state: dict[str, Any]) -> None:
     """Check what can be checked before any work, clear what killed runs left, and make the hidden folder."""
     json.dumps(state)
     newest = latest_snapshot(target.parent)
-    if newest is not None and _step_of(newest) >= step:
+    if newest is not None and _step_of(newest) >= _step_of(target):
         raise CheckpointError(f"{newest} is not older. Take up the run from it, delete it, or name another folder.")
     for leftover in (target, *target.parent.glob(".step-*.partial")):
         if leftover.exists():
@@ -264,6 +264,7 @@ def _finish(partial: Path, target: Path, record: dict[str, Any]) -> None:
     """Write `state.json` and give the folder its name, all of it on the disk, since older ones are deleted next."""
     write_text(partial / STATE_FILE, json.dumps(record))
     _sync(partial / STATE_FILE)
+    _sync(partial)
     partial.rename(target)
     _sync(target.parent)
 

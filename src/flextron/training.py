@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -113,7 +113,6 @@ class _Run:
         self._introduce()
         if not self.step:
             self._evaluate()
-            self._save()
         saved = time.monotonic()
         with _Bar(self) as bar, _stop_signals() as stop:
             while self.step < self.steps:
@@ -158,9 +157,19 @@ class _Run:
     def _next_visits(self) -> Iterator[tuple[Visit, torch.Tensor]]:
         """Sub-networks of a step, each with this process's part of its blocks [B, T]."""
         visits, blocks = self.config.visit.visits_per_step, self.config.visit.blocks_per_visit
-        tokens = from_first(self.corpus.next_blocks(visits * blocks) if self.corpus else None)
+        tokens = from_first(self._next_blocks(visits * blocks) if self.corpus else None)
         for tokens_BT in tokens.to(self.accelerator.device).split(blocks):
             yield self.sampler.next(), tokens_BT[self.accelerator.process_index :: self.accelerator.num_processes]
+
+    def _next_blocks(self, count: int) -> torch.Tensor:
+        """Blocks of text [count, T]; says so where a source begins again."""
+        corpus = cast(Corpus, self.corpus)
+        before = corpus.epochs
+        tokens_BT = corpus.next_blocks(count)
+        for source, epochs in corpus.epochs.items():
+            if epochs > before[source]:
+                self.say(f"{source} has been read {epochs} times; it is read again in another order")
+        return tokens_BT
 
     def _visit(self, visit: Visit, tokens_BT: torch.Tensor) -> dict[str, Any]:
         """Add one sub-network's gradients; returns its losses in nats per token, over all processes."""

@@ -66,6 +66,11 @@ class TrainEstimate:
         return sum(self.memory.values())
 
     @property
+    def checkpoint_bytes(self) -> int:
+        """One checkpoint on disk: trained weights and their two moments."""
+        return 3 * _FP32 * self.trained_parameters
+
+    @property
     def warnings(self) -> list[str]:
         """What would go wrong, or may."""
         return list(_warnings(self))
@@ -87,6 +92,8 @@ class TrainEstimate:
         ]
         if self.processes > 1:
             lines.append(f"  {'while loading, before sharding':<34}{_gigabytes(self.loading_bytes)}")
+        most = self.config.watch.keep_last + 1  # the oldest is deleted after the newest is written
+        lines.append(f"disk     up to {most} checkpoints of {_gigabytes(self.checkpoint_bytes).strip()}")
         return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
 
 
@@ -109,27 +116,16 @@ def estimate_training(config: TrainConfig, *, processes: int = 1) -> TrainEstima
     steps = math.ceil(config.text.tokens / tokens_per_step)
     visits = (sampler.next().subnet for _ in range(steps * config.visit.visits_per_step))
     visit_compute, step_compute = _compute(model, teacher or model, list(islice(visits, SAMPLED_VISITS)), config)
-    adapters, trained = _adapters(model, config.optimizer.lora_rank), _trained_parameters(model, config)
-    weights = _FP32 * (_parameters(model) + adapters)
-    taught = 0 if teacher is None else arithmetic.itemsize * _parameters(teacher)
     return TrainEstimate(
         config=config,
         processes=processes,
         arithmetic=arithmetic,
         parameters=_parameters(model),
-        trained_parameters=trained,
+        trained_parameters=_trained_parameters(model, config),
         steps=steps,
         tokens_per_step=tokens_per_step,
-        memory={
-            "weights (fp32)": weights // processes,
-            "gradients (fp32)": _FP32 * trained // processes,
-            "optimizer states (2 x fp32)": 2 * _FP32 * trained // processes,
-            "teacher": taught // processes,
-            "copies for the arithmetic, about": _copies(model, teacher, arithmetic, processes),
-            "activations, about": _activations(model, config, arithmetic, processes),
-            "logits and loss, about": _loss(model, config, processes),
-        },
-        loading_bytes=weights + taught,
+        memory=_memory(model, teacher, config, arithmetic, processes),
+        loading_bytes=_weights(model, config) + _teacher_weights(teacher, arithmetic),
         visit_compute=visit_compute,
         step_compute=step_compute,
         positions=getattr(model.config, "max_position_embeddings", None),
@@ -233,6 +229,30 @@ def _compute(
     )
 
 
+def _memory(
+    model: ElasticModel, teacher: ElasticModel | None, config: TrainConfig, arithmetic: torch.dtype, processes: int
+) -> dict[str, int]:
+    """Bytes by part in one process; FSDP shards the first four."""
+    trained = _FP32 * _trained_parameters(model, config)
+    return {
+        "weights (fp32)": _weights(model, config) // processes,
+        "gradients (fp32)": trained // processes,
+        "optimizer states (2 x fp32)": 2 * trained // processes,
+        "teacher": _teacher_weights(teacher, arithmetic) // processes,
+        "copies for the arithmetic, about": _copies(model, teacher, arithmetic, processes),
+        "activations, about": _activations(model, config, arithmetic, processes),
+        "logits and loss, about": _loss(model, config, processes),
+    }
+
+
+def _weights(model: ElasticModel, config: TrainConfig) -> int:
+    return _FP32 * (_parameters(model) + _adapters(model, config.optimizer.lora_rank))
+
+
+def _teacher_weights(teacher: ElasticModel | None, arithmetic: torch.dtype) -> int:
+    return 0 if teacher is None else arithmetic.itemsize * _parameters(teacher)
+
+
 def _parameters(model: ElasticModel) -> int:
     return sum(p.numel() for p in model.lm.parameters())
 
@@ -243,9 +263,9 @@ def _head(model: ElasticModel) -> int:
 
 
 def _embeddings(model: ElasticModel) -> int:
-    """Weights of the embeddings and the output projection, which may be the same."""
-    both = {model.lm.get_input_embeddings().weight, model.lm.get_output_embeddings().weight}
-    return sum(weight.numel() for weight in both)
+    """Parameters of the embeddings and the output projection, which may be the same."""
+    modules = (model.lm.get_input_embeddings(), model.lm.get_output_embeddings())
+    return sum(p.numel() for p in {p for module in modules for p in module.parameters()})
 
 
 def _adapters(model: ElasticModel, rank: int) -> int:
@@ -294,8 +314,8 @@ def _activations(model: ElasticModel, config: TrainConfig, arithmetic: torch.dty
     ]
     if not config.optimizer.gradient_checkpointing:
         return tokens * sum(sizes)
-    stream = _FP32 if casts else arithmetic.itemsize
-    return tokens * (stream * model.config.hidden_size * len(sizes) + max(sizes))
+    stream: int = (_FP32 if casts else arithmetic.itemsize) * model.config.hidden_size
+    return tokens * (stream * len(sizes) + max(sizes))
 
 
 def _activations_of_layer(
@@ -303,20 +323,22 @@ def _activations_of_layer(
 ) -> int:
     """Bytes per token of what a layer's forward pass keeps, by what transformers' code does today.
 
-    Two norms keep their input and the normalised one in fp32. What the MLP's projections open is kept before and after
+    Norms, those of queries and keys too, keep their input and the normalised one in fp32. What the MLP's projections open is kept before and after
     the activation. Attention keeps Q, K and V, by query head, its output, and a row of the mask that separates
     documents; where it is not fused, all heads' scores three times. Projections keep their input: one for both halves
     of the layer, or with `casts` (autocast) one for each.
     """
-    heads = model.config.num_attention_heads
+    hidden: int = model.config.hidden_size
     fused = model.config._attn_implementation != "eager"
-    values = (
+    values: int = (
         2 * sum(opening.matrix().shape[0] for opening in layer.mlp.opens)
         + 4 * layer.attention.closing_size
-        + (block_tokens if fused else 3 * heads * block_tokens)
-        + model.config.hidden_size * (len(layer.mlp.opens) + len(layer.attention.opens) if casts else 2)
+        + block_tokens * (1 if fused else 3 * model.config.num_attention_heads)
+        + hidden * (len(layer.mlp.opens) + len(layer.attention.opens) if casts else 2)
     )
-    return arithmetic.itemsize * values + 4 * _FP32 * model.config.hidden_size
+    norms = [weight.numel() for name, weight in layer.module.named_parameters() if "norm" in name or "ln_" in name]
+    normed = sum(hidden if size == hidden else layer.attention.closing_size for size in norms)
+    return arithmetic.itemsize * values + 2 * _FP32 * normed
 
 
 def _loss(model: ElasticModel, config: TrainConfig, processes: int) -> int:
@@ -328,7 +350,8 @@ def _loss(model: ElasticModel, config: TrainConfig, processes: int) -> int:
     tokens = config.visit.blocks_per_visit // processes * config.text.block_tokens
     chunk = 8 * _FP32 * min(CHUNK_TOKENS, tokens) * model.config.vocab_size
     gradient = 2 * _FP32 * _head(model) if config.optimizer.train_embeddings else 0
-    return chunk + 3 * _FP32 * tokens * model.config.hidden_size + gradient
+    hidden: int = 3 * _FP32 * tokens * model.config.hidden_size
+    return int(chunk + hidden + gradient)
 
 
 def _warnings(estimate: TrainEstimate) -> Iterator[str]:

@@ -8,9 +8,7 @@ Shapes: B blocks, T tokens of a block.
 from __future__ import annotations
 
 import copy
-import json
 import math
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -39,9 +37,8 @@ from flextron.sensitivity import Sensitivity
 from flextron.sharding import from_first, is_sharded, shard, total, whole_weights
 from flextron.snapshot import latest_snapshot, load_snapshot, save_snapshot
 from flextron.subnet import Subnet
+from flextron.watching import Bar, numbers, stop_signals
 
-CLASSES = (("full", 1.0), ("large", 0.8), ("medium", 0.6), ("small", 0.0))
-"""Classes of size for the bar, and the least share of the layers' weights of each."""
 HELD_OUT_TOKENS = 2048
 WORSE_NATS = 0.02
 """Rise of the full model's held-out loss that is worth a warning."""
@@ -57,7 +54,7 @@ def train(config: TrainConfig) -> Path:
         KeyboardInterrupt: after Ctrl-C, once a checkpoint of the last whole step is written.
     """
     accelerator = Accelerator(cpu=config.device == "cpu", log_with=list(config.watch.log_with) or None)
-    run = _Run(config, accelerator)
+    run = TrainingRun(config, accelerator)
     if run.folder.is_finished:
         run.say(f"{config.out} is trained already; name another folder, or pass --resume never to train it again.")
         return config.out
@@ -65,7 +62,7 @@ def train(config: TrainConfig) -> Path:
     return config.out
 
 
-class _Run:
+class TrainingRun:
     """One training run: all that a step needs, made once."""
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator) -> None:
@@ -114,9 +111,10 @@ class _Run:
         if not self.step:
             self._evaluate()
         saved = time.monotonic()
-        with _Bar(self) as bar, _stop_signals() as stop:
+        bar = Bar(steps=self.steps, done=self.step, show=self.is_first)
+        with bar, stop_signals() as stop:
             while self.step < self.steps:
-                bar.show(self._train_step())
+                bar.show(self.train_step())
                 if self._is_time_to_evaluate():
                     self._evaluate()
                 stopped, due = from_first((stop.asked, time.monotonic() - saved > 60 * self.config.watch.save_minutes))
@@ -128,7 +126,7 @@ class _Run:
                     raise KeyboardInterrupt
         self._finish()
 
-    def _train_step(self) -> dict[str, Any]:
+    def train_step(self) -> dict[str, Any]:
         """One update of the weights; returns, and logs, what it did."""
         start = time.monotonic()
         options = self.config.optimizer
@@ -175,7 +173,7 @@ class _Run:
         """Add one sub-network's gradients; returns its losses in nats per token, over all processes."""
         predicted = tokens_BT[:, 1:].numel()
         with self.model.use(visit.subnet):
-            with self._arithmetic():
+            with self.autocast():
                 losses = self.distiller(tokens_BT)
             (losses.total / predicted / self.config.visit.visits_per_step).backward()
         sums = total(torch.stack([losses.total.detach(), losses.divergence, losses.cross_entropy]))
@@ -204,7 +202,7 @@ class _Run:
             f"Start again with a learning rate below {self.config.optimizer.learning_rate:g} and --resume never."
         )
 
-    def _arithmetic(self) -> Any:
+    def autocast(self) -> Any:
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.accelerator.device.type, self.dtype)
@@ -238,7 +236,7 @@ class _Run:
         """Every process takes the same batches: sharded layers need all of them in every pass."""
         sum_ = 0.0
         for tokens_BT in held_out.batches(HELD_OUT_TOKENS):
-            with self.model.use(subnet), self._arithmetic():
+            with self.model.use(subnet), self.autocast():
                 losses = self.distiller(tokens_BT.to(self.accelerator.device), held_out=True)
             sum_ += losses.cross_entropy.item()
         return sum_ / held_out.predicted_tokens
@@ -248,7 +246,7 @@ class _Run:
             return
         self.folder.log(record)
         if self.config.watch.log_with:
-            self.accelerator.log(_numbers(record), step=record["step"])
+            self.accelerator.log(numbers(record), step=record["step"])
 
     # ------------------------------------------------------------------ before, between and after
 
@@ -310,7 +308,7 @@ class _Run:
             f"{describe_device(self.accelerator.device)}{processes}, {str(self.dtype).removeprefix('torch.')}"
         )
         if self.config.watch.log_with:
-            self.accelerator.init_trackers(self.config.out.name, config=_numbers(asdict(self.config)))
+            self.accelerator.init_trackers(self.config.out.name, config=numbers(asdict(self.config)))
 
     def _summary(self) -> str:
         rows = [record for record in self.folder.metrics() if "held_out" in record]
@@ -438,75 +436,3 @@ def _arithmetic(precision: str) -> torch.dtype:
 
 def _device(config: TrainConfig, accelerator: Accelerator) -> Any:
     return accelerator.device if config.device == "auto" or accelerator.num_processes > 1 else config.device
-
-
-def _numbers(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """What trackers take: numbers and text by name; the visits of a step become one loss per class of size."""
-    flat: dict[str, Any] = {}
-    for key, value in record.items():
-        if key == "visits" and value and isinstance(value[0], dict):
-            flat.update({f"loss/{size_class(visit['share'])}": visit["loss"] for visit in value})
-        elif isinstance(value, dict):
-            flat.update(_numbers(value, f"{prefix}{key}/"))
-        else:
-            flat[prefix + key] = value if isinstance(value, (int, float, str)) else json.dumps(value, default=str)
-    return flat
-
-
-def size_class(share: float) -> str:
-    """The name of the class of size that a share of the layers' weights is in."""
-    return next(name for name, least in CLASSES if share >= least)
-
-
-class _Bar:
-    """A bar with a running loss per class of size, tokens per second, and the time left."""
-
-    def __init__(self, run: _Run) -> None:
-        interval = 0.2 if sys.stderr.isatty() else 15.0
-        self._bar: Any = tqdm(
-            total=run.steps, initial=run.step, desc="train", unit="step", mininterval=interval, dynamic_ncols=True,
-            disable=not run.is_first,
-        )  # fmt: skip
-        self._losses: dict[str, float] = {}
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def show(self, record: dict[str, Any]) -> None:
-        """Advance by a step."""
-        for visit in record["visits"]:
-            name = size_class(visit["share"])
-            before = self._losses.get(name, visit["loss"])
-            self._losses[name] = 0.8 * before + 0.2 * visit["loss"]
-        losses = " ".join(f"{name} {self._losses[name]:.3f}" for name, _ in CLASSES if name in self._losses)
-        self._bar.set_postfix_str(f"{losses} · {record['tokens_per_second']:.0f} tokens/s", refresh=False)
-        self._bar.update()
-
-
-class _Stop:
-    asked = False
-
-
-@contextmanager
-def _stop_signals() -> Iterator[_Stop]:
-    """Ctrl-C and SIGTERM only ask to stop, so that a step ends whole; asked twice, they act at once."""
-    stop = _Stop()
-
-    def ask(_number: int, _frame: Any) -> None:
-        if stop.asked:
-            raise KeyboardInterrupt
-        stop.asked = True
-        tqdm.write("stopping after this step and a checkpoint; once more stops at once.", file=sys.stderr)
-
-    try:
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: its owner handles signals
-        before = {}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 import tiny
 from flextron import corpus as corpus_module
+from flextron import sources as sources_module
 from flextron.corpus import Corpus, Source, positions
 from flextron.data import document_end, load_blocks
 from flextron.errors import CheckpointError, FlextronError, TooLittleTextError
@@ -328,7 +329,7 @@ def fails(error):
 class TestCache:
     def test_tokenised_once_for_all_sizes_and_seeds(self, make, numbers, monkeypatch):
         make(numbers).next_blocks(count_blocks(NUMBERS) + 5)
-        monkeypatch.setattr(corpus_module, "documents", pytest.fail)
+        monkeypatch.setattr(sources_module, "documents", pytest.fail)
         assert len(make(numbers, block_tokens=5, seed=3).next_blocks(100)) == 100
 
     def test_reads_no_more_than_it_needs(self, make, tmp_path):

@@ -124,7 +124,7 @@ def kept_bytes(lm, tokens: torch.Tensor, precision: str) -> int:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gpt_neox", "gemma2"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gpt_neox", "gemma2", "gpt2", "gemma3_text", "phi"])
 def test_activations_are_about_what_autograd_keeps(model_type, precision, tmp_path):
     lm = tiny.plain_model(model_type)
     as_trained(ElasticModel(lm))
@@ -135,7 +135,7 @@ def test_activations_are_about_what_autograd_keeps(model_type, precision, tmp_pa
         visit=VisitOptions(blocks_per_visit=7),
         precision=precision,
     )
-    assert estimate_training(config).memory["activations, about"] == pytest.approx(real, rel=0.35)
+    assert estimate_training(config).memory["activations, about"] == pytest.approx(real, rel=0.2)
 
 
 def test_gradient_checkpointing_keeps_about_one_layer(tmp_path):

@@ -323,10 +323,10 @@ def _activations_of_layer(
 ) -> int:
     """Bytes per token of what a layer's forward pass keeps, by what transformers' code does today.
 
-    Norms, those of queries and keys too, keep their input and the normalised one in fp32. What the MLP's projections open is kept before and after
-    the activation. Attention keeps Q, K and V, by query head, its output, and a row of the mask that separates
-    documents; where it is not fused, all heads' scores three times. Projections keep their input: one for both halves
-    of the layer, or with `casts` (autocast) one for each.
+    Norms (whose weights are the vectors of that name) keep their input and the normalised one in fp32. What the MLP's
+    projections open is kept before and after the activation. Attention keeps Q, K and V, by query head, its output, and
+    a row of the mask that separates documents; where it is not fused, all heads' scores three times. Projections keep
+    their input: one for each half of the layer, or with `casts` (autocast) one for each opening projection.
     """
     hidden: int = model.config.hidden_size
     fused = model.config._attn_implementation != "eager"
@@ -336,8 +336,8 @@ def _activations_of_layer(
         + block_tokens * (1 if fused else 3 * model.config.num_attention_heads)
         + hidden * (len(layer.mlp.opens) + len(layer.attention.opens) if casts else 2)
     )
-    norms = [weight.numel() for name, weight in layer.module.named_parameters() if "norm" in name or "ln_" in name]
-    normed = sum(hidden if size == hidden else layer.attention.closing_size for size in norms)
+    norms = [p for name, p in layer.module.named_parameters() if p.ndim == 1 and name.endswith("weight")]
+    normed = sum(hidden if norm.numel() == hidden else layer.attention.closing_size for norm in norms)
     return arithmetic.itemsize * values + 2 * _FP32 * normed
 
 

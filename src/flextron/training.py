@@ -203,6 +203,7 @@ class TrainingRun:
         )
 
     def autocast(self) -> Any:
+        """A context in which sums are in the type of the arithmetic."""
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.accelerator.device.type, self.dtype)

@@ -1,0 +1,146 @@
+"""Where training text comes from: files, folders, globs, parquet, datasets. Everything becomes documents, in order."""
+
+from __future__ import annotations
+
+import glob
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module, resources
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from flextron.data import SAMPLES, documents
+from flextron.errors import FlextronError
+
+_DATASET = "datasets:"
+_TEXT_FILE = re.compile(r"\.((jsonl|txt|md)(\.xz|\.gz)?|parquet)$")
+_ENDINGS = ".jsonl, .txt, .md (each also .xz, .gz) or .parquet"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A text, and how much of the training data it gives."""
+
+    path: str
+    """A file (.jsonl, .txt, .md, each also .xz or .gz, or .parquet), a folder with such files at any depth, a glob of
+    them (both in the order of their names), a sample such as sample/train, or datasets:NAME[,CONFIG[,SPLIT]]."""
+    weight: float = 1.0
+    """Share of the blocks, relative to the weights of the other sources."""
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ValueError("a source of text has an empty path; write PATH or PATH@WEIGHT.")
+        if not (math.isfinite(self.weight) and self.weight > 0):
+            raise ValueError(f"weight {self.weight} of {self.path} is not a finite number above 0.")
+
+    @classmethod
+    def parse(cls, text: str) -> Source:
+        """The source written as PATH or PATH@WEIGHT.
+
+        Raises:
+            ValueError: what follows the last @ is no finite number above 0. It may hold a / where it is part of a path.
+        """
+        path, at, weight = text.rpartition("@")
+        if not at or "/" in weight or Path(text).exists():
+            return cls(text)
+        try:
+            number = float(weight)
+        except ValueError:
+            raise ValueError(
+                f"weight {weight!r} of {path!r} is no number. Write PATH@0.3; with an @, PATH@1."
+            ) from None
+        return cls(path, number)
+
+
+def open_source(path: str) -> tuple[Callable[[], Iterator[str]], Any]:
+    """A function that reads the documents of a source from the start, and what tells the source from all others."""
+    if path.startswith(_DATASET):
+        name, *options = path.removeprefix(_DATASET).split(",")
+        if not name or len(options) > 2:
+            raise ValueError(f"cannot read {path!r} as a dataset; write datasets:NAME[,CONFIG[,SPLIT]].")
+        config, split = [option.strip() or None for option in (*options, "", "")[:2]]
+        files = [file for file in sorted(Path(name).rglob("*")) if file.is_file()]
+        identity = [name if not files else _stats(files), config, split or "train"]
+        return lambda: _strings(_rows(path, name, config, split or "train"), path), identity
+    files = _files(path)
+    return lambda: chain.from_iterable(map(_documents, files)), _stats(files)
+
+
+def _stats(files: list[Path]) -> list[tuple[str, int, int]]:
+    """Of each file its place, its size in bytes, and when it last changed, in nanoseconds."""
+    stats = [(file.resolve(), file.stat()) for file in files]
+    return [(str(place), stat.st_size, stat.st_mtime_ns) for place, stat in stats]
+
+
+def _files(path: str) -> list[Path]:
+    if path in SAMPLES:
+        return [Path(str(resources.files("flextron") / f"{path}.jsonl.xz"))]
+    if Path(path).is_file():
+        return [Path(path)]
+    inside = Path(path).is_dir()
+    pattern = f"{glob.escape(path)}/**" if inside else path
+    found = glob.glob(pattern, recursive=True)  # noqa: PTH207 - also takes absolute patterns
+    files = sorted(Path(name) for name in found if _TEXT_FILE.search(name) and Path(name).is_file())
+    if not files:
+        raise FlextronError(f"no text at {path}. Name a file ({_ENDINGS}), a folder or glob of them, or {SAMPLES[0]}.")
+    return files
+
+
+def _documents(file: Path) -> Iterator[str]:
+    return _strings(_parquet(file), str(file)) if file.suffix == ".parquet" else documents(file)
+
+
+def _strings(values: Iterable[Any], name: str) -> Iterator[str]:
+    """The values of a column, each a string, not all of them blank."""
+    empty = True
+    for number, value in enumerate(values, start=1):
+        if not isinstance(value, str):
+            raise FlextronError(f'{name}, row {number}: "text" is a {type(value).__name__}, not a string.')
+        empty = empty and not value.strip()
+        yield value
+    if empty:
+        raise FlextronError(f"{name} is empty.")
+
+
+def _parquet(file: Path) -> Iterator[Any]:
+    parquet = _extra("pyarrow.parquet", file)
+    with _clear_errors(file), parquet.ParquetFile(file) as table:
+        _check_column(table.schema_arrow.names, file)
+        for batch in table.iter_batches(batch_size=256, columns=["text"]):
+            yield from batch.column(0).to_pylist()
+
+
+def _rows(path: str, name: str, config: str | None, split: str) -> Iterator[Any]:
+    datasets = _extra("datasets", path)
+    with _clear_errors(path):
+        for row in datasets.load_dataset(name, config, split=split, streaming=True):
+            _check_column(row, path)
+            yield row["text"]
+
+
+def _check_column(names: Iterable[str], path: str | Path) -> None:
+    if "text" not in names:
+        raise FlextronError(f'{path} has no column "text" but {", ".join(names)}. Rename the one that holds the text.')
+
+
+def _extra(module: str, path: str | Path) -> Any:
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise FlextronError(f'cannot read {path}: {error}. Run: pip install "flextron[data]"') from None
+
+
+@contextmanager
+def _clear_errors(path: str | Path) -> Iterator[None]:
+    """Turn what pyarrow and datasets raise, which is of many kinds, into one line."""
+    try:
+        yield
+    except FlextronError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise FlextronError(f"cannot read {path}: {reason}") from None

@@ -1,0 +1,161 @@
+"""A tiny training run, ways to end it early, and what two processes do with it (see test_sharding.py)."""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+import tiny
+from flextron import cli, training
+from flextron.elastic import ElasticModel
+from flextron.ranking import permute
+from flextron.sensitivity import measure_sensitivity
+
+STEPS = 6
+TIMES = ("seconds", "tokens_per_second")
+"""What differs between two runs of the same."""
+
+
+def make_checkpoint(folder: Path, model_type: str = "llama", dtype: torch.dtype = torch.float32, **changes) -> Path:
+    """A tiny ranked model with sensitivities and a tokenizer."""
+    model = ElasticModel(tiny.plain_model(model_type, vocab_size=300, **changes), tiny.tokenizer())
+    permute(model, tiny.ranking_for(model))
+    sensitivity = measure_sensitivity(model, tiny.blocks(2, vocab=300))
+    model.lm.to(dtype)
+    model.lm.config.dtype = dtype
+    model.save_pretrained(folder)
+    sensitivity.save(folder)
+    return folder
+
+
+def make_text(file: Path) -> Path:
+    """Documents of 2 to 60 words: some blocks hold several, some a part of one."""
+    draw, words = random.Random(0), tiny.TEXT.split()  # noqa: S311
+    texts = (" ".join(draw.choices(words, k=draw.randint(2, 60))) for _ in range(300))
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return file
+
+
+def command(model: Path, text: Path, out: Path, **options) -> list[str]:
+    """A command line of `flextron train` for STEPS steps; `options` replace what is not None, add, or (None) remove."""
+    words = {
+        "data": text,
+        "tokens": STEPS * 256,
+        "block_tokens": 32,
+        "cache": text.parent / "cache",
+        "blocks_per_visit": 2,
+        "precision": "fp32",
+        "device": "cpu",
+        "evaluate_on": ("full", "50%"),
+        "evaluate_text": text,
+        "evaluate_tokens": 128,
+        "evaluations": 2,
+        **options,
+    }
+    line = ["train", str(model), str(out)]
+    for name, value in words.items():
+        if value is not None:
+            values = value if isinstance(value, tuple) else () if value is True else (value,)
+            line += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return line
+
+
+def run(model: Path, text: Path, out: Path, **options) -> Path:
+    """Train, as `command` says, in this process."""
+    return training.train(cli.parse(command(model, text, out, **options)))
+
+
+def records(out: Path) -> list[dict]:
+    """The lines of metrics.jsonl, without times."""
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
+
+
+def steps_of(out: Path) -> list[dict]:
+    return [record for record in records(out) if "visits" in record]
+
+
+@contextmanager
+def before_step(step: int, act):
+    """Call `act` before the training step `step`, counted from 1."""
+    real = training._Run._train_step
+
+    def acting(run):
+        if run.step + 1 == step:
+            act()
+        return real(run)
+
+    training._Run._train_step = acting
+    try:
+        yield
+    finally:
+        training._Run._train_step = real
+
+
+@contextmanager
+def stopped_in(step: int, number: int = signal.SIGINT):
+    """Send the signal to this process in a training step; the run must stop for it."""
+    try:
+        with before_step(step, lambda: signal.raise_signal(number)):
+            yield
+    except KeyboardInterrupt:
+        return
+    raise AssertionError("the run did not stop")
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nobody catches it."""
+
+
+def kill() -> None:
+    raise Killed
+
+
+def wait_for(condition, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def main(folder: Path) -> None:
+    """Each of two processes: several runs one after the other, some in turn with the test's own process."""
+    rank = int(os.environ["RANK"])
+    model, text = folder / "model", folder / "text.jsonl"
+
+    def go(name: str, **options) -> None:
+        run(model, text, folder / name, **options)
+
+    go("two", **OPTIONS)
+    go("trained head", **OPTIONS, train_embeddings=True, text_weight=0.5, gradient_checkpointing=True)
+    go("adapters", **OPTIONS, lora_rank=2)
+    go("bf16", **{**OPTIONS, "precision": "bf16"})
+    with stopped_in(4):
+        go("one two", **OPTIONS)
+    with stopped_in(2):
+        go("two one two", **OPTIONS)
+    try:
+        go("uneven", **{**OPTIONS, "blocks_per_visit": 3})
+    except Exception as error:
+        (folder / f"uneven-{rank}.error").write_text(f"{type(error).__name__}: {error}")
+    (folder / f"waiting-{rank}").touch()
+    wait_for((folder / "go on").exists)
+    go("two one two", **OPTIONS)
+    print("ready to be stopped", flush=True)
+    go("stopped", **{**OPTIONS, "tokens": 10**7})
+
+
+OPTIONS = {"smallest": "neurons=0,kv_groups=1"}
+"""Visits skip sub-layers too."""
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    main(Path(sys.argv[1]))

@@ -81,7 +81,7 @@ def load(path: str | Path, *, dtype: str | torch.dtype = "auto", **kwargs: Any) 
         CheckpointError: nothing there, unreadable, incomplete, or weights that are not safetensors or GGUF.
     """
     per_layer.register()
-    source, gguf = _source(path)
+    source, gguf = source_of(path)
     read = {**kwargs, **gguf}
     try:
         lm, info = AutoModelForCausalLM.from_pretrained(
@@ -89,7 +89,7 @@ def load(path: str | Path, *, dtype: str | torch.dtype = "auto", **kwargs: Any) 
         )
         tokenizer = _load_tokenizer(source, {**gguf, **{key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}})
     except Exception as error:  # what a damaged file makes transformers raise has no common type
-        raise CheckpointError(f"cannot load {path}: {_first_line(error)}") from error
+        raise CheckpointError(f"cannot load {path}: {first_line(error)}") from error
     if info["missing_keys"] or info["mismatched_keys"]:
         missing = sorted(info["missing_keys"]) or sorted(str(key) for key in info["mismatched_keys"])
         raise CheckpointError(
@@ -99,7 +99,7 @@ def load(path: str | Path, *, dtype: str | torch.dtype = "auto", **kwargs: Any) 
     if gguf:
         _forget_quantization(lm)
         return Checkpoint(lm, tokenizer, None, None)
-    return Checkpoint(lm, tokenizer, *_load_metadata(source, kwargs))
+    return Checkpoint(lm, tokenizer, *load_metadata(source, kwargs))
 
 
 def save(
@@ -148,7 +148,7 @@ def quiet_transformers() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
-def _source(path: str | Path) -> tuple[str, dict[str, Any]]:
+def source_of(path: str | Path) -> tuple[str, dict[str, Any]]:
     """The folder or hub id to read, and what tells transformers that it is a GGUF file."""
     local = Path(path)
     if str(path).endswith(".gguf"):
@@ -179,7 +179,8 @@ def _forget_quantization(lm: PreTrainedModel) -> None:
     lm.is_quantized = False
 
 
-def _load_metadata(source: str, options: dict[str, Any]) -> tuple[SearchSpace | None, Ranking | None]:
+def load_metadata(source: str, options: dict[str, Any]) -> tuple[SearchSpace | None, Ranking | None]:
+    """The search space and ranking of an elastic checkpoint; None for each that it does not have."""
     file = _find(source, METADATA_FILE, options)
     if file is None:
         return None, None
@@ -197,7 +198,7 @@ def _load_metadata(source: str, options: dict[str, Any]) -> tuple[SearchSpace | 
     except FlextronError:
         raise
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read {file}: {_first_line(error)}") from error
+        raise CheckpointError(f"cannot read {file}: {first_line(error)}") from error
     return search_space, ranking
 
 
@@ -226,5 +227,6 @@ def _load_ranking(file: Path) -> Ranking:
     return Ranking(**orders, score=record["score"], tokens=int(record["tokens"]), text=record["text"])
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, without what follows."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -156,14 +156,17 @@ def _ranked(config: RankConfig) -> ElasticModel:
 
 def _train(config: TrainConfig) -> None:
     from flextron.checkpoint import quiet_transformers
-    from flextron.training import train
 
     quiet_transformers()
     if config.dry_run:
         from flextron.estimate import estimate_training
 
-        print(estimate_training(config, processes=int(os.environ.get("WORLD_SIZE", "1"))))
+        estimate = estimate_training(config, processes=int(os.environ.get("WORLD_SIZE", "1")))
+        if os.environ.get("RANK", "0") == "0":
+            print(estimate)
         return
+    from flextron.training import train
+
     train(config)
 
 

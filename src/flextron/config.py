@@ -185,7 +185,7 @@ class TrainConfig:
     device: str = "auto"
     """Where to run, such as cpu or cuda:0; auto takes a GPU if there is one."""
     dry_run: bool = False
-    """Print memory, steps and token counts, and train nothing; needs the model's config.json only."""
+    """Print memory, steps and token counts, and train nothing; needs the model's config.json only. Put WORLD_SIZE=8 before the command to ask about eight processes."""
 
 
 @dataclass(frozen=True)

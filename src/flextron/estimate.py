@@ -167,16 +167,16 @@ def _forward_flops(model: ElasticModel) -> int:
 def _without_weights(path: str) -> ElasticModel:
     """The elastic model on the meta device: sizes only."""
     per_layer.register()
-    source, gguf = checkpoint._source(path)
+    source, gguf = checkpoint.source_of(path)
     try:
         config = AutoConfig.from_pretrained(source, **gguf)
     except Exception as error:  # what a damaged file makes transformers raise has no common type
-        raise CheckpointError(f"cannot read the config of {path}: {checkpoint._first_line(error)}") from error
+        raise CheckpointError(f"cannot read the config of {path}: {checkpoint.first_line(error)}") from error
     family_of(config.model_type)
     try:
         with torch.device("meta"):
             lm = AutoModelForCausalLM.from_config(config)
-        search_space = None if gguf else checkpoint._load_metadata(source, {})[0]
+        search_space = None if gguf else checkpoint.load_metadata(source, {})[0]
         return ElasticModel(lm, search_space=search_space)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"cannot make {path} elastic: {error}") from error

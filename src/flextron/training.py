@@ -31,6 +31,7 @@ from flextron.distillation import Distiller
 from flextron.elastic import ElasticModel
 from flextron.environment import describe_device, faster_dtype
 from flextron.errors import FlextronError, TrainingError
+from flextron.estimate import check_processes
 from flextron.run_folder import RunFolder, fingerprint
 from flextron.sampling import SubnetSampler, Visit, even_sensitivity
 from flextron.sensitivity import Sensitivity
@@ -66,6 +67,7 @@ class TrainingRun:
     """One training run: all that a step needs, made once."""
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator) -> None:
+        check_processes(config.visit.blocks_per_visit, accelerator.num_processes)
         self.config = config
         self.accelerator = accelerator
         self.folder = RunFolder(config.out)

@@ -16,6 +16,7 @@ from flextron.config import TrainConfig
 from flextron.elastic import ElasticModel
 from flextron.errors import CheckpointError
 from flextron.sensitivity import Sensitivity
+from flextron.snapshot import latest_snapshot
 
 VERSION = 1
 SETTINGS_FILE = "train.json"
@@ -40,6 +41,8 @@ class RunFolder:
     def open(self, config: TrainConfig, model: str) -> None:
         """Make the folder, or see that what is in it is a run with the same settings, of the same model.
 
+        A run that was stopped before its first snapshot has nothing to lose, and gives way.
+
         Raises:
             CheckpointError: something else is there, or a run of another model or with other settings.
         """
@@ -47,10 +50,10 @@ class RunFolder:
         if self._found() and config.resume == "never":
             shutil.rmtree(self.path)
         found = self._found()
-        if found:
+        if found and (self.is_finished or latest_snapshot(self.snapshots)):
             _check_same(self.path, found, settings)
             return
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if not found and self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise CheckpointError(f"{self.path} exists and is not a training run. Name another folder.")
         try:
             self.path.mkdir(parents=True, exist_ok=True)

@@ -54,7 +54,8 @@ def train(config: TrainConfig) -> Path:
         FlextronError: a model, text, or folder that does not fit; a loss that is no longer a number (TrainingError).
         KeyboardInterrupt: after Ctrl-C, once a checkpoint of the last whole step is written.
     """
-    accelerator = Accelerator(cpu=config.device == "cpu", log_with=list(config.watch.log_with) or None)
+    trackers = list(config.watch.log_with) or None
+    accelerator = Accelerator(cpu=config.device == "cpu", log_with=trackers, project_dir=config.out)
     run = TrainingRun(config, accelerator)
     if run.folder.is_finished:
         run.say(f"{config.out} is trained already; name another folder, or pass --resume never to train it again.")
@@ -68,6 +69,8 @@ class TrainingRun:
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator) -> None:
         check_processes(config.visit.blocks_per_visit, accelerator.num_processes)
+        if config.optimizer.lora_rank and accelerator.num_processes > 1:
+            raise ValueError("adapters (lora_rank) train in one process. Run without torchrun, or with --lora-rank 0.")
         self.config = config
         self.accelerator = accelerator
         self.folder = RunFolder(config.out)
@@ -257,7 +260,8 @@ class TrainingRun:
         """Put weights, optimizer, sampler and corpus where the newest checkpoint says."""
         snapshot = from_first(latest_snapshot(self.folder.snapshots) if self.is_first else None)
         if snapshot is None:
-            self.folder.forget_after(-1)
+            if self.is_first:
+                self.folder.forget_after(-1)
             return
         state = load_snapshot(snapshot, model=self.distiller, optimizers=[self.optimizer])
         self.step = state["step"]
@@ -317,8 +321,9 @@ class TrainingRun:
         rows = [record for record in self.folder.metrics() if "held_out" in record]
         steps = [record for record in self.folder.metrics() if "visits" in record]
         seconds = sum(record["seconds"] for record in steps)
+        duration = f"{seconds / 60:.1f} minutes" if seconds > 100 else f"{seconds:.0f} s"
         lines = [
-            f"trained on {self.steps * self.tokens_per_step} tokens in {seconds / 60:.1f} minutes "
+            f"trained on {self.steps * self.tokens_per_step} tokens in {duration} "
             f"({self.steps * self.tokens_per_step / seconds:.0f} tokens/s)"
         ]
         if rows:
@@ -378,7 +383,7 @@ def _distiller(model: ElasticModel, config: TrainConfig, dtype: torch.dtype) -> 
     end = document_end(model.tokenizer) if model.tokenizer is not None else None
     teacher = None if options.text_weight == 1 or options.lora_rank else _teacher(model, options, dtype)
     original = None
-    model.lm.float().train()
+    model.lm.float().eval()  # no dropout: it would add noise to a comparison with a teacher that has none
     if options.lora_rank:
         torch.manual_seed(config.seed)
         add_adapters(model, rank=options.lora_rank)
@@ -392,6 +397,8 @@ def _distiller(model: ElasticModel, config: TrainConfig, dtype: torch.dtype) -> 
         embedding.requires_grad_(options.train_embeddings)
     if options.gradient_checkpointing:
         model.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for layer in model.layers:  # transformers checkpoints a layer only where it trains; its dropouts stay off
+            layer.module.training = True
     return Distiller(
         model.lm,
         teacher,

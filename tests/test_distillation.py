@@ -84,6 +84,26 @@ class TestFamilies:
                 here = found.get(name, torch.zeros_like(like))  # none to a norm that only a skipped sub-layer reads
                 torch.testing.assert_close(here, like, rtol=1e-4, atol=1e-4, msg=f"{name}, {subnet}")
 
+    def test_activations_computed_again_change_no_gradient(self, model):
+        """Whichever sub-network is in use, the backward pass computes the same one again."""
+        lm, tokens = model.lm.train(), tiny.token_ids()
+        compute_again = getattr(lm, "activation_checkpointing_enable", lm.gradient_checkpointing_enable)
+        tokens[0, 5] = END
+        places = positions(tokens, END)
+        for subnet in subnets(model):
+            results = []
+            for again in (False, True):
+                if again:
+                    compute_again()
+                with model.use(subnet):
+                    hidden = hidden_states(model.lm, tokens, places)
+                    losses(model.lm, hidden, tokens, text_weight=1.0).total.backward()
+                results.append(gradients(model.lm))
+                model.lm.zero_grad()
+            assert results[0].keys() == results[1].keys()
+            for name, gradient in results[0].items():
+                torch.testing.assert_close(results[1][name], gradient, rtol=1e-4, atol=1e-4, msg=f"{name}, {subnet}")
+
 
 def backward(lm, tokens: torch.Tensor) -> None:
     losses(lm, hidden_states(lm, tokens, None), tokens, text_weight=1.0).total.backward()

@@ -6,12 +6,14 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import tiny
 from flextron import cli, snapshot, training
@@ -155,12 +157,22 @@ class TestWhatIsLearned:
         out = run(ranked, text, tmp_path / "out", teacher=teacher)
         assert visits_of(out, "full")[0]["divergence"] > 0.1
 
-    def test_gradient_checkpointing_changes_no_loss(self, ranked, text, whole, tmp_path, monkeypatch):
+    @pytest.mark.parametrize("lora_rank", [0, 2])
+    def test_gradient_checkpointing_changes_no_loss(self, ranked, text, whole, tmp_path, monkeypatch, lora_rank):
+        """And every layer that is run with gradients is computed twice."""
         calls = []
-        real = torch.utils.checkpoint.checkpoint
-        monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda *a, **k: calls.append(1) or real(*a, **k))
-        out = run(ranked, text, tmp_path / "out", gradient_checkpointing=True)
-        for found, expected in zip(steps_of(out), steps_of(whole), strict=True):
+        forward = LlamaMLP.forward
+        monkeypatch.setattr(
+            LlamaMLP, "forward", lambda mlp, x: calls.append(torch.is_grad_enabled()) or forward(mlp, x)
+        )
+        results, counts = [], []
+        for name in ("kept", "computed again"):
+            calls.clear()
+            twice = True if name == "computed again" else None
+            results.append(run(ranked, text, tmp_path / name, lora_rank=lora_rank, gradient_checkpointing=twice))
+            counts.append(sum(calls))
+        assert counts[1] == 2 * counts[0] > 0
+        for found, expected in zip(*map(steps_of, results), strict=True):
             assert losses_of(found) == pytest.approx(losses_of(expected), rel=1e-5)
 
     def test_bfloat16_arithmetic_is_near(self, ranked, text, whole, tmp_path):
@@ -331,6 +343,14 @@ class TestWhatIsKept:
         whole = run(ranked, text, tmp_path / "whole", lora_rank=2, learning_rate=3e-3)
         assert_same_run(out, whole)
 
+    def test_adapters_beside_a_trained_head_learn_from_the_model_as_it_was(self, ranked, text, tmp_path):
+        """Which the model without its adapters is no longer."""
+        options = {"lora_rank": 2, "train_embeddings": True, "learning_rate": 1e-2}
+        found = run(ranked, text, tmp_path / "out", **options)
+        expected = run(ranked, text, tmp_path / "expected", **options, teacher=ranked)
+        assert steps_of(found) == steps_of(expected)
+        run(ranked, text, tmp_path / "bf16", **{**options, "precision": "bf16"})
+
     def test_adapters_learn_from_the_teacher_that_is_named(self, ranked, text, tmp_path):
         teacher = make_checkpoint(tmp_path / "teacher", num_hidden_layers=2)
         out = run(ranked, text, tmp_path / "out", lora_rank=2, teacher=teacher, tokens=256)
@@ -363,6 +383,22 @@ class TestTakenUp:
         with before_step(STEPS, lambda: signal.raise_signal(signal.SIGINT)):
             run(ranked, text, tmp_path / "out")
         assert_same_run(tmp_path / "out", whole)
+
+    def test_asked_twice_it_stops_at_once(self, ranked, text, whole, tmp_path):
+        def twice() -> None:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+        with pytest.raises(KeyboardInterrupt), before_step(3, twice):
+            run(ranked, text, tmp_path / "out")
+        assert names(tmp_path / "out" / "checkpoints") == ["step-00000000"]
+        assert_same_run(run(ranked, text, tmp_path / "out"), whole)
+
+    def test_in_another_thread_than_the_first(self, ranked, text, whole, tmp_path):
+        """Signals are then left to whom they belong."""
+        with ThreadPoolExecutor(1) as pool:
+            out = pool.submit(lambda: torch.set_num_threads(1) or run(ranked, text, tmp_path / "out")).result()
+        assert_same_run(out, whole)
 
     def test_handlers_are_as_before(self, whole, ranked, text, tmp_path):
         before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
@@ -494,8 +530,11 @@ class TestTwice:
     def test_what_no_weight_depends_on_may_change(self, ranked, text, whole, tmp_path):
         with stopped_in(2):
             run(ranked, text, tmp_path / "out")
-        out = run(ranked, text, tmp_path / "out", keep_last=1, save_minutes=5, evaluations=1, evaluate_on=("full",))
+        out = run(
+            ranked, text, tmp_path / "out", keep_last=1, save_minutes=5, evaluations=6, evaluate_on=("full", "70%")
+        )
         assert steps_of(out) == steps_of(whole)
+        assert set(records(out)[-1]["held_out"]) == {"full", "70%"}
 
     def test_a_trained_model_can_be_trained_further(self, whole, text, tmp_path):
         out = run(whole, text, tmp_path / "out", tokens=256)
@@ -583,13 +622,7 @@ class TestBadInput:
             ({"smallest": "130%"}, "a share of 130%"),
             ({"smallest": "neurons=7"}, "not a choice of the search space"),
             ({"visits": (1, 1, 1, 1)}, "presets are visited with weight 1.0, but none is named"),
-            ({"visits": (0, 0, 0, 0)}, "visits must be four weights"),
             ({"evaluate_on": ("full", "tiny")}, "cannot read the sub-network 'tiny'"),
-            ({"block_tokens": 1}, "block_tokens is 1; it must be at least 2"),
-            ({"tokens": 16}, "tokens is 16; it must be at least 32"),
-            ({"learning_rate": 0}, "learning_rate is 0"),
-            ({"text_weight": 1.5}, "text_weight is 1.5; it must lie between 0 and 1"),
-            ({"seed": -1}, "seed is -1; it must be at least 0"),
             ({"device": "nonsense"}, "cannot run on device 'nonsense'"),
             ({"log_with": "nonsense"}, "no tracker 'nonsense' is installed here"),
         ],
@@ -598,6 +631,26 @@ class TestBadInput:
     def test_options(self, ranked, text, tmp_path, capsys, options, message):
         line = command(ranked, text, tmp_path / "out", **options)
         assert message in error_of(capsys, line)
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"visits": (0, 0, 0, 0)}, "visits must be four weights"),
+            ({"block_tokens": 1}, "block_tokens is 1; it must be at least 2"),
+            ({"tokens": 16}, "tokens is 16; it must be at least 32"),
+            ({"learning_rate": 0}, "learning_rate is 0"),
+            ({"text_weight": 1.5}, "text_weight is 1.5; it must lie between 0 and 1"),
+            ({"seed": -1}, "seed is -1; it must be at least 0"),
+        ],
+        ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+    )
+    def test_numbers(self, ranked, text, tmp_path, capsys, options, message):
+        """Which the parser of the command line refuses."""
+        with pytest.raises(SystemExit) as stop:
+            cli.main(command(ranked, text, tmp_path / "out", **options))
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
 
     def test_a_tracker_that_is_not_installed(self, ranked, text, tmp_path, capsys):

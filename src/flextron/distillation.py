@@ -5,8 +5,9 @@ Shapes: B batch, T time, D model, V vocabulary, C tokens of a chunk.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,12 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from flextron.adapters import add_adapters, without_adapters
+from flextron.config import OptimizerOptions
 from flextron.corpus import positions
+from flextron.data import document_end
+from flextron.elastic import ElasticModel
+from flextron.errors import FlextronError
 
 CHUNK_TOKENS = 256
 """Tokens whose logits exist at once: 50 MB in fp32 for a vocabulary of 49,152."""
@@ -194,3 +200,56 @@ class Reader(nn.Module):
     def forward(self, tokens_BT: torch.Tensor, positions_BT: torch.Tensor | None) -> torch.Tensor:
         """As `hidden_states`."""
         return hidden_states(self.lm, tokens_BT, positions_BT)
+
+
+def make_distiller(model: ElasticModel, options: OptimizerOptions, dtype: torch.dtype, *, seed: int) -> Distiller:
+    """Student and teacher, with gradients where they are asked for; the student's weights become fp32.
+
+    Args:
+        dtype: type of the arithmetic, in which a teacher's weights are kept.
+        seed: of adapters.
+
+    Raises:
+        FlextronError: a teacher with another vocabulary, or adapters without peft.
+    """
+    end = document_end(model.tokenizer) if model.tokenizer is not None else None
+    teacher = None if options.text_weight == 1 or options.lora_rank else _teacher(model, options, dtype)
+    original = None
+    model.lm.float().eval()  # no dropout: it would add noise to a comparison with a teacher that has none
+    if options.lora_rank:
+        torch.manual_seed(seed)
+        add_adapters(model, rank=options.lora_rank)
+
+        @contextmanager
+        def original() -> Iterator[None]:
+            with without_adapters(model), model.use(model.search_space.full):
+                yield
+
+    for embedding in (model.lm.get_input_embeddings(), model.lm.get_output_embeddings()):
+        embedding.requires_grad_(options.train_embeddings)
+    if options.gradient_checkpointing:
+        model.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for layer in model.layers:  # transformers checkpoints a layer only where it trains; its dropouts stay off
+            layer.module.training = True
+    return Distiller(
+        model.lm,
+        teacher,
+        text_weight=options.text_weight,
+        document_end=end,
+        original=original if options.text_weight < 1 else None,
+    )
+
+
+def _teacher(model: ElasticModel, options: OptimizerOptions, dtype: torch.dtype) -> Any:
+    """A frozen model in the type of the arithmetic: the one named, or a copy of this one at full width."""
+    if options.teacher is None:
+        with model.use(model.search_space.full):
+            lm = copy.deepcopy(model.lm)
+    else:
+        lm = ElasticModel.from_pretrained(options.teacher, device=model.device).lm
+        if lm.config.vocab_size != model.config.vocab_size:
+            raise FlextronError(
+                f"the teacher {options.teacher} has a vocabulary of {lm.config.vocab_size}, the model one of "
+                f"{model.config.vocab_size}. A teacher must share the model's tokenizer."
+            )
+    return lm.to(dtype).eval().requires_grad_(False)

@@ -22,7 +22,7 @@ from flextron.environment import faster_dtype
 from flextron.errors import CheckpointError, FlextronError
 from flextron.families import family_of
 from flextron.projections import Projection
-from flextron.sampling import SubnetSampler, even_sensitivity
+from flextron.sampling import SubnetSampler, even_sensitivity, make_sampler
 from flextron.sensitivity import Sensitivity
 from flextron.subnet import Subnet
 
@@ -184,19 +184,10 @@ def _without_weights(path: str) -> ElasticModel:
 
 def _checked_sampler(model: ElasticModel, config: TrainConfig) -> SubnetSampler:
     """The sampler of the run, once all sub-networks that the run names are seen to exist."""
-    found = Sensitivity.is_in(config.model)
-    sensitivity = Sensitivity.load(config.model) if found else even_sensitivity(model)
-    visit, watch = config.visit, config.watch
-    for wish in watch.evaluate_on:
-        choose(model, wish, sensitivity=sensitivity)
-    return SubnetSampler(
-        sensitivity,
-        smallest=choose(model, visit.smallest, sensitivity=sensitivity),
-        presets=[choose(model, wish, sensitivity=sensitivity) for wish in visit.presets],
-        weights=visit.visits,
-        spread=visit.spread,
-        seed=config.seed,
-    )
+    measured = Sensitivity.load(config.model) if Sensitivity.is_in(config.model) else None
+    for wish in config.watch.evaluate_on:
+        choose(model, wish, sensitivity=measured or even_sensitivity(model))
+    return make_sampler(model, config.visit, measured, seed=config.seed)
 
 
 def _teacher(model: ElasticModel, config: TrainConfig) -> ElasticModel | None:

@@ -7,12 +7,11 @@ Shapes: B blocks, T tokens of a block.
 
 from __future__ import annotations
 
-import copy
 import math
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -22,18 +21,18 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
 
-from flextron.adapters import add_adapters, merge_adapters, without_adapters
+from flextron.adapters import merge_adapters
 from flextron.choice import choose
 from flextron.config import OptimizerOptions, TrainConfig
 from flextron.corpus import Corpus
-from flextron.data import TokenBlocks, document_end, load_blocks
-from flextron.distillation import Distiller
+from flextron.data import TokenBlocks, load_blocks
+from flextron.distillation import make_distiller
 from flextron.elastic import ElasticModel
 from flextron.environment import describe_device, faster_dtype
 from flextron.errors import FlextronError, TrainingError
 from flextron.estimate import check_processes
 from flextron.run_folder import RunFolder, fingerprint
-from flextron.sampling import SubnetSampler, Visit, even_sensitivity
+from flextron.sampling import Visit, even_sensitivity, make_sampler
 from flextron.sensitivity import Sensitivity
 from flextron.sharding import from_first, is_sharded, shard, total, whole_weights
 from flextron.snapshot import latest_snapshot, load_snapshot, save_snapshot
@@ -83,11 +82,11 @@ class TrainingRun:
         if self.folder.is_finished:
             return
         self._sensitivity = Sensitivity.load(config.model) if Sensitivity.is_in(config.model) else None
-        self.sampler = _sampler(self.model, config, self._sensitivity or even_sensitivity(self.model))
+        self.sampler = make_sampler(self.model, config.visit, self._sensitivity, seed=config.seed)
         self.corpus = self._corpus()
         self.watched = {wish: self._choose(wish) for wish in config.watch.evaluate_on}
         self.held_out = self._held_out()
-        self.distiller = _distiller(self.model, config, self.dtype)
+        self.distiller = make_distiller(self.model, config.optimizer, self.dtype, seed=config.seed)
         if accelerator.num_processes > 1:
             shard(self.distiller, self.dtype)
         self.parameters = [p for p in self.distiller.parameters() if p.requires_grad]
@@ -352,75 +351,13 @@ class TrainingRun:
         )
 
     def _choose(self, wish: str) -> Subnet:
-        return _choose(self.model, wish, self._sensitivity or even_sensitivity(self.model))
+        return choose(self.model, wish, sensitivity=self._sensitivity or even_sensitivity(self.model))
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:
     """Part of the highest learning rate in a step from 0: up over the first `warmup` of the steps, then down to 0."""
     rise = max(1, round(warmup * steps))
     return min((step + 1) / rise, (steps - step) / max(1, steps - rise + 1))
-
-
-def _choose(model: ElasticModel, wish: str, sensitivity: Sensitivity) -> Subnet:
-    return choose(model, wish, sensitivity=sensitivity)
-
-
-def _sampler(model: ElasticModel, config: TrainConfig, sensitivity: Sensitivity) -> SubnetSampler:
-    visit = config.visit
-    return SubnetSampler(
-        sensitivity,
-        smallest=_choose(model, visit.smallest, sensitivity),
-        presets=[_choose(model, wish, sensitivity) for wish in visit.presets],
-        weights=visit.visits,
-        spread=visit.spread,
-        seed=config.seed,
-    )
-
-
-def _distiller(model: ElasticModel, config: TrainConfig, dtype: torch.dtype) -> Distiller:
-    """Student and teacher, with gradients where they are asked for; the student's weights become fp32."""
-    options = config.optimizer
-    end = document_end(model.tokenizer) if model.tokenizer is not None else None
-    teacher = None if options.text_weight == 1 or options.lora_rank else _teacher(model, options, dtype)
-    original = None
-    model.lm.float().eval()  # no dropout: it would add noise to a comparison with a teacher that has none
-    if options.lora_rank:
-        torch.manual_seed(config.seed)
-        add_adapters(model, rank=options.lora_rank)
-
-        @contextmanager
-        def original() -> Iterator[None]:
-            with without_adapters(model), model.use(model.search_space.full):
-                yield
-
-    for embedding in (model.lm.get_input_embeddings(), model.lm.get_output_embeddings()):
-        embedding.requires_grad_(options.train_embeddings)
-    if options.gradient_checkpointing:
-        model.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        for layer in model.layers:  # transformers checkpoints a layer only where it trains; its dropouts stay off
-            layer.module.training = True
-    return Distiller(
-        model.lm,
-        teacher,
-        text_weight=options.text_weight,
-        document_end=end,
-        original=original if options.text_weight < 1 else None,
-    )
-
-
-def _teacher(model: ElasticModel, options: OptimizerOptions, dtype: torch.dtype) -> Any:
-    """A frozen model in the type of the arithmetic: the one named, or a copy of this one at full width."""
-    if options.teacher is None:
-        with model.use(model.search_space.full):
-            lm = copy.deepcopy(model.lm)
-    else:
-        lm = ElasticModel.from_pretrained(options.teacher, device=model.device).lm
-        if lm.config.vocab_size != model.config.vocab_size:
-            raise FlextronError(
-                f"the teacher {options.teacher} has a vocabulary of {lm.config.vocab_size}, the model one of "
-                f"{model.config.vocab_size}. A teacher must share the model's tokenizer."
-            )
-    return lm.to(dtype).eval().requires_grad_(False)
 
 
 def _check_vocabulary(model: ElasticModel) -> None:

@@ -1,0 +1,227 @@
+"""The folder of a run: what may be in it, what is forgotten, and that the trained model is put there whole."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny
+from flextron.checkpoint import METADATA_FILE
+from flextron.config import OptimizerOptions, TextOptions, TrainConfig, VisitOptions, WatchOptions
+from flextron.elastic import ElasticModel
+from flextron.errors import CheckpointError
+from flextron.run_folder import RunFolder, fingerprint
+from flextron.sampling import even_sensitivity
+from flextron.sensitivity import Sensitivity
+from test_atomic import content, files_of_at_most, names
+
+
+@pytest.fixture
+def config(tmp_path) -> TrainConfig:
+    return TrainConfig("somewhere/model", tmp_path / "out")
+
+
+@pytest.fixture
+def folder(config) -> RunFolder:
+    folder = RunFolder(config.out)
+    folder.open(config, "f00d")
+    return folder
+
+
+class TestOpen:
+    def test_writes_what_was_asked_for(self, folder):
+        settings = json.loads((folder.path / "train.json").read_text())
+        assert (settings["version"], settings["fingerprint"], settings["model"]) == (1, "f00d", "somewhere/model")
+        assert settings["optimizer"]["learning_rate"] == 3e-4
+        assert settings["text"]["data"] == ["sample/train"]
+        assert not {"out", "watch", "resume", "device", "dry_run", "cache"} & {*settings, *settings["text"]}
+        assert names(folder.path) == ["train.json"]
+        assert not folder.is_finished
+
+    def test_makes_folders_above_and_takes_an_empty_one(self, config, tmp_path):
+        RunFolder(tmp_path / "some" / "where").open(config, "f00d")
+        (tmp_path / "empty").mkdir()
+        RunFolder(tmp_path / "empty").open(config, "f00d")
+        assert names(tmp_path / "some" / "where") == names(tmp_path / "empty") == ["train.json"]
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"watch": WatchOptions(evaluations=1, save_minutes=0, keep_last=5, log_with=("wandb",))},
+            {"device": "cuda:0"},
+            {"dry_run": True},
+            {"text": TextOptions(cache=Path("elsewhere"))},
+            {},
+        ],
+        ids=str,
+    )
+    def test_takes_up_the_same_run(self, folder, config, changes):
+        folder.log({"step": 1})
+        before = content(folder.path)
+        folder.open(replace(config, **changes), "f00d")
+        assert content(folder.path) == before
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"seed": 3}, "seed was 0, is 3"),
+            ({"model": "other/model"}, "model was 'somewhere/model', is 'other/model'"),
+            ({"optimizer": OptimizerOptions(warmup=0.1)}, "warmup was 0.05, is 0.1"),
+            ({"text": TextOptions(data=("a", "b@2"))}, r"data was \['sample/train'\], is \['a', 'b@2'\]"),
+            ({"visit": VisitOptions(visits=(1, 1, 0, 3))}, r"visits was \[1, 1, 0, 2\], is \[1, 1, 0, 3\]"),
+            (
+                {"visit": VisitOptions(smallest="40%", spread=0, visits_per_step=2, blocks_per_visit=2)},
+                "smallest was '50%', is '40%', spread was 0.5, is 0, visits_per_step was 4, is 2",
+            ),
+        ],
+        ids=lambda value: "" if isinstance(value, dict) else value,
+    )
+    def test_refuses_other_settings(self, folder, config, changes, message):
+        before = content(folder.path)
+        with pytest.raises(
+            CheckpointError, match=f"{folder.path} holds a run with other settings: {message}\\. Ask for"
+        ):
+            folder.open(replace(config, **changes), "f00d")
+        assert content(folder.path) == before
+
+    def test_every_setting_but_the_free_ones_is_compared(self, folder, config):
+        """A new field is not forgotten: whatever stands in train.json differs where it is changed."""
+        settings = json.loads((folder.path / "train.json").read_text())
+        for group in (settings, settings["text"], settings["visit"], settings["optimizer"]):
+            for key, value in group.items():
+                if isinstance(value, dict):
+                    continue
+                group[key] = "something else"
+                (folder.path / "train.json").write_text(json.dumps(settings))
+                with pytest.raises(CheckpointError):
+                    folder.open(config, "f00d")
+                group[key] = value
+
+    def test_refuses_another_model(self, folder, config):
+        with pytest.raises(CheckpointError, match="holds the training of another model. Name another folder"):
+            folder.open(config, "beef")
+
+    def test_never_replaces_what_is_no_run(self, config, tmp_path):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "chapter1.txt").write_text("years of work")
+        for resume in ("auto", "never"):
+            with pytest.raises(CheckpointError, match="out exists and is not a training run"):
+                RunFolder(config.out).open(replace(config, resume=resume), "f00d")
+        assert content(tmp_path) == {"out/chapter1.txt": "years of work"}
+
+    def test_replaces_a_run_where_asked_to(self, folder, config):
+        folder.log({"step": 1})
+        (folder.snapshots / "step-00000001").mkdir(parents=True)
+        (folder.path / METADATA_FILE).write_text("{}")
+        assert folder.is_finished
+        folder.open(replace(config, seed=5, resume="never"), "beef")
+        assert names(folder.path) == ["train.json"]
+        assert not folder.is_finished
+        folder.open(replace(config, seed=5), "beef")
+
+    @pytest.mark.parametrize("inside", [".", "sub/folder"])
+    @pytest.mark.parametrize("resume", ["auto", "never"])
+    def test_never_holds_what_the_run_reads(self, folder, config, inside, resume):
+        source = folder.path / inside
+        source.mkdir(parents=True, exist_ok=True)
+        (source / "config.json").write_text("{}")
+        before = content(folder.path)
+        for reads in ({"model": str(source)}, {"optimizer": OptimizerOptions(teacher=str(source))}):
+            with pytest.raises(CheckpointError, match="holds what is to be read"):
+                folder.open(replace(config, **reads, resume=resume), "f00d")
+        assert content(folder.path) == before
+
+    def test_garbled_settings(self, folder, config):
+        (folder.path / "train.json").write_text('{"version": 1, "se')
+        with pytest.raises(CheckpointError, match=r"cannot read .*train.json.*Name another folder, or remove this one"):
+            folder.open(config, "f00d")
+
+    def test_a_folder_that_cannot_be_made(self, config, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(CheckpointError, match=r"file/out"):
+            RunFolder(tmp_path / "file" / "out").open(config, "f00d")
+
+
+class TestMetrics:
+    def test_lines_in_order(self, folder):
+        for step in range(3):
+            folder.log({"step": step, "loss": step / 3})
+        assert folder.metrics() == [{"step": step, "loss": step / 3} for step in range(3)]
+        assert len((folder.path / "metrics.jsonl").read_text().splitlines()) == 3
+
+    def test_none_yet(self, folder):
+        assert folder.metrics() == []
+        folder.forget_after(2)
+        assert names(folder.path) == ["train.json"]
+
+    @pytest.mark.parametrize("step", [-1, 0, 2, 5])
+    def test_forgets_later_steps_and_what_was_cut_short(self, folder, step):
+        for number in range(5):
+            folder.log({"step": number})
+        file = folder.path / "metrics.jsonl"
+        file.write_text(file.read_text() + '{"step": 2, "vis')
+        folder.forget_after(step)
+        expected = [{"step": number} for number in range(5) if number <= step]
+        assert [json.loads(line) for line in file.read_text().splitlines()] == expected
+        folder.log({"step": step + 1})
+        assert folder.metrics() == [*expected, {"step": step + 1}]
+
+    def test_reads_past_a_line_that_was_cut_short(self, folder):
+        (folder.path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n[1]\n"x"\n{"step": 2}\n')
+        assert folder.metrics() == [{"step": 1}, {"step": 2}]
+
+    def test_a_full_disk(self, folder):
+        with pytest.raises(CheckpointError, match=r"cannot write .*metrics.jsonl"), files_of_at_most(1000):
+            for step in range(100):
+                folder.log({"step": step})
+
+
+class TestFinish:
+    @pytest.mark.parametrize("sensitive", [False, True])
+    def test_puts_the_model_there_and_removes_the_snapshots(self, folder, llama, sensitive):
+        (folder.snapshots / "step-00000001").mkdir(parents=True)
+        (folder.path / ".final").mkdir()
+        (folder.path / ".final" / "left").write_text("by a run that was killed")
+        folder.log({"step": 1})
+        sensitivity = even_sensitivity(llama) if sensitive else None
+        folder.finish(llama, None, sensitivity)
+        assert folder.is_finished
+        files = {"config.json", "model.safetensors", "flextron.json", "metrics.jsonl", "train.json"}
+        assert files <= set(names(folder.path)) <= {*files, "generation_config.json", "sensitivity.json"}
+        assert Sensitivity.is_in(folder.path) is sensitive
+        loaded, tokens = ElasticModel.from_pretrained(folder.path), tiny.token_ids()
+        assert torch.equal(tiny.logits_of(loaded, tokens), tiny.logits_of(llama, tokens))
+
+    def test_takes_other_weights_than_the_models_own(self, folder, llama):
+        weights = {name: weight * 2 for name, weight in llama.lm.state_dict().items()}
+        folder.finish(llama, weights, None)
+        found = ElasticModel.from_pretrained(folder.path).lm.state_dict()
+        assert all(torch.equal(found[name], weight) for name, weight in weights.items())
+
+    def test_a_full_disk_leaves_the_snapshots(self, folder, llama):
+        (folder.snapshots / "step-00000001").mkdir(parents=True)
+        before = names(folder.path)
+        with pytest.raises(CheckpointError, match="cannot write"), files_of_at_most(10_000):
+            folder.finish(llama, None, None)
+        assert names(folder.path) == before
+        assert not folder.is_finished
+
+
+class TestFingerprint:
+    def test_the_same_for_the_same_weights(self, llama, plain_llama):
+        assert fingerprint(llama) == fingerprint(ElasticModel(tiny.plain_model("llama")))
+
+    @pytest.mark.parametrize("layer", [0, -1])
+    @pytest.mark.parametrize("axis", ["mlp", "attention"])
+    def test_another_for_other_weights(self, llama, layer, axis):
+        before = fingerprint(llama)
+        with torch.no_grad():
+            getattr(llama.layers[layer], axis).closes.weight[0, 0] += 1e-3
+        assert fingerprint(llama) != before
+
+    def test_the_subnet_in_use_does_not_matter(self, llama):
+        before = fingerprint(llama)
+        with llama.use(llama.search_space.smallest):
+            assert fingerprint(llama) == before

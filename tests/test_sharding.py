@@ -1,0 +1,120 @@
+"""Two processes train as one does, and one run goes from two to one and back."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flextron.snapshot import latest_snapshot
+from test_atomic import names
+from training_worker import OPTIONS, STEPS, make_checkpoint, make_text, records, run, steps_of, stopped_in, wait_for
+
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory) -> Path:
+    """Folder with a model, a text, and runs of one process."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("sharding")
+    make_checkpoint(folder / "model")
+    make_text(folder / "text.jsonl")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(one) -> Path:
+    """The same folder after a job of two processes; a part of its work was done by this process, in turn."""
+    with stopped_in(2):
+        run_one(one, "one two")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    job = subprocess.Popen(
+        [*launch, TESTS / "training_worker.py", one],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+    )  # fmt: skip
+    try:
+        wait_for(lambda: job.poll() is not None or all((one / f"waiting-{rank}").exists() for rank in range(2)))
+        if job.poll() is None:
+            with stopped_in(4):
+                run_one(one, "two one two")
+            (one / "go on").touch()
+            wait_for(lambda: job.poll() is not None or lines(one / "stopped" / "metrics.jsonl") > 3)
+            job.send_signal(signal.SIGINT)
+        (one / "output").write_text(job.communicate(timeout=60)[0])
+    finally:
+        if job.poll() is None:
+            job.terminate()
+            job.wait(60)
+    return one
+
+
+def run_one(folder: Path, name: str, **options) -> Path:
+    return run(folder / "model", folder / "text.jsonl", folder / name, **{**OPTIONS, **options})
+
+
+def lines(file: Path) -> int:
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+def assert_close_runs(found: Path, expected: Path, within: float = 1e-4) -> None:
+    """Each step once, of the same sub-networks, with the same losses and final weights but for the order of sums."""
+    mine, others = records(found), records(expected)
+    assert [record["step"] for record in mine] == [record["step"] for record in others]
+    for here, there in zip(steps_of(found), steps_of(expected), strict=True):
+        assert here["gradient_norm"] == pytest.approx(there["gradient_norm"], abs=within)
+        for visit, like in zip(here["visits"], there["visits"], strict=True):
+            assert visit == {
+                key: pytest.approx(v, abs=within) if isinstance(v, float) else v for key, v in like.items()
+            }
+    for here, there in zip(mine, others, strict=True):
+        if "held_out" in there:
+            assert here["held_out"] == pytest.approx(there["held_out"], abs=within)
+    weights, like = (load_file(folder / "model.safetensors") for folder in (found, expected))
+    assert weights.keys() == like.keys()
+    for name, weight in like.items():
+        torch.testing.assert_close(weights[name], weight, rtol=0, atol=within, msg=name)
+    assert names(found) == names(expected)
+
+
+class TestTwoProcesses:
+    def test_train_as_one(self, two):
+        assert_close_runs(two / "two", run_one(two, "one"))
+
+    def test_with_a_trained_head_and_activations_computed_twice(self, two):
+        options = {"train_embeddings": True, "text_weight": 0.5}
+        assert_close_runs(two / "trained head", run_one(two, "one trained head", **options))
+
+    def test_with_adapters(self, two):
+        assert_close_runs(two / "adapters", run_one(two, "one adapters", lora_rank=2))
+
+    def test_in_bfloat16(self, two):
+        assert_close_runs(two / "bf16", run_one(two, "one bf16", precision="bf16"), within=0.05)
+
+    @pytest.mark.parametrize("name", ["one two", "two one two"])
+    def test_go_on_with_what_other_numbers_of_processes_left(self, two, name):
+        assert len(steps_of(two / name)) in (4, STEPS)
+        if name == "one two":
+            run_one(two, name)
+        if not (two / "one").exists():
+            run_one(two, "one")
+        assert_close_runs(two / name, two / "one")
+
+    def test_blocks_that_cannot_be_shared_evenly(self, two):
+        errors = [(two / f"uneven-{rank}.error").read_text() for rank in range(2)]
+        assert errors[0] == errors[1]
+        assert "blocks_per_visit is 3, which 2 processes cannot share evenly" in errors[0]
+        assert not (two / "uneven").exists()
+
+    def test_ctrl_c_loses_nothing(self, two):
+        """torchrun passes the signal on, and the processes stop after the same step."""
+        output = (two / "output").read_text()
+        kept = latest_snapshot(two / "stopped" / "checkpoints")
+        assert "ready to be stopped" in output
+        assert len(steps_of(two / "stopped")) == int(kept.name[-8:]) >= 3, output
+        assert f"stopped after step {int(kept.name[-8:])} of " in output

@@ -19,6 +19,14 @@ def one_thread(request):
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def token_cache(tmp_path_factory):
+    """Tokenised text of the tests stays out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLEXTRON_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def plain_llama():
     """A plain model to read or copy, never to change."""

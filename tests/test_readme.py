@@ -12,12 +12,13 @@ def test_commands_and_code(checkpoint, tmp_path, monkeypatch, capsys):
     """With a tiny checkpoint where the README has the real one."""
     monkeypatch.chdir(tmp_path)
     commands = re.findall(r"^flextron (.*)$", README, flags=re.MULTILINE)
-    assert [command.split()[0] for command in commands] == ["rank", "evaluate", "generate", "export"]
+    assert [command.split()[0] for command in commands] == ["rank", "train", "evaluate", "generate", "export"]
     for command in commands:
         words = re.sub(r"\s+#.*", "", command).replace("neurons=768", "neurons=20")
         words = words.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(checkpoint))
         arguments = [a or b for a, b in re.findall(r'"([^"]*)"|(\S+)', words)]
         sizes = {"rank": ["--tokens", "512", "--sensitivity-tokens", "256"], "evaluate": ["--tokens", "512"]}
+        sizes["train"] = ["--tokens", "1024", "--block-tokens", "64", "--evaluate-tokens", "256"]
         assert cli.main([*arguments, *sizes.get(arguments[0], [])]) == 0, command
     (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     exec(code.replace("out/smollm2-60", "out/smollm2-60-again"), {})  # noqa: S102

@@ -27,7 +27,7 @@ def sensitivity(llama) -> Sensitivity:
 
 
 def sampler(sensitivity: Sensitivity, smallest: float = 0.5, **options) -> SubnetSampler:
-    return SubnetSampler(sensitivity, smallest=sensitivity.allocate(smallest), **options)
+    return SubnetSampler([sensitivity], smallest=sensitivity.allocate(smallest), **options)
 
 
 def take(sampler: SubnetSampler, count: int) -> list[Visit]:

@@ -90,9 +90,6 @@ class TestTwoProcesses:
         options = {"train_embeddings": True, "text_weight": 0.5}
         assert_close_runs(two / "trained head", run_one(two, "one trained head", **options))
 
-    def test_with_adapters(self, two):
-        assert_close_runs(two / "adapters", run_one(two, "one adapters", lora_rank=2))
-
     def test_in_bfloat16(self, two):
         assert_close_runs(two / "bf16", run_one(two, "one bf16", precision="bf16"), within=0.05)
 
@@ -105,11 +102,18 @@ class TestTwoProcesses:
             run_one(two, "one")
         assert_close_runs(two / name, two / "one")
 
-    def test_blocks_that_cannot_be_shared_evenly(self, two):
-        errors = [(two / f"uneven-{rank}.error").read_text() for rank in range(2)]
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            ("uneven", "blocks_per_visit is 3, which 2 processes cannot share evenly; pass --blocks-per-visit 4"),
+            ("adapters", "adapters (lora_rank) train in one process"),
+        ],
+    )
+    def test_refuse_what_only_one_can_do(self, two, name, message):
+        errors = [(two / f"{name}-{rank}.error").read_text() for rank in range(2)]
         assert errors[0] == errors[1]
-        assert "blocks_per_visit is 3, which 2 processes cannot share evenly" in errors[0]
-        assert not (two / "uneven").exists()
+        assert message in errors[0]
+        assert not (two / name).exists()
 
     def test_ctrl_c_loses_nothing(self, two):
         """torchrun passes the signal on, and the processes stop after the same step."""

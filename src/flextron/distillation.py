@@ -203,7 +203,7 @@ class Reader(nn.Module):
 
 
 def make_distiller(model: ElasticModel, options: OptimizerOptions, dtype: torch.dtype, *, seed: int) -> Distiller:
-    """Student and teacher, with gradients where they are asked for; the student's weights become fp32.
+    """Student and teacher, with gradients where they are asked for; what is trained is fp32.
 
     Args:
         dtype: type of the arithmetic, in which a teacher's weights are kept.
@@ -215,8 +215,10 @@ def make_distiller(model: ElasticModel, options: OptimizerOptions, dtype: torch.
     end = document_end(model.tokenizer) if model.tokenizer is not None else None
     teacher = None if options.text_weight == 1 or options.lora_rank else _teacher(model, options, dtype)
     original = None
-    model.lm.float().eval()  # no dropout: it would add noise to a comparison with a teacher that has none
-    if options.lora_rank:
+    model.lm.eval()  # no dropout: it would add noise to a comparison with a teacher that has none
+    if not options.lora_rank:
+        model.lm.float()
+    else:
         torch.manual_seed(seed)
         add_adapters(model, rank=options.lora_rank)
 

@@ -226,7 +226,7 @@ def _memory(
     """Bytes by part in one process; FSDP shards the first four."""
     trained = _FP32 * _trained_parameters(model, config)
     return {
-        "weights (fp32)": _weights(model, config) // processes,
+        "weights": _weights(model, config) // processes,
         "gradients (fp32)": trained // processes,
         "optimizer states (2 x fp32)": 2 * trained // processes,
         "teacher": _teacher_weights(teacher, arithmetic) // processes,
@@ -237,7 +237,10 @@ def _memory(
 
 
 def _weights(model: ElasticModel, config: TrainConfig) -> int:
-    return _FP32 * (_parameters(model) + _adapters(model, config.optimizer.lora_rank))
+    """Bytes of the student: fp32, but beside adapters weights keep the checkpoint's type."""
+    adapters = _FP32 * _adapters(model, config.optimizer.lora_rank)
+    dtype = model.config.dtype if config.optimizer.lora_rank else None
+    return _parameters(model) * (_FP32 if dtype is None else dtype.itemsize) + adapters
 
 
 def _teacher_weights(teacher: ElasticModel | None, arithmetic: torch.dtype) -> int:

@@ -65,6 +65,8 @@ class Quality:
     text: tyro.conf.OmitArgPrefixes[TextOptions] = dataclasses.field(default_factory=TextOptions)
     visit: tyro.conf.OmitArgPrefixes[VisitOptions] = dataclasses.field(default_factory=VisitOptions)
     optimizer: tyro.conf.OmitArgPrefixes[OptimizerOptions] = dataclasses.field(default_factory=OptimizerOptions)
+    before: bool = True
+    """Measure before training too."""
     seed: int = 0
     """Seed of the run."""
     device: str = "auto"
@@ -94,7 +96,7 @@ class Throughput:
 
 def quality(settings: Quality) -> None:
     """Train and print the table."""
-    before = _losses(settings, settings.model)
+    before = _losses(settings, settings.model) if settings.before else {}
     config = TrainConfig(
         settings.model,
         settings.out,
@@ -113,7 +115,8 @@ def quality(settings: Quality) -> None:
     for text in settings.texts:
         print(f"{Path(text).name}, nats per token on {settings.evaluate_tokens} tokens: before -> after (change)")
         for name in WATCHED:
-            old, new = before[text][name], after[text][name]
+            new = after[text][name]
+            old = before[text][name] if before else float("nan")
             print(f"  {name:<14}{old:8.3f} -> {new:.3f} ({new - old:+.3f})")
     results = {"before": before, "after": after, "tokens": tokens, "seconds": seconds}
     write_results(settings.save, {**results, "config": json.loads(json.dumps(dataclasses.asdict(config), default=str))})

@@ -20,13 +20,24 @@ from test_atomic import content, files_of_at_most, names
 
 @pytest.fixture
 def config(tmp_path) -> TrainConfig:
-    return TrainConfig("somewhere/model", tmp_path / "out")
+    visit, optimizer = VisitOptions(visits_per_step=4), OptimizerOptions(text_weight=0.5)
+    return TrainConfig("somewhere/model", tmp_path / "out", visit=visit, optimizer=optimizer)
 
 
 @pytest.fixture
 def folder(config) -> RunFolder:
+    """A run that has just begun."""
     folder = RunFolder(config.out)
     folder.open(config, "f00d")
+    return folder
+
+
+@pytest.fixture
+def begun(folder) -> RunFolder:
+    """A run with something to lose."""
+    folder.log({"step": 1})
+    (folder.snapshots / "step-00000001").mkdir(parents=True)
+    (folder.snapshots / "step-00000001" / "state.json").write_text('{"version": 1}')
     return folder
 
 
@@ -57,11 +68,10 @@ class TestOpen:
         ],
         ids=str,
     )
-    def test_takes_up_the_same_run(self, folder, config, changes):
-        folder.log({"step": 1})
-        before = content(folder.path)
-        folder.open(replace(config, **changes), "f00d")
-        assert content(folder.path) == before
+    def test_takes_up_the_same_run(self, begun, config, changes):
+        before = content(begun.path)
+        begun.open(replace(config, **changes), "f00d")
+        assert content(begun.path) == before
 
     @pytest.mark.parametrize(
         ("changes", "message"),
@@ -77,32 +87,40 @@ class TestOpen:
             ),
         ],
     )
-    def test_refuses_other_settings(self, folder, config, changes, message):
-        before = content(folder.path)
+    def test_refuses_other_settings(self, begun, config, changes, message):
+        before = content(begun.path)
         with pytest.raises(CheckpointError) as error:
-            folder.open(replace(config, **changes), "f00d")
+            begun.open(replace(config, **changes), "f00d")
         assert str(error.value) == (
-            f"{folder.path} holds a run with other settings: {message}. "
+            f"{begun.path} holds a run with other settings: {message}. "
             "Ask for the same, name another folder, or pass --resume never to replace that run."
         )
-        assert content(folder.path) == before
+        assert content(begun.path) == before
 
-    def test_every_setting_but_the_free_ones_is_compared(self, folder, config):
+    def test_every_setting_but_the_free_ones_is_compared(self, begun, config):
         """A new field is not forgotten: whatever stands in train.json differs where it is changed."""
-        settings = json.loads((folder.path / "train.json").read_text())
+        settings = json.loads((begun.path / "train.json").read_text())
         for group in (settings, settings["text"], settings["visit"], settings["optimizer"]):
             for key, value in group.items():
                 if isinstance(value, dict):
                     continue
                 group[key] = "something else"
-                (folder.path / "train.json").write_text(json.dumps(settings))
+                (begun.path / "train.json").write_text(json.dumps(settings))
                 with pytest.raises(CheckpointError):
-                    folder.open(config, "f00d")
+                    begun.open(config, "f00d")
                 group[key] = value
 
-    def test_refuses_another_model(self, folder, config):
-        with pytest.raises(CheckpointError, match="holds the training of another model. Name another folder"):
-            folder.open(config, "beef")
+    def test_refuses_another_model(self, begun, config):
+        with pytest.raises(CheckpointError, match=r"holds the training of another model\. Name another folder"):
+            begun.open(config, "beef")
+
+    def test_a_run_without_a_snapshot_gives_way(self, folder, config):
+        folder.log({"step": 0})
+        other = replace(config, seed=3)
+        folder.open(other, "beef")
+        folder.open(other, "beef")
+        settings = json.loads((folder.path / "train.json").read_text())
+        assert (settings["seed"], settings["fingerprint"]) == (3, "beef")
 
     def test_never_replaces_what_is_no_run(self, config, tmp_path):
         (tmp_path / "out").mkdir()
@@ -112,11 +130,14 @@ class TestOpen:
                 RunFolder(config.out).open(replace(config, resume=resume), "f00d")
         assert content(tmp_path) == {"out/chapter1.txt": "years of work"}
 
-    def test_replaces_a_run_where_asked_to(self, folder, config):
-        folder.log({"step": 1})
-        (folder.snapshots / "step-00000001").mkdir(parents=True)
-        (folder.path / METADATA_FILE).write_text("{}")
-        assert folder.is_finished
+    @pytest.mark.parametrize("finished", [False, True])
+    def test_replaces_a_run_where_asked_to(self, begun, config, finished):
+        folder = begun
+        if finished:
+            (folder.path / METADATA_FILE).write_text("{}")
+        assert folder.is_finished is finished
+        with pytest.raises(CheckpointError):
+            folder.open(replace(config, seed=5), "beef")
         folder.open(replace(config, seed=5, resume="never"), "beef")
         assert names(folder.path) == ["train.json"]
         assert not folder.is_finished

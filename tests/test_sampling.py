@@ -113,6 +113,15 @@ class TestRandom:
         for target, subnet in islice(randoms(sampler(sensitivity, spread=0)), 50):
             assert subnet == sensitivity.allocate(target)
 
+    def test_several_sensitivities_take_turns(self, sensitivity, llama):
+        """From the same smallest sub-network up, whatever the other kinds do in between."""
+        both = [sensitivity, even_sensitivity(llama)]
+        smallest = both[1].allocate(0.4)
+        for weights in ((0, 0, 0, 1), (1, 1, 0, 2)):
+            run = SubnetSampler(both, smallest=smallest, spread=0, weights=weights)
+            for number, (target, subnet) in enumerate(islice(randoms(run), 40)):
+                assert subnet == both[number % 2].allocate(target)
+
     def test_spread_leaves_the_greedy_choice_layer_by_layer(self, sensitivity):
         """More spread, more distance; every layer and axis takes part, in both directions."""
 
@@ -168,15 +177,16 @@ class TestEvenSensitivity:
         for share in (0.3, 0.5, 0.7, 0.9):
             subnet = found.allocate(share)
             space.check(subnet)
-            assert share - 0.06 < llama.share(subnet) <= share
+            assert share - 0.08 < llama.share(subnet) <= share  # a KV group of one layer is 8% here
             assert max(subnet.kv_groups) - min(subnet.kv_groups) <= 1
             assert max(subnet.neurons) - min(subnet.neurons) <= 4 * (space.neurons[1] - space.neurons[0])
 
-    def test_both_axes_shrink_alike(self, llama):
-        subnet = even_sensitivity(llama).allocate(0.5)
+    def test_more_of_attention_is_kept_than_of_the_mlp(self, llama):
         full = llama.search_space.full
-        parts = [sum(getattr(subnet, axis)) / sum(getattr(full, axis)) for axis in AXES]
-        assert abs(parts[0] - parts[1]) < 0.2
+        for share in (0.5, 0.7, 0.9):
+            subnet = even_sensitivity(llama).allocate(share)
+            neurons, kv_groups = (sum(getattr(subnet, axis)) / sum(getattr(full, axis)) for axis in AXES)
+            assert 0 < neurons < kv_groups
 
     def test_shares_are_those_of_the_model(self, llama):
         found = even_sensitivity(llama)

@@ -84,7 +84,7 @@ class VisitOptions:
     """Sub-networks that are visited in turn, with the third weight of --visits."""
     spread: float = 0.5
     """How far random sub-networks stray from the greedy choice for their share; 0 is the greedy choice itself."""
-    visits_per_step: int = 4
+    visits_per_step: int = 2
     """Sub-networks whose gradients are averaged in one step, each on blocks of its own."""
     blocks_per_visit: int = 1
     """Blocks that one visit trains on, over all processes together."""
@@ -109,7 +109,7 @@ class OptimizerOptions:
     """Of AdamW, on matrices."""
     clip_norm: float = 1.0
     """Largest norm of the gradient."""
-    text_weight: float = 0.0
+    text_weight: float = 0.5
     """Share of cross-entropy to the text in the loss; the rest is distillation from the teacher. 1 needs no teacher."""
     teacher: str | None = None
     """Model to distil from, with the same vocabulary; by default MODEL itself, before training."""

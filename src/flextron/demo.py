@@ -18,7 +18,7 @@ import torch
 from flextron import report
 from flextron.atomic import new_folder, write_text
 from flextron.checkpoint import METADATA_FILE, quiet_transformers
-from flextron.config import QuickstartConfig, TextOptions, TrainConfig, WatchOptions
+from flextron.config import QuickstartConfig, TextOptions, TrainConfig, VisitOptions, WatchOptions
 from flextron.data import TokenBlocks, load_blocks
 from flextron.elastic import ElasticModel
 from flextron.environment import describe_device, faster_dtype
@@ -147,6 +147,7 @@ def _trained_model(config: QuickstartConfig, model: ElasticModel) -> ElasticMode
                 str(config.out / "elastic"),
                 folder,
                 text=TextOptions(tokens=config.train_tokens, cache=config.out / "tokens"),
+                visit=VisitOptions(visits_per_step=1),  # few tokens: more steps teach more
                 watch=WatchOptions(evaluate_tokens=0),
                 device=config.device,
             )

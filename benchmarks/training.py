@@ -206,11 +206,11 @@ def throughput(settings: Throughput) -> None:
 
 
 def _training_run(settings: Throughput) -> TrainingRun:
-    out = Path("out/benchmark-throughput")
+    out = Path(__file__).parent.parent / "out/benchmark-throughput"
     config = TrainConfig(
         settings.model,
         out,
-        text=settings.text,
+        text=dataclasses.replace(settings.text, tokens=10**12),  # a learning rate that stays as it is
         visit=settings.visit,
         optimizer=settings.optimizer,
         watch=WatchOptions(evaluate_tokens=0),
@@ -250,7 +250,9 @@ def _memory(settings: Throughput) -> dict[str, float]:
     peaks = {}
     for kind in ("plain", "elastic"):
         code = f"import training; training.peak({kind!r}, {json.dumps(_arguments(settings))})"
-        done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=True, capture_output=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=Path(__file__).parent, check=True, stdout=subprocess.PIPE
+        )
         peaks[kind] = float(done.stdout.split()[-1])
     print(f"peak memory: elastic {peaks['elastic']:.0f} MB, plain fine-tuning {peaks['plain']:.0f} MB")
     return peaks
@@ -259,9 +261,16 @@ def _memory(settings: Throughput) -> dict[str, float]:
 def _arguments(settings: Throughput) -> list[str]:
     model = settings.model if not Path(settings.model).exists() else str(Path(settings.model).resolve())
     data = [str(Path(source).resolve()) if Path(source).exists() else source for source in settings.text.data]
-    return [model, "--data", *data, "--visits-per-step", str(settings.visit.visits_per_step), "--blocks-per-visit",
-            str(settings.visit.blocks_per_visit), "--precision", settings.optimizer.precision,
-            "--device", settings.device]  # fmt: skip
+    options = {**dataclasses.asdict(settings.visit), **dataclasses.asdict(settings.optimizer)}
+    options |= {"block_tokens": settings.text.block_tokens, "device": settings.device, "data": data}
+    arguments = [model]
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            arguments.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value not in (None, ()):
+            arguments += [f"--{flag}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
+    return arguments
 
 
 def peak(kind: str, arguments: list[str]) -> None:

@@ -5,7 +5,8 @@ r"""Elastic training of SmolLM2 on one GPU, from the GGUF file to losses, speed 
 
 Ranks, measures sensitivities, times steps at every cost with their model FLOPs utilisation, trains for --minutes, and
 measures held-out losses before and after. Writes OUT/throughput.json, OUT/quality.json and OUT/training.png; a run that
-was interrupted goes on where it was. On a CPU it runs too: --minutes 1 --rank-tokens 1024 --visits-per-step 2.
+was interrupted goes on where it was. On a CPU it runs too, at small size:
+--minutes 1 --rank-tokens 1024 --blocks-per-visit 1 --block-tokens 256 --rounds 1.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def _elastic(settings: Settings) -> Path:
     rank(model, blocks, show=True)
     model.save_pretrained(folder, overwrite=True)
     few = sensitivity_blocks(
-        model.tokenizer, settings.data[0], tokens=settings.rank_tokens // 8, after=blocks.documents
+        model.tokenizer, settings.data[0], tokens=max(256, settings.rank_tokens // 8), after=blocks.documents
     )
     measure_sensitivity(model, few, show=True).save(folder)
     return folder

@@ -9,7 +9,7 @@ import torch
 
 import tiny
 from flextron.checkpoint import METADATA_FILE
-from flextron.config import OptimizerOptions, TextOptions, TrainConfig, VisitOptions, WatchOptions
+from flextron.config import TrainConfig, VisitOptions
 from flextron.elastic import ElasticModel
 from flextron.errors import CheckpointError
 from flextron.run_folder import RunFolder, fingerprint
@@ -20,8 +20,16 @@ from test_atomic import content, files_of_at_most, names
 
 @pytest.fixture
 def config(tmp_path) -> TrainConfig:
-    visit, optimizer = VisitOptions(visits_per_step=4), OptimizerOptions(text_weight=0.5)
-    return TrainConfig("somewhere/model", tmp_path / "out", visit=visit, optimizer=optimizer)
+    return TrainConfig("somewhere/model", tmp_path / "out", visit=VisitOptions(visits_per_step=4))
+
+
+def changed(config: TrainConfig, changes: dict) -> TrainConfig:
+    """With other values of fields, and of fields of its groups."""
+    values = {
+        key: replace(getattr(config, key), **value) if isinstance(value, dict) else value
+        for key, value in changes.items()
+    }
+    return replace(config, **values)
 
 
 @pytest.fixture
@@ -60,17 +68,17 @@ class TestOpen:
     @pytest.mark.parametrize(
         "changes",
         [
-            {"watch": WatchOptions(evaluations=1, save_minutes=0, keep_last=5, log_with=("wandb",))},
+            {"watch": {"evaluations": 1, "save_minutes": 0, "keep_last": 5, "log_with": ("wandb",)}},
             {"device": "cuda:0"},
             {"dry_run": True},
-            {"text": TextOptions(cache=Path("elsewhere"))},
+            {"text": {"cache": Path("elsewhere")}},
             {},
         ],
         ids=str,
     )
     def test_takes_up_the_same_run(self, begun, config, changes):
         before = content(begun.path)
-        begun.open(replace(config, **changes), "f00d")
+        begun.open(changed(config, changes), "f00d")
         assert content(begun.path) == before
 
     @pytest.mark.parametrize(
@@ -78,11 +86,11 @@ class TestOpen:
         [
             ({"seed": 3}, "seed was 0, is 3"),
             ({"model": "other/model"}, "model was 'somewhere/model', is 'other/model'"),
-            ({"optimizer": OptimizerOptions(warmup=0.1)}, "warmup was 0.05, is 0.1"),
-            ({"text": TextOptions(data=("a", "b@2"))}, "data was ['sample/train'], is ['a', 'b@2']"),
-            ({"visit": VisitOptions(visits=(1, 1, 0, 3))}, "visits was [1, 1, 0, 2], is [1, 1, 0, 3]"),
+            ({"optimizer": {"warmup": 0.1}}, "warmup was 0.05, is 0.1"),
+            ({"text": {"data": ("a", "b@2")}}, "data was ['sample/train'], is ['a', 'b@2']"),
+            ({"visit": {"visits": (1, 1, 0, 3)}}, "visits was [1, 1, 0, 2], is [1, 1, 0, 3]"),
             (
-                {"visit": VisitOptions(smallest="40%", spread=0, visits_per_step=2, blocks_per_visit=2)},
+                {"visit": {"smallest": "40%", "spread": 0, "visits_per_step": 2, "blocks_per_visit": 2}},
                 "smallest was '50%', is '40%', spread was 0.5, is 0, visits_per_step was 4, is 2",
             ),
         ],
@@ -90,7 +98,7 @@ class TestOpen:
     def test_refuses_other_settings(self, begun, config, changes, message):
         before = content(begun.path)
         with pytest.raises(CheckpointError) as error:
-            begun.open(replace(config, **changes), "f00d")
+            begun.open(changed(config, changes), "f00d")
         assert str(error.value) == (
             f"{begun.path} holds a run with other settings: {message}. "
             "Ask for the same, name another folder, or pass --resume never to replace that run."
@@ -150,9 +158,9 @@ class TestOpen:
         source.mkdir(parents=True, exist_ok=True)
         (source / "config.json").write_text("{}")
         before = content(folder.path)
-        for reads in ({"model": str(source)}, {"optimizer": OptimizerOptions(teacher=str(source))}):
+        for reads in ({"model": str(source)}, {"optimizer": {"teacher": str(source)}}):
             with pytest.raises(CheckpointError, match="holds what is to be read"):
-                folder.open(replace(config, **reads, resume=resume), "f00d")
+                folder.open(changed(config, {**reads, "resume": resume}), "f00d")
         assert content(folder.path) == before
 
     def test_garbled_settings(self, folder, config):
@@ -220,6 +228,12 @@ class TestFinish:
         folder.finish(llama, weights, None)
         found = ElasticModel.from_pretrained(folder.path).lm.state_dict()
         assert all(torch.equal(found[name], weight) for name, weight in weights.items())
+
+    def test_writes_the_type_of_those_weights(self, folder, llama):
+        """Not of the model's own, which are fp32 while it trains."""
+        folder.finish(llama, {name: weight.bfloat16() for name, weight in llama.lm.state_dict().items()}, None)
+        assert json.loads((folder.path / "config.json").read_text())["dtype"] == "bfloat16"
+        assert ElasticModel.from_pretrained(folder.path).dtype == torch.bfloat16
 
     def test_a_full_disk_leaves_the_snapshots(self, folder, llama):
         (folder.snapshots / "step-00000001").mkdir(parents=True)

@@ -1,5 +1,6 @@
 """Two processes train as one does, and one run goes from two to one and back."""
 
+import json
 import os
 import signal
 import subprocess
@@ -23,6 +24,7 @@ def one(tmp_path_factory) -> Path:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("sharding")
     make_checkpoint(folder / "model")
+    make_checkpoint(folder / "bf16 model", dtype=torch.bfloat16)
     make_text(folder / "text.jsonl")
     return folder
 
@@ -54,8 +56,8 @@ def two(one) -> Path:
     return one
 
 
-def run_one(folder: Path, name: str, **options) -> Path:
-    return run(folder / "model", folder / "text.jsonl", folder / name, **{**OPTIONS, **options})
+def run_one(folder: Path, name: str, model: str = "model", **options) -> Path:
+    return run(folder / model, folder / "text.jsonl", folder / name, **{**OPTIONS, **options})
 
 
 def lines(file: Path) -> int:
@@ -91,7 +93,9 @@ class TestTwoProcesses:
         assert_close_runs(two / "trained head", run_one(two, "one trained head", **options))
 
     def test_in_bfloat16(self, two):
-        assert_close_runs(two / "bf16", run_one(two, "one bf16", precision="bf16"), within=0.05)
+        assert_close_runs(two / "bf16", run_one(two, "one bf16", "bf16 model", precision="bf16"), within=0.05)
+        assert {weight.dtype for weight in load_file(two / "bf16" / "model.safetensors").values()} == {torch.bfloat16}
+        assert json.loads((two / "bf16" / "config.json").read_text())["dtype"] == "bfloat16"
 
     @pytest.mark.parametrize("name", ["one two", "two one two"])
     def test_go_on_with_what_other_numbers_of_processes_left(self, two, name):

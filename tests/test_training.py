@@ -17,6 +17,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 import tiny
 from flextron import cli, distillation, snapshot, training
+from flextron.corpus import positions
+from flextron.data import document_end, load_blocks
 from flextron.elastic import ElasticModel
 from flextron.errors import CheckpointError, TrainingError
 from flextron.sensitivity import Sensitivity
@@ -152,6 +154,21 @@ class TestWhatIsLearned:
         assert steps_of(out)[0]["visits"][0]["divergence"] == steps_of(whole)[0]["visits"][0]["divergence"]
         assert steps_of(out)[0]["gradient_norm"] != steps_of(whole)[0]["gradient_norm"]
 
+    def test_documents_of_a_block_are_kept_apart(self, ranked, text, tmp_path, monkeypatch):
+        """In the passes of student and teacher alike; not in the held-out text, as for `evaluate`."""
+        seen = []
+        real = distillation.hidden_states
+        monkeypatch.setattr(
+            distillation, "hidden_states", lambda *arguments: seen.append(arguments[1:]) or real(*arguments)
+        )
+        run(ranked, text, tmp_path / "out", tokens=256, evaluate_tokens=0)
+        end = document_end(tiny.tokenizer())
+        assert len(seen) == 8
+        assert any((tokens[:, :-1] == end).any() for tokens, _ in seen)
+        for tokens, places in seen:
+            several = (tokens[:, :-1] == end).any()
+            assert torch.equal(places, positions(tokens, end)) if several else places is None
+
     def test_another_teacher(self, ranked, text, folder, tmp_path):
         teacher = make_checkpoint(tmp_path / "teacher", num_hidden_layers=2)
         out = run(ranked, text, tmp_path / "out", teacher=teacher)
@@ -194,8 +211,6 @@ def losses_of(record: dict) -> list[float]:
 
 
 def held_out_loss(model: ElasticModel, text: Path) -> float:
-    from flextron.data import load_blocks
-
     blocks = load_blocks(model.tokenizer, text, tokens=128, block_tokens=32)
     with torch.no_grad():
         logits = model(blocks.tokens).logits[:, :-1].flatten(0, 1)
@@ -232,8 +247,12 @@ class TestWhatIsLogged:
         assert [set(record) >= {"visits"} for record in records(out)] == [True]
 
     def test_a_seed_is_another_run(self, ranked, text, whole, tmp_path):
+        """Of other sub-networks on other blocks."""
         out = run(ranked, text, tmp_path / "out", tokens=256, seed=1)
-        assert steps_of(out)[0]["visits"] != steps_of(whole)[0]["visits"]
+        assert visits_of(out, "random")[0]["neurons"] != visits_of(whole, "random")[0]["neurons"]
+        full = [visits_of(folder, "full")[0] for folder in (out, whole)]
+        assert full[0]["neurons"] == full[1]["neurons"]
+        assert abs(full[0]["cross_entropy"] - full[1]["cross_entropy"]) > 1e-3
 
     def test_the_summary(self, ranked, text, tmp_path, capsys):
         run(ranked, text, tmp_path / "out")

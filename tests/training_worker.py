@@ -132,14 +132,14 @@ def wait_for(condition, seconds: float = 120) -> None:
 def main(folder: Path) -> None:
     """Each of two processes: several runs one after the other, some in turn with the test's own process."""
     rank = int(os.environ["RANK"])
-    model, text = folder / "model", folder / "text.jsonl"
+    text = folder / "text.jsonl"
 
-    def go(name: str, **options) -> None:
+    def go(name: str, model: Path = folder / "model", **options) -> None:
         run(model, text, folder / name, **options)
 
     go("two", **OPTIONS)
     go("trained head", **OPTIONS, train_embeddings=True, text_weight=0.5, gradient_checkpointing=True)
-    go("bf16", **{**OPTIONS, "precision": "bf16"})
+    go("bf16", folder / "bf16 model", **{**OPTIONS, "precision": "bf16"})
     with stopped_in(4):
         go("one two", **OPTIONS)
     with stopped_in(2):

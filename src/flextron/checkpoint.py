@@ -116,9 +116,11 @@ def save(
     Raises:
         CheckpointError: the folder exists and `overwrite` is false, no space, or a write that failed.
     """
-    needs_bytes = sum(p.numel() * p.element_size() for p in checkpoint.lm.parameters())
+    stored = list(checkpoint.lm.parameters() if weights is None else weights.values())
+    needs_bytes = sum(weight.nbytes for weight in stored)
     with new_folder(folder, overwrite=overwrite, needs_bytes=needs_bytes) as partial:
         checkpoint.lm.save_pretrained(partial, state_dict=weights)
+        _set_dtype(partial / "config.json", stored[0].dtype)  # transformers names that of the shards
         save_tokenizer(checkpoint.tokenizer, partial)
         if checkpoint.ranking is not None:
             _save_ranking(checkpoint.ranking, partial / RANKING_FILE)
@@ -127,6 +129,12 @@ def save(
             "search_space": None if checkpoint.search_space is None else asdict(checkpoint.search_space),
         }
         (partial / METADATA_FILE).write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf8")
+
+
+def _set_dtype(file: Path, dtype: torch.dtype) -> None:
+    config = json.loads(file.read_text(encoding="utf8"))
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf8")
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:

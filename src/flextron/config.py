@@ -81,7 +81,7 @@ class VisitOptions:
     smallest: str = "50%"
     """The smallest sub-network to train: a share, equal widths, or a file, as for evaluate --subnet."""
     presets: tuple[str, ...] = ()
-    """Sub-networks that are visited in turn, with the third weight of --visits."""
+    """Sub-networks that are visited in turn, with the third weight of --visits, such as --visits 1 1 1 2."""
     spread: float = 0.5
     """How far random sub-networks stray from the greedy choice for their share; 0 is the greedy choice itself."""
     visits_per_step: int = 2
@@ -114,11 +114,11 @@ class OptimizerOptions:
     teacher: str | None = None
     """Model to distil from, with the same vocabulary; by default MODEL itself, before training."""
     train_embeddings: bool = False
-    """Train the embeddings and the output projection too."""
+    """Train the embeddings of tokens and the output projection too."""
     lora_rank: int = 0
     """Train low-rank adapters of this rank instead of the weights, to save memory; merged at the end (extra `lora`)."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Type of the arithmetic; weights and sums stay fp32. auto takes the faster of both here."""
+    """Type of the arithmetic; weights that are trained stay fp32. auto takes the faster of both here."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: slower, far less memory."""
 
@@ -127,6 +127,10 @@ class OptimizerOptions:
             raise ValueError(f"learning_rate is {self.learning_rate}; it must be above 0.")
         if not self.clip_norm > 0:
             raise ValueError(f"clip_norm is {self.clip_norm}; it must be above 0.")
+        if self.teacher is not None and self.text_weight == 1:
+            raise ValueError(
+                "a teacher is named, but text_weight is 1, so nothing is learnt from it. Lower text_weight."
+            )
         _check_at_least("weight_decay", self.weight_decay, 0)
         _check_at_least("lora_rank", self.lora_rank, 0)
         _check_between("warmup", self.warmup, 0, 1)
@@ -186,6 +190,9 @@ class TrainConfig:
     """Where to run, such as cpu or cuda:0; auto takes a GPU if there is one."""
     dry_run: bool = False
     """Print memory, steps and token counts, and train nothing; needs the model's config.json only. Put WORLD_SIZE=8 before the command to ask about eight processes."""
+
+    def __post_init__(self) -> None:
+        _check_at_least("seed", self.seed, 0)
 
 
 @dataclass(frozen=True)
@@ -331,7 +338,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 
 
 def _check_at_least(name: str, value: float, limit: float) -> None:
-    if value < limit:
+    if not value >= limit:
         raise ValueError(f"{name} is {value}; it must be at least {limit}.")
 
 

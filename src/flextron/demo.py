@@ -108,7 +108,7 @@ def _elastic_model(config: QuickstartConfig) -> tuple[ElasticModel, Sensitivity]
         model = ElasticModel.from_pretrained(folder, device=config.device)
     else:
         source = smollm2_path() if config.model == "smollm2" else config.model
-        dtype = faster_dtype()
+        dtype = faster_dtype("cuda" if torch.cuda.is_available() else "cpu")
         _say(f"loading {source} in {dtype}, the faster type here")
         model = ElasticModel.from_pretrained(source, dtype=dtype, device=config.device)
         _say(f"ranking neurons and KV groups on {config.rank_tokens} tokens")

@@ -25,6 +25,8 @@ from flextron.errors import FlextronError
 
 CHUNK_TOKENS = 256
 """Tokens whose logits exist at once: 50 MB in fp32 for a vocabulary of 49,152."""
+CHUNK_TOKENS_OF_A_GPU = 2048
+"""The same on a GPU, which small products leave idle."""
 
 
 @dataclass(frozen=True)
@@ -96,26 +98,22 @@ class _ChunkedLoss(torch.autograd.Function):
         *head: nn.Parameter,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         wanted = ctx.needs_input_grad[0]
-        gradients = [torch.zeros_like(hidden_ND), *(torch.zeros_like(p) for p in head)]
+        gradients = [torch.zeros_like(hidden_ND)] if wanted else []
+        if wanted:  # a head's is summed over all chunks, which 16 bits are too coarse for
+            gradients += [torch.zeros_like(p, dtype=torch.float32) for p in head]
         sums = hidden_ND.new_zeros(3, dtype=torch.float32)
-        for place in _chunks(len(labels_N)):
+        for place in _chunks(labels_N):
+            with torch.set_grad_enabled(wanted):
+                hidden_CD = hidden_ND[place].detach().requires_grad_(wanted)
+                logits_CV = logits_of(student, hidden_CD)
             taught_CV = None
             if teacher is not None and teacher_hidden_ND is not None:
                 taught_CV = logits_of(teacher, teacher_hidden_ND[place]).float().log_softmax(-1)
-            with torch.set_grad_enabled(wanted):
-                hidden_CD = hidden_ND[place].detach().requires_grad_(wanted)
-                log_p_CV = logits_of(student, hidden_CD).float().log_softmax(-1)
-                cross_entropy = F.nll_loss(log_p_CV, labels_N[place], reduction="sum")
-                divergence = (
-                    torch.zeros_like(cross_entropy)
-                    if taught_CV is None
-                    else F.kl_div(log_p_CV, taught_CV, reduction="sum", log_target=True)
-                )
-                total = (1 - text_weight) * divergence + text_weight * cross_entropy
-            sums += torch.stack([total, divergence, cross_entropy]).detach()
+            chunk_sums, slope_CV = _losses_and_slope(logits_CV.detach(), taught_CV, labels_N[place], text_weight)
+            sums += chunk_sums
             if not wanted:
                 continue
-            of_chunk = torch.autograd.grad(total, [hidden_CD, *head])
+            of_chunk = torch.autograd.grad(logits_CV, [hidden_CD, *head], slope_CV.to(logits_CV.dtype))
             gradients[0][place] = of_chunk[0]
             for gradient, more in zip(gradients[1:], of_chunk[1:], strict=True):
                 gradient += more
@@ -130,8 +128,32 @@ class _ChunkedLoss(torch.autograd.Function):
         return (hidden, None, None, None, None, None, *head)
 
 
-def _chunks(tokens: int) -> Iterator[slice]:
-    return (slice(start, min(start + CHUNK_TOKENS, tokens)) for start in range(0, tokens, CHUNK_TOKENS))
+def _losses_and_slope(
+    logits_CV: torch.Tensor, taught_CV: torch.Tensor | None, labels_C: torch.Tensor, text_weight: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums of total, divergence and cross-entropy, [3], and the slope of the total in each logit, [C, V].
+
+    Of both losses it is p - target: the teacher's probabilities, or 1 at the token that follows.
+    """
+    log_p_CV = logits_CV.float().log_softmax(-1)
+    cross_entropy = F.nll_loss(log_p_CV, labels_C, reduction="sum")
+    divergence = torch.zeros_like(cross_entropy)
+    if taught_CV is None:
+        text_weight = 1.0
+    else:
+        target_CV = taught_CV.exp()
+        divergence = torch.linalg.vecdot(target_CV, taught_CV - log_p_CV).sum()
+    slope_CV = log_p_CV.exp_()
+    if taught_CV is not None:
+        slope_CV -= target_CV.mul_(1 - text_weight)
+    slope_CV[torch.arange(len(labels_C)), labels_C] -= text_weight
+    total = (1 - text_weight) * divergence + text_weight * cross_entropy
+    return torch.stack([total, divergence, cross_entropy]), slope_CV
+
+
+def _chunks(labels_N: torch.Tensor) -> Iterator[slice]:
+    size = CHUNK_TOKENS_OF_A_GPU if labels_N.is_cuda else CHUNK_TOKENS
+    return (slice(start, min(start + size, len(labels_N))) for start in range(0, len(labels_N), size))
 
 
 class Distiller(nn.Module):
@@ -213,12 +235,13 @@ def make_distiller(model: ElasticModel, options: OptimizerOptions, dtype: torch.
         FlextronError: a teacher with another vocabulary, or adapters without peft.
     """
     end = document_end(model.tokenizer) if model.tokenizer is not None else None
-    teacher = None if options.text_weight == 1 or options.lora_rank else _teacher(model, options, dtype)
+    teaches_itself = options.lora_rank > 0 and options.teacher is None and not options.train_embeddings
+    teacher = None if options.text_weight == 1 or teaches_itself else _teacher(model, options, dtype)
     original = None
     model.lm.eval()  # no dropout: it would add noise to a comparison with a teacher that has none
-    if not options.lora_rank:
+    if not options.lora_rank or options.train_embeddings or dtype == torch.float32:
         model.lm.float()
-    else:
+    if options.lora_rank:
         torch.manual_seed(seed)
         add_adapters(model, rank=options.lora_rank)
 
@@ -230,7 +253,8 @@ def make_distiller(model: ElasticModel, options: OptimizerOptions, dtype: torch.
     for embedding in (model.lm.get_input_embeddings(), model.lm.get_output_embeddings()):
         embedding.requires_grad_(options.train_embeddings)
     if options.gradient_checkpointing:
-        model.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable = getattr(model.lm, "activation_checkpointing_enable", model.lm.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
         for layer in model.layers:  # transformers checkpoints a layer only where it trains; its dropouts stay off
             layer.module.training = True
     return Distiller(
@@ -238,7 +262,7 @@ def make_distiller(model: ElasticModel, options: OptimizerOptions, dtype: torch.
         teacher,
         text_weight=options.text_weight,
         document_end=end,
-        original=original if options.text_weight < 1 else None,
+        original=original if teaches_itself and options.text_weight < 1 else None,
     )
 
 

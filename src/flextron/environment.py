@@ -28,9 +28,9 @@ def describe_device(device: str | torch.device) -> str:
     return f"{_processor()}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
 
 
-def faster_dtype() -> torch.dtype:
+def faster_dtype(device: str | torch.device) -> torch.dtype:
     """Whichever of bfloat16 and float32 multiplies matrices faster here: some processors have no bfloat16 units."""
-    if torch.cuda.is_available():
+    if torch.device(device).type != "cpu":
         return torch.bfloat16
     return min((torch.bfloat16, torch.float32), key=_product_seconds)
 

@@ -111,7 +111,9 @@ def estimate_training(config: TrainConfig, *, processes: int = 1) -> TrainEstima
     model = _without_weights(config.model)
     sampler = _checked_sampler(model, config)
     teacher = _teacher(model, config)
-    arithmetic = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(config.optimizer.precision) or faster_dtype()
+    named = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    arithmetic = named.get(config.optimizer.precision) or faster_dtype(device)
     tokens_per_step = config.visit.visits_per_step * config.visit.blocks_per_visit * config.text.block_tokens
     steps = math.ceil(config.text.tokens / tokens_per_step)
     visits = (sampler.next().subnet for _ in range(steps * config.visit.visits_per_step))
@@ -193,7 +195,8 @@ def _checked_sampler(model: ElasticModel, config: TrainConfig) -> SubnetSampler:
 def _teacher(model: ElasticModel, config: TrainConfig) -> ElasticModel | None:
     """The model that is kept beside the student; with adapters the student's own frozen weights teach."""
     options = config.optimizer
-    if options.text_weight == 1 or options.lora_rank:
+    teaches_itself = options.lora_rank > 0 and options.teacher is None and not options.train_embeddings
+    if options.text_weight == 1 or teaches_itself:
         return None
     if options.teacher is None:
         return model
@@ -239,7 +242,7 @@ def _memory(
 def _weights(model: ElasticModel, config: TrainConfig) -> int:
     """Bytes of the student: fp32, but beside adapters weights keep the checkpoint's type."""
     adapters = _FP32 * _adapters(model, config.optimizer.lora_rank)
-    dtype = model.config.dtype if config.optimizer.lora_rank else None
+    dtype = model.config.dtype if config.optimizer.lora_rank and not config.optimizer.train_embeddings else None
     return _parameters(model) * (_FP32 if dtype is None else dtype.itemsize) + adapters
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -17,11 +18,13 @@ from flextron.elastic import ElasticModel
 from flextron.errors import CheckpointError
 from flextron.sensitivity import Sensitivity
 from flextron.snapshot import latest_snapshot
+from flextron.sources import Source
 
 VERSION = 1
 SETTINGS_FILE = "train.json"
 METRICS_FILE = "metrics.jsonl"
 SNAPSHOTS = "checkpoints"
+FINAL = ".final"
 # What may change between an interrupted run and the one that takes it up, because no weight depends on it.
 _FREE = ("out", "watch", "resume", "device", "dry_run")
 
@@ -38,24 +41,40 @@ class RunFolder:
         """Whether the trained model is there."""
         return (self.path / METADATA_FILE).is_file()
 
-    def open(self, config: TrainConfig, model: str) -> None:
-        """Make the folder, or see that what is in it is a run with the same settings, of the same model.
+    def check(self, config: TrainConfig, model: str) -> dict[str, Any]:
+        """The settings of the run that is taken up here, or nothing where one begins; changes nothing.
 
         A run that was stopped before its first snapshot has nothing to lose, and gives way.
 
         Raises:
-            CheckpointError: something else is there, or a run of another model or with other settings.
+            CheckpointError: something else is there, or what this run reads, or a run of another model or with other
+                settings.
         """
-        settings = {"version": VERSION, "fingerprint": model, **_settings(config)}
-        if self._found() and config.resume == "never":
-            shutil.rmtree(self.path)
+        _check_outside(self.path, config)
         found = self._found()
-        if found and (self.is_finished or latest_snapshot(self.snapshots)):
-            _check_same(self.path, found, settings)
-            return
         if not found and self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise CheckpointError(f"{self.path} exists and is not a training run. Name another folder.")
+        if config.resume == "never" or not (self.is_finished or latest_snapshot(self.snapshots)):
+            return {}
+        _check_same(self.path, found, _settings(config, model))
+        return found
+
+    def open(self, config: TrainConfig, model: str, *, arithmetic: str | None = None) -> None:
+        """Take up the run that is here, or begin one, in place of an older one where `resume` says never.
+
+        `arithmetic` is the type that was chosen, for the run that takes this one up.
+
+        Raises:
+            CheckpointError: as `check`, or the folder cannot be made.
+        """
+        if self.check(config, model):
+            if self.is_finished:  # killed before it had cleaned up
+                self._clear()
+            return
+        settings = _settings(config, model) | ({"arithmetic": arithmetic} if arithmetic else {})
         try:
+            if self._found() and config.resume == "never":
+                shutil.rmtree(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CheckpointError(f"cannot make the folder {self.path}: {error}") from error
@@ -75,7 +94,7 @@ class RunFolder:
         """Drop the metrics of steps after `step`: they are taken again."""
         file = self.path / METRICS_FILE
         if file.is_file():
-            lines = [line for line in file.read_text(encoding="utf8").splitlines() if _step(line) <= step]
+            lines = [line for line in file.read_text(encoding="utf8").splitlines() if 0 <= _step(line) <= step]
             write_text(file, "".join(f"{line}\n" for line in lines))
 
     def log(self, record: dict[str, Any]) -> None:
@@ -97,16 +116,28 @@ class RunFolder:
 
         `weights` are the trained ones by name, where `model` holds shards only; None takes the model's own.
         """
-        whole = self.path / ".final"
-        shutil.rmtree(whole, ignore_errors=True)
+        whole = self.path / FINAL
+        self._clear(snapshots=False)
         found = Checkpoint(model.lm, model.tokenizer, model.search_space, model.ranking)
         checkpoint.save(whole, found, weights=weights)
         if sensitivity is not None:
             sensitivity.save(whole)
-        for file in sorted(whole.iterdir(), key=lambda file: file.name == METADATA_FILE):
-            file.replace(self.path / file.name)
-        whole.rmdir()
-        shutil.rmtree(self.snapshots, ignore_errors=True)
+        try:
+            for file in sorted(whole.iterdir(), key=lambda file: file.name == METADATA_FILE):
+                if file.is_dir():
+                    shutil.rmtree(self.path / file.name, ignore_errors=True)
+                file.replace(self.path / file.name)
+        except OSError as error:
+            raise CheckpointError(f"cannot write {self.path}: {error}. The checkpoints are kept.") from error
+        os.sync()  # before what could make the model again is deleted
+        self._clear()
+
+    def _clear(self, *, snapshots: bool = True) -> None:
+        """Delete what an ended or killed run leaves behind."""
+        for leftover in (self.path / FINAL, *self.path.glob(f".{FINAL}.partial-*")):
+            shutil.rmtree(leftover, ignore_errors=True)
+        if snapshots:
+            shutil.rmtree(self.snapshots, ignore_errors=True)
 
 
 def fingerprint(model: ElasticModel) -> str:
@@ -118,12 +149,20 @@ def fingerprint(model: ElasticModel) -> str:
     return digest.hexdigest()[:16]
 
 
-def _settings(config: TrainConfig) -> dict[str, Any]:
+def _settings(config: TrainConfig, model: str) -> dict[str, Any]:
     plain: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
     for key in _FREE:
         del plain[key]
     del plain["text"]["cache"]
-    return plain
+    return {"version": VERSION, "fingerprint": model, **plain}
+
+
+def _check_outside(folder: Path, config: TrainConfig) -> None:
+    """Pass if the run reads nothing that lies in the folder it writes."""
+    sources = [Source.parse(source).path for source in config.text.data]
+    for path in (config.model, config.optimizer.teacher, *sources):
+        if path is not None and Path(path).exists() and Path(path).resolve().is_relative_to(folder.resolve()):
+            raise CheckpointError(f"{folder} holds what is to be read: {path}. Name another folder.")
 
 
 def _check_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:

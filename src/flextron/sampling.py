@@ -69,6 +69,8 @@ class SubnetSampler:
             raise ValueError(f"visits must be four weights from 0 up, for {', '.join(KINDS)}; got {list(weights)}.")
         if weights[2] and not presets:
             raise ValueError(f"presets are visited with weight {weights[2]}, but none is named. Name some, or weigh 0.")
+        if presets and not weights[2]:
+            raise ValueError(f"presets are named, but visited with weight 0 of {list(weights)}. Pass such as 1 1 1 2.")
         self._sensitivities = tuple(sensitivities)
         self._smallest = smallest
         self._presets = tuple(presets)

@@ -5,17 +5,22 @@ Started by torchrun or `accelerate launch`; a single process needs none of it an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, cast
+from collections.abc import Callable
+from itertools import chain
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from flextron.distillation import Distiller
+from flextron.errors import FlextronError
 from flextron.families import family_of
+
+T = TypeVar("T")
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -28,7 +33,11 @@ def shard(distiller: Distiller, dtype: torch.dtype) -> None:
 
     Weights stay fp32 in the shards; they are gathered and computed with in `dtype`, gradients are summed in fp32.
     """
-    options: dict[str, Any] = {"mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)}
+    device = next(distiller.parameters()).device.type
+    options: dict[str, Any] = {
+        "mesh": init_device_mesh(device, (dist.get_world_size(),)),
+        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
+    }
     if distiller.teacher is not None:
         _shard_layers(distiller.teacher.lm, options)
         fully_shard(distiller.teacher, reshard_after_forward=False, **options)  # its output projection is read later
@@ -41,19 +50,32 @@ def _shard_layers(lm: Any, options: dict[str, Any]) -> None:
         fully_shard(layer, **options)
 
 
-def whole_weights(lm: nn.Module) -> Mapping[str, torch.Tensor]:
-    """All weights by name, gathered to the CPU of the first process (the others get nothing)."""
+def whole_weights(lm: nn.Module) -> dict[str, torch.Tensor]:
+    """All weights by name, a tied one once, gathered to the CPU of the first process (the others get nothing)."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return cast(Mapping[str, torch.Tensor], get_model_state_dict(lm, options=options))
+    weights = cast(dict[str, torch.Tensor], get_model_state_dict(lm, options=options))
+    once = {name for name, _ in chain(lm.named_parameters(), lm.named_buffers())}
+    return {name: weight for name, weight in weights.items() if name in once}
 
 
-def from_first(value: Any) -> Any:
-    """The first process's `value`, in all of them."""
+def on_first(work: Callable[[], T]) -> T:
+    """What `work` gives in the first process, in all of them; it runs there only, and its error is raised in all.
+
+    Raises:
+        FlextronError, ValueError: what `work` raised.
+    """
     if not dist.is_initialized():
-        return value
-    held = [value]
+        return work()
+    held: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            held[0] = work()
+        except (FlextronError, ValueError) as error:
+            held[1] = error
     dist.broadcast_object_list(held, src=0)
-    return held[0]
+    if held[1] is not None:
+        raise held[1]
+    return cast(T, held[0])
 
 
 def total(values: torch.Tensor) -> torch.Tensor:

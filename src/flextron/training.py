@@ -10,14 +10,18 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
+from statistics import median
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from torch import nn
 from tqdm import tqdm
 
@@ -34,13 +38,16 @@ from flextron.estimate import check_processes
 from flextron.run_folder import RunFolder, fingerprint
 from flextron.sampling import Visit, even_sensitivity, make_sampler
 from flextron.sensitivity import Sensitivity
-from flextron.sharding import from_first, is_sharded, shard, total, whole_weights
+from flextron.sharding import is_sharded, on_first, shard, total, whole_weights
 from flextron.snapshot import latest_snapshot, load_snapshot, save_snapshot
 from flextron.subnet import Subnet
 from flextron.watching import Bar, numbers, stop_signals
 
+LOSSES = ("loss", "divergence", "cross_entropy")
 HELD_OUT_TOKENS = 2048
-WORSE_NATS = 0.02
+JUMP = 10
+"""Times the usual norm of the gradient that is worth a warning."""
+WORSE_NATS = 0.01
 """Rise of the full model's held-out loss that is worth a warning."""
 
 
@@ -53,10 +60,9 @@ def train(config: TrainConfig) -> Path:
         FlextronError: a model, text, or folder that does not fit; a loss that is no longer a number (TrainingError).
         KeyboardInterrupt: after Ctrl-C, once a checkpoint of the last whole step is written.
     """
-    trackers = list(config.watch.log_with) or None
-    accelerator = Accelerator(cpu=config.device == "cpu", log_with=trackers, project_dir=config.out)
+    accelerator = _accelerator(config)
     run = TrainingRun(config, accelerator)
-    if run.folder.is_finished:
+    if run.is_finished:
         run.say(f"{config.out} is trained already; name another folder, or pass --resume never to train it again.")
         return config.out
     run.train()
@@ -74,16 +80,18 @@ class TrainingRun:
         self.accelerator = accelerator
         self.folder = RunFolder(config.out)
         self.model = ElasticModel.from_pretrained(config.model, device=_device(config, accelerator))
-        self.dtype = _arithmetic(config.optimizer.precision)
+        self.device = self.model.device
         self.saved_dtype = self.model.dtype
-        if self.is_first:
-            self.folder.open(config, fingerprint(self.model))
-        accelerator.wait_for_everyone()
-        if self.folder.is_finished:
+        model = fingerprint(self.model)
+        found = on_first(lambda: self.folder.check(config, model))
+        self.is_finished = bool(found) and on_first(lambda: self.folder.is_finished)
+        if self.is_finished:
             return
+        self.dtype = on_first(lambda: _arithmetic(config.optimizer.precision, found.get("arithmetic"), self.device))
         self._sensitivity = Sensitivity.load(config.model) if Sensitivity.is_in(config.model) else None
         self.sampler = make_sampler(self.model, config.visit, self._sensitivity, seed=config.seed)
-        self.corpus = self._corpus()
+        self.corpus: Corpus | None = None  # in the first process only; it hands the others their blocks
+        on_first(self._open_corpus)
         self.watched = {wish: self._choose(wish) for wish in config.watch.evaluate_on}
         self.held_out = self._held_out()
         self.distiller = make_distiller(self.model, config.optimizer, self.dtype, seed=config.seed)
@@ -95,6 +103,8 @@ class TrainingRun:
         self.steps = math.ceil(config.text.tokens / self.tokens_per_step)
         self.before: dict[str, float] = {}
         self.step = 0
+        self._norms: deque[float] = deque(maxlen=20)
+        on_first(lambda: self.folder.open(config, model, arithmetic=str(self.dtype).removeprefix("torch.")))
 
     @property
     def is_first(self) -> bool:
@@ -121,12 +131,14 @@ class TrainingRun:
                 bar.show(self.train_step())
                 if self._is_time_to_evaluate():
                     self._evaluate()
-                stopped, due = from_first((stop.asked, time.monotonic() - saved > 60 * self.config.watch.save_minutes))
+                stopped = self._agree(stop.asked)
+                due = self._agree(self.is_first and time.monotonic() - saved > 60 * self.config.watch.save_minutes)
                 if stopped or due or self.step == self.steps:
                     self._save()
                     saved = time.monotonic()
                 if stopped and self.step < self.steps:
-                    self.say(f"stopped after step {self.step} of {self.steps}; the same command goes on from there.")
+                    again = "" if self.config.resume == "auto" else " without --resume never"
+                    self.say(f"stopped after step {self.step} of {self.steps}; the same command{again} goes on there.")
                     raise KeyboardInterrupt
         self._finish()
 
@@ -137,9 +149,10 @@ class TrainingRun:
         rate = options.learning_rate * schedule(self.step, self.steps, options.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        visits = [self._visit(*visit) for visit in self._next_visits()]
+        visits = self._visit_all()
         norm = self._clip()
         self._stop_unless_finite(visits, norm)
+        self._warn_of_a_jump(norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
@@ -159,8 +172,8 @@ class TrainingRun:
     def _next_visits(self) -> Iterator[tuple[Visit, torch.Tensor]]:
         """Sub-networks of a step, each with this process's part of its blocks [B, T]."""
         visits, blocks = self.config.visit.visits_per_step, self.config.visit.blocks_per_visit
-        tokens = from_first(self._next_blocks(visits * blocks) if self.corpus else None)
-        for tokens_BT in tokens.to(self.accelerator.device).split(blocks):
+        tokens = on_first(lambda: self._next_blocks(visits * blocks))
+        for tokens_BT in torch.split(tokens.to(self.device), blocks):
             yield self.sampler.next(), tokens_BT[self.accelerator.process_index :: self.accelerator.num_processes]
 
     def _next_blocks(self, count: int) -> torch.Tensor:
@@ -173,23 +186,28 @@ class TrainingRun:
                 self.say(f"{source} has been read {epochs} times; it is read again in another order")
         return tokens_BT
 
-    def _visit(self, visit: Visit, tokens_BT: torch.Tensor) -> dict[str, Any]:
-        """Add one sub-network's gradients; returns its losses in nats per token, over all processes."""
+    def _visit_all(self) -> list[dict[str, Any]]:
+        """Add the gradients of a step's sub-networks; returns their losses in nats per token, over all processes."""
+        visits = [(visit, *self._visit(visit.subnet, tokens_BT)) for visit, tokens_BT in self._next_visits()]
+        sums = total(torch.stack([sums for _, sums, _ in visits])) / self.accelerator.num_processes
+        return [
+            {
+                "kind": visit.kind,
+                "share": round(self.model.share(visit.subnet), 4),
+                **{name: value / predicted for name, value in zip(LOSSES, values, strict=True)},
+                **asdict(visit.subnet),
+            }
+            for (visit, _, predicted), values in zip(visits, sums.tolist(), strict=True)
+        ]
+
+    def _visit(self, subnet: Subnet, tokens_BT: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """Add one sub-network's gradients; returns its losses summed, [3], and how many tokens it predicted."""
         predicted = tokens_BT[:, 1:].numel()
-        with self.model.use(visit.subnet):
+        with self.model.use(subnet):
             with self.autocast():
                 losses = self.distiller(tokens_BT)
             (losses.total / predicted / self.config.visit.visits_per_step).backward()
-        sums = total(torch.stack([losses.total.detach(), losses.divergence, losses.cross_entropy]))
-        loss, divergence, cross_entropy = (sums / predicted / self.accelerator.num_processes).tolist()
-        return {
-            "kind": visit.kind,
-            "share": round(self.model.share(visit.subnet), 4),
-            "loss": loss,
-            "divergence": divergence,
-            "cross_entropy": cross_entropy,
-            **asdict(visit.subnet),
-        }
+        return torch.stack([losses.total.detach(), losses.divergence, losses.cross_entropy]), predicted
 
     def _clip(self) -> float:
         norm: Any = nn.utils.clip_grad_norm_(self.parameters, self.config.optimizer.clip_norm)
@@ -206,11 +224,24 @@ class TrainingRun:
             f"Start again with a learning rate below {self.config.optimizer.learning_rate:g} and --resume never."
         )
 
+    def _warn_of_a_jump(self, norm: float) -> None:
+        """Say so where the gradient is many times what it was: often the first sign of a run that will fail."""
+        if len(self._norms) == self._norms.maxlen and norm > JUMP * median(self._norms):
+            self.say(
+                f"warning: in step {self.step + 1} the norm of the gradient is {norm:.3g}, "
+                f"usually {median(self._norms):.3g}. It is clipped; if this goes on, lower --learning-rate."
+            )
+        self._norms.append(norm)
+
+    def _agree(self, flag: bool) -> bool:
+        """Whether any process says so."""
+        return bool(total(torch.tensor(float(flag), device=self.device)))
+
     def autocast(self) -> Any:
         """A context in which sums are in the type of the arithmetic."""
         if self.dtype == torch.float32:
             return nullcontext()
-        return torch.autocast(self.accelerator.device.type, self.dtype)
+        return torch.autocast(self.device.type, self.dtype)
 
     # ------------------------------------------------------------------ watching
 
@@ -225,16 +256,19 @@ class TrainingRun:
             return
         held_out = {wish: self._held_out_loss(subnet, self.held_out) for wish, subnet in self.watched.items()}
         self._log({"step": self.step, "held_out": held_out})
-        if not self.before:
+        if not self.step:
             self.before = held_out
             return
-        text = ", ".join(f"{wish} {loss:.3f} ({loss - self.before[wish]:+.3f})" for wish, loss in held_out.items())
+        changes = {wish: loss - self.before[wish] for wish, loss in held_out.items() if wish in self.before}
+        text = ", ".join(
+            f"{wish} {loss:.3f}" + (f" ({changes[wish]:+.3f})" if wish in changes else "")
+            for wish, loss in held_out.items()
+        )
         self.say(f"step {self.step} of {self.steps}, held-out nats per token (change): {text}")
-        rise = held_out.get("full", 0) - self.before.get("full", 0)
-        if rise > WORSE_NATS:
+        if changes.get("full", 0) > WORSE_NATS:
             self.say(
-                f"warning: the full model has become worse by {rise:.3f}. It recovers in part as the learning rate "
-                "falls; if not, lower --learning-rate or give the first of --visits more weight."
+                f"warning: the full model has become worse by {changes['full']:.3f}. It recovers in part as the "
+                "learning rate falls; if not, lower --learning-rate or give the first of --visits more weight."
             )
 
     def _held_out_loss(self, subnet: Subnet, held_out: TokenBlocks) -> float:
@@ -242,14 +276,12 @@ class TrainingRun:
         sum_ = 0.0
         for tokens_BT in held_out.batches(HELD_OUT_TOKENS):
             with self.model.use(subnet), self.autocast():
-                losses = self.distiller(tokens_BT.to(self.accelerator.device), held_out=True)
+                losses = self.distiller(tokens_BT.to(self.device), held_out=True)
             sum_ += losses.cross_entropy.item()
         return sum_ / held_out.predicted_tokens
 
     def _log(self, record: dict[str, Any]) -> None:
-        if not self.is_first:
-            return
-        self.folder.log(record)
+        on_first(lambda: self.folder.log(record))
         if self.config.watch.log_with:
             self.accelerator.log(numbers(record), step=record["step"])
 
@@ -257,24 +289,22 @@ class TrainingRun:
 
     def _resume(self) -> None:
         """Put weights, optimizer, sampler and corpus where the newest checkpoint says."""
-        snapshot = from_first(latest_snapshot(self.folder.snapshots) if self.is_first else None)
+        snapshot = on_first(lambda: latest_snapshot(self.folder.snapshots))
         if snapshot is None:
-            if self.is_first:
-                self.folder.forget_after(-1)
+            on_first(lambda: self.folder.forget_after(-1))
             return
         state = load_snapshot(snapshot, model=self.distiller, optimizers=[self.optimizer])
         self.step = state["step"]
-        self.before = state["before"]
+        self.before = state["before"] if state["held_out"] == self._held_out_text() else {}
         self.sampler.load_state_dict(state["sampler"])
-        if self.corpus:
-            self.corpus.load_state_dict(state["corpus"])
-        if self.is_first:
-            self.folder.forget_after(self.step)
+        on_first(lambda: self._set_corpus(state["corpus"]))
+        on_first(lambda: self.folder.forget_after(self.step))
         self.say(f"going on from step {self.step} of {self.steps}")
 
     def _save(self) -> None:
         state = {
             "before": self.before,
+            "held_out": self._held_out_text(),
             "sampler": self.sampler.state_dict(),
             "corpus": self.corpus.state_dict() if self.corpus else None,
             "step": self.step,
@@ -296,11 +326,9 @@ class TrainingRun:
             weights = {name: weight.to(self.saved_dtype) for name, weight in whole_weights(self.model.lm).items()}
         else:
             self.model.lm.to(self.saved_dtype)
-        self.model.config.dtype = self.saved_dtype
+        on_first(lambda: self.folder.finish(self.model, weights, self._sensitivity))
         if self.is_first:
-            self.folder.finish(self.model, weights, self._sensitivity)
             print(self._summary())
-        self.accelerator.wait_for_everyone()
         if self.config.watch.log_with:
             self.accelerator.end_training()
 
@@ -311,35 +339,40 @@ class TrainingRun:
         self.say(
             f"training {trained:.1f} M weights for {self.steps} steps of {visit.visits_per_step} x "
             f"{visit.blocks_per_visit} blocks of {text.block_tokens} tokens on "
-            f"{describe_device(self.accelerator.device)}{processes}, {str(self.dtype).removeprefix('torch.')}"
+            f"{describe_device(self.device)}{processes}, {str(self.dtype).removeprefix('torch.')}"
         )
         if self.config.watch.log_with:
             self.accelerator.init_trackers(self.config.out.name, config=numbers(asdict(self.config)))
 
     def _summary(self) -> str:
-        rows = [record for record in self.folder.metrics() if "held_out" in record]
-        steps = [record for record in self.folder.metrics() if "visits" in record]
-        seconds = sum(record["seconds"] for record in steps)
+        metrics = self.folder.metrics()
+        seconds = sum(record.get("seconds", 0.0) for record in metrics)
         duration = f"{seconds / 60:.1f} minutes" if seconds > 100 else f"{seconds:.0f} s"
-        lines = [
-            f"trained on {self.steps * self.tokens_per_step} tokens in {duration} "
-            f"({self.steps * self.tokens_per_step / seconds:.0f} tokens/s)"
-        ]
+        lines = [f"trained on {self.steps * self.tokens_per_step} tokens in {duration}"]
+        rows = [record["held_out"] for record in metrics if "held_out" in record]
         if rows:
             lines.append(f"{'held-out nats per token':<28}{'before':>9}{'after':>9}{'change':>9}")
-            for wish, after in rows[-1]["held_out"].items():
-                before = rows[0]["held_out"][wish]
+            for wish, after in rows[-1].items():
+                before = self.before.get(wish, math.nan)
                 lines.append(f"{wish:<28}{before:>9.3f}{after:>9.3f}{after - before:>+9.3f}")
         return "\n".join([*lines, f"wrote {self.config.out}"])
 
-    def _corpus(self) -> Corpus | None:
-        """The text, in the first process only; it hands the others theirs."""
+    def _open_corpus(self) -> None:
+        """Open the text, and see that it holds at least a block."""
         text = self.config.text
-        if not self.is_first:
-            return None
-        tokenizer = self.model.tokenizer
         _check_vocabulary(self.model)
-        return Corpus(tokenizer, text.data, block_tokens=text.block_tokens, seed=self.config.seed, cache=text.cache)
+        self.corpus = Corpus(
+            self.model.tokenizer, text.data, block_tokens=text.block_tokens, seed=self.config.seed, cache=text.cache
+        )
+        start = self.corpus.state_dict()
+        self.corpus.next_blocks(1)
+        self.corpus.load_state_dict(start)
+
+    def _set_corpus(self, state: dict[str, Any]) -> None:
+        cast(Corpus, self.corpus).load_state_dict(state)
+
+    def _held_out_text(self) -> list[Any]:
+        return [self.config.watch.evaluate_text, self.config.watch.evaluate_tokens]
 
     def _held_out(self) -> TokenBlocks | None:
         watch = self.config.watch
@@ -377,8 +410,25 @@ def _adamw(parameters: list[nn.Parameter], options: OptimizerOptions) -> torch.o
     return torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.95), fused=True)
 
 
-def _arithmetic(precision: str) -> torch.dtype:
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}.get(precision) or faster_dtype()
+def _arithmetic(precision: str, recorded: str | None, device: torch.device) -> torch.dtype:
+    """The type asked for; where that is auto, the one that an interrupted run has taken, or else the faster one."""
+    named = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp32": torch.float32, "float32": torch.float32}
+    return named.get(precision) or named.get(recorded or "") or faster_dtype(device)
+
+
+def _accelerator(config: TrainConfig) -> Accelerator:
+    asked = config.watch.log_with
+    accelerator = Accelerator(
+        cpu=config.device == "cpu",
+        log_with=list(asked) or None,
+        project_dir=config.out,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # one process reads or writes for all
+    )
+    found = {getattr(tracker, "value", tracker) for tracker in accelerator.log_with}
+    missing = [name for name in asked if name not in found and name != "all"]
+    if missing:
+        raise FlextronError(f"the tracker {missing[0]} is not installed. Run: pip install {missing[0]}")
+    return accelerator
 
 
 def _device(config: TrainConfig, accelerator: Accelerator) -> Any:

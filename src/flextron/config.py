@@ -127,6 +127,10 @@ class OptimizerOptions:
             raise ValueError(f"learning_rate is {self.learning_rate}; it must be above 0.")
         if not self.clip_norm > 0:
             raise ValueError(f"clip_norm is {self.clip_norm}; it must be above 0.")
+        if self.lora_rank and self.train_embeddings:
+            raise ValueError(
+                "train_embeddings and lora_rank exclude each other: adapters are for leaving weights as they are."
+            )
         if self.teacher is not None and self.text_weight == 1:
             raise ValueError(
                 "a teacher is named, but text_weight is 1, so nothing is learnt from it. Lower text_weight."

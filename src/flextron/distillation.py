@@ -118,9 +118,9 @@ class _ChunkedLoss(torch.autograd.Function):
             for gradient, more in zip(gradients[1:], of_chunk[1:], strict=True):
                 gradient += more
         ctx.save_for_backward(*gradients)
-        total, divergence, cross_entropy = sums.unbind()
+        total, divergence, cross_entropy = (sum_.clone() for sum_ in sums)
         ctx.mark_non_differentiable(divergence, cross_entropy)
-        return total.clone(), divergence.clone(), cross_entropy.clone()
+        return total, divergence, cross_entropy
 
     @staticmethod
     def backward(ctx: Any, *of_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -235,11 +235,11 @@ def make_distiller(model: ElasticModel, options: OptimizerOptions, dtype: torch.
         FlextronError: a teacher with another vocabulary, or adapters without peft.
     """
     end = document_end(model.tokenizer) if model.tokenizer is not None else None
-    teaches_itself = options.lora_rank > 0 and options.teacher is None and not options.train_embeddings
+    teaches_itself = options.lora_rank > 0 and options.teacher is None
     teacher = None if options.text_weight == 1 or teaches_itself else _teacher(model, options, dtype)
     original = None
     model.lm.eval()  # no dropout: it would add noise to a comparison with a teacher that has none
-    if not options.lora_rank or options.train_embeddings or dtype == torch.float32:
+    if not options.lora_rank or dtype == torch.float32:
         model.lm.float()
     if options.lora_rank:
         torch.manual_seed(seed)

@@ -195,7 +195,7 @@ def _checked_sampler(model: ElasticModel, config: TrainConfig) -> SubnetSampler:
 def _teacher(model: ElasticModel, config: TrainConfig) -> ElasticModel | None:
     """The model that is kept beside the student; with adapters the student's own frozen weights teach."""
     options = config.optimizer
-    teaches_itself = options.lora_rank > 0 and options.teacher is None and not options.train_embeddings
+    teaches_itself = options.lora_rank > 0 and options.teacher is None
     if options.text_weight == 1 or teaches_itself:
         return None
     if options.teacher is None:
@@ -242,7 +242,7 @@ def _memory(
 def _weights(model: ElasticModel, config: TrainConfig) -> int:
     """Bytes of the student: fp32, but beside adapters weights keep the checkpoint's type."""
     adapters = _FP32 * _adapters(model, config.optimizer.lora_rank)
-    dtype = model.config.dtype if config.optimizer.lora_rank and not config.optimizer.train_embeddings else None
+    dtype = model.config.dtype if config.optimizer.lora_rank else None
     return _parameters(model) * (_FP32 if dtype is None else dtype.itemsize) + adapters
 
 

@@ -96,7 +96,7 @@ class SubnetSampler:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the sequence stands, as JSON."""
-        return {"generator": self._draw.bit_generator.state, "place": self._place, "visits": self._visits}
+        return {"generator": self._draw.bit_generator.state, "place": self._place, "visits": list(self._visits)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from where `state_dict` was taken."""

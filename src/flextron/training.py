@@ -21,6 +21,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs
 from torch import nn
 from tqdm import tqdm
@@ -138,7 +139,9 @@ class TrainingRun:
                     saved = time.monotonic()
                 if stopped and self.step < self.steps:
                     again = "" if self.config.resume == "auto" else " without --resume never"
-                    self.say(f"stopped after step {self.step} of {self.steps}; the same command{again} goes on there.")
+                    self.say(
+                        f"stopped after step {self.step} of {self.steps}; the same command{again} goes on from there."
+                    )
                     raise KeyboardInterrupt
         self._finish()
 
@@ -418,17 +421,16 @@ def _arithmetic(precision: str, recorded: str | None, device: torch.device) -> t
 
 def _accelerator(config: TrainConfig) -> Accelerator:
     asked = config.watch.log_with
-    accelerator = Accelerator(
+    found = {tracker.value for tracker in get_available_trackers()}
+    for name in asked:
+        if name in LOGGER_TYPE_TO_CLASS and name not in found:
+            raise FlextronError(f"the tracker {name} is not installed. Run: pip install {name}")
+    return Accelerator(
         cpu=config.device == "cpu",
         log_with=list(asked) or None,
         project_dir=config.out,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # one process reads or writes for all
     )
-    found = {getattr(tracker, "value", tracker) for tracker in accelerator.log_with}
-    missing = [name for name in asked if name not in found and name != "all"]
-    if missing:
-        raise FlextronError(f"the tracker {missing[0]} is not installed. Run: pip install {missing[0]}")
-    return accelerator
 
 
 def _device(config: TrainConfig, accelerator: Accelerator) -> Any:

@@ -73,11 +73,12 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.real
-def test_the_real_one_takes_less_than_eight_minutes(tmp_path):
+def test_the_real_one_takes_less_than_ten_minutes(tmp_path):
     start = time.monotonic()
     demo.quickstart(QuickstartConfig(out=tmp_path / "out"))
-    assert time.monotonic() - start < 8 * 60
+    assert time.monotonic() - start < 10 * 60
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
     greedy, equal = rows[5], rows[10]
+    assert all(row["nats_per_token"] < row["before_training"] for row in rows)
     assert rows[0]["nats_per_token"] < greedy["nats_per_token"] < equal["nats_per_token"]
     assert greedy["prefill_ms"] < rows[0]["prefill_ms"]

@@ -25,6 +25,7 @@ def one(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sharding")
     make_checkpoint(folder / "model")
     make_checkpoint(folder / "bf16 model", dtype=torch.bfloat16)
+    make_checkpoint(folder / "tied model", tie_word_embeddings=True)
     make_text(folder / "text.jsonl")
     return folder
 
@@ -92,6 +93,11 @@ class TestTwoProcesses:
         options = {"train_embeddings": True, "text_weight": 0.5}
         assert_close_runs(two / "trained head", run_one(two, "one trained head", **options))
 
+    def test_with_tied_embeddings(self, two):
+        expected = run_one(two, "one tied", "tied model", train_embeddings=True)
+        assert_close_runs(two / "tied", expected)
+        assert "lm_head.weight" not in load_file(two / "tied" / "model.safetensors")
+
     def test_in_bfloat16(self, two):
         assert_close_runs(two / "bf16", run_one(two, "one bf16", "bf16 model", precision="bf16"), within=0.05)
         assert {weight.dtype for weight in load_file(two / "bf16" / "model.safetensors").values()} == {torch.bfloat16}
@@ -111,9 +117,10 @@ class TestTwoProcesses:
         [
             ("uneven", "blocks_per_visit is 3, which 2 processes cannot share evenly; pass --blocks-per-visit 4"),
             ("adapters", "adapters (lora_rank) train in one process"),
+            ("no text", "no text at "),  # which only the first reads
         ],
     )
-    def test_refuse_what_only_one_can_do(self, two, name, message):
+    def test_refuse_in_all_processes(self, two, name, message):
         errors = [(two / f"{name}-{rank}.error").read_text() for rank in range(2)]
         assert errors[0] == errors[1]
         assert message in errors[0]

@@ -424,6 +424,12 @@ class TestTakenUp:
             out = pool.submit(lambda: torch.set_num_threads(1) or run(ranked, text, tmp_path / "out")).result()
         assert_same_run(out, whole)
 
+    def test_stopped_after_it_replaced_another(self, ranked, text, whole, tmp_path, capsys):
+        with stopped_in(2):
+            run(ranked, text, tmp_path / "out", resume="never")
+        assert "the same command without --resume never goes on from there." in capsys.readouterr().err
+        assert_same_run(run(ranked, text, tmp_path / "out"), whole)
+
     def test_handlers_are_as_before(self, whole, ranked, text, tmp_path):
         before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
         with stopped_in(1):
@@ -475,6 +481,15 @@ class TestTakenUp:
         assert not (tmp_path / "out" / "flextron.json").exists()
         assert_same_run(run(ranked, text, tmp_path / "out"), whole)
 
+    def test_killed_when_all_was_there(self, ranked, text, whole, tmp_path, monkeypatch):
+        """The trained model, and beside it what it was made from, which the next start clears away."""
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "sync", kill)
+            with pytest.raises(Killed):
+                run(ranked, text, tmp_path / "out")
+        assert (tmp_path / "out" / "checkpoints").exists()
+        assert_same_run(run(ranked, text, tmp_path / "out"), whole)
+
     def test_the_newest_checkpoint_is_garbled(self, ranked, text, whole, tmp_path):
         """It says so, and what to do; that done, the run goes on from the one before."""
         with pytest.raises(Killed), before_step(4, kill):
@@ -486,6 +501,17 @@ class TestTakenUp:
             run(ranked, text, tmp_path / "out")
         shutil.rmtree(newest)
         assert_same_run(run(ranked, text, tmp_path / "out"), whole)
+
+    def test_in_the_type_of_arithmetic_that_it_began_with(self, ranked, text, tmp_path, monkeypatch):
+        """Though another may be faster now."""
+        expected = run(ranked, text, tmp_path / "whole", precision="bf16")
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "faster_dtype", lambda _: torch.bfloat16)
+            with stopped_in(3):
+                run(ranked, text, tmp_path / "out", precision="auto")
+            patch.setattr(training, "faster_dtype", lambda _: torch.float32)
+            out = run(ranked, text, tmp_path / "out", precision="auto")
+        assert_same_run(out, expected)
 
     def test_with_a_trained_head_and_a_mixed_loss(self, ranked, text, tmp_path):
         options = {"train_embeddings": True, "text_weight": 0.5, "weight_decay": 0.1, "spread": 1, "seed": 3}
@@ -560,6 +586,19 @@ class TestTwice:
         )
         assert steps_of(out) == steps_of(whole)
         assert set(records(out)[-1]["held_out"]) == {"full", "70%"}
+
+    def test_another_held_out_text_is_not_compared(self, ranked, text, whole, tmp_path, capsys):
+        other = tmp_path / "other.txt"
+        other.write_text(tiny.TEXT * 20)
+        with stopped_in(4):
+            run(ranked, text, tmp_path / "out")
+        capsys.readouterr()
+        out = run(ranked, text, tmp_path / "out", evaluate_text=other)
+        assert steps_of(out) == steps_of(whole)
+        shown = capsys.readouterr()
+        last = records(out)[-1]["held_out"]["full"]
+        assert f"held-out nats per token (change): full {last:.3f}, 50%" in shown.err
+        assert ["full", "nan", f"{last:.3f}", "+nan"] in [line.split() for line in shown.out.splitlines()]
 
     def test_a_trained_model_can_be_trained_further(self, whole, text, tmp_path):
         out = run(whole, text, tmp_path / "out", tokens=256)
@@ -652,6 +691,7 @@ class TestBadInput:
             ({"smallest": "130%"}, "a share of 130%"),
             ({"smallest": "neurons=7"}, "not a choice of the search space"),
             ({"visits": (1, 1, 1, 1)}, "presets are visited with weight 1.0, but none is named"),
+            ({"presets": "70%"}, "presets are named, but visited with weight 0"),
             ({"evaluate_on": ("full", "tiny")}, "cannot read the sub-network 'tiny'"),
             ({"device": "nonsense"}, "cannot run on device 'nonsense'"),
             ({"log_with": "nonsense"}, "nonsense"),
@@ -670,6 +710,7 @@ class TestBadInput:
             ({"block_tokens": 1}, "block_tokens is 1; it must be at least 2"),
             ({"tokens": 16}, "tokens is 16; it must be at least 32"),
             ({"learning_rate": 0}, "learning_rate is 0"),
+            ({"text_weight": 1, "teacher": "other"}, "a teacher is named, but text_weight is 1"),
             ({"text_weight": 1.5}, "text_weight is 1.5; it must lie between 0 and 1"),
             ({"lora_rank": 2, "train_embeddings": True}, "train_embeddings and lora_rank exclude each other"),
             ({"seed": -1}, "seed is -1; it must be at least 0"),
@@ -771,6 +812,20 @@ class TestOnTheWay:
         found = {name.removeprefix("model."): weight for name, weight in kept.items() if name.startswith("model.")}
         assert found
         assert all(torch.equal(now[name], weight) for name, weight in found.items())
+
+    def test_a_gradient_that_jumps_is_told_of(self, ranked, text, tmp_path, monkeypatch, capsys):
+        real = training.TrainingRun._clip
+        monkeypatch.setattr(training.TrainingRun, "_clip", lambda run: real(run) * (100 if run.step in (5, 24) else 1))
+        few = {"visits_per_step": 1, "blocks_per_visit": 1, "visits": (0, 1, 0, 0), "evaluate_tokens": 0}
+        run(ranked, text, tmp_path / "out", **few, tokens=27 * 32, learning_rate=1e-6)
+        warnings = [line for line in capsys.readouterr().err.splitlines() if "warning: in step" in line]
+        assert len(warnings) == 1  # of step 6 too little was known
+        assert "warning: in step 25 the norm of the gradient is " in warnings[0]
+
+    def test_text_that_begins_again_is_told_of(self, ranked, tmp_path, capsys):
+        (tmp_path / "short.txt").write_text(tiny.TEXT * 12)
+        run(ranked, tmp_path / "short.txt", tmp_path / "out", evaluate_tokens=0)
+        assert "short.txt has been read 1 times; it is read again in another order" in capsys.readouterr().err
 
     def test_a_full_disk(self, ranked, text, whole, tmp_path, capsys):
         """The system itself refuses the checkpoint of step 3: that of step 2 stays, and later the run goes on."""

@@ -15,6 +15,7 @@ import torch
 import tiny
 from flextron import cli, training
 from flextron.elastic import ElasticModel
+from flextron.errors import FlextronError
 from flextron.ranking import permute
 from flextron.sensitivity import measure_sensitivity
 
@@ -122,7 +123,7 @@ def kill() -> None:
     raise Killed
 
 
-def wait_for(condition, seconds: float = 120) -> None:
+def wait_for(condition, seconds: float = 240) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -139,15 +140,17 @@ def main(folder: Path) -> None:
 
     go("two", **OPTIONS)
     go("trained head", **OPTIONS, train_embeddings=True, text_weight=0.5, gradient_checkpointing=True)
+    go("tied", folder / "tied model", **OPTIONS, train_embeddings=True)
     go("bf16", folder / "bf16 model", **{**OPTIONS, "precision": "bf16"})
     with stopped_in(4, by_this_process=rank == 0):  # a signal may reach others a step later
         go("one two", **OPTIONS)
     with stopped_in(2):
         go("two one two", **OPTIONS)
-    for name, wrong in (("uneven", {"blocks_per_visit": 3}), ("adapters", {"lora_rank": 2})):
+    wrong = {"uneven": {"blocks_per_visit": 3}, "adapters": {"lora_rank": 2}, "no text": {"data": folder / "nowhere"}}
+    for name, options in wrong.items():
         try:
-            go(name, **{**OPTIONS, **wrong})
-        except ValueError as error:
+            go(name, **{**OPTIONS, **options})
+        except (ValueError, FlextronError) as error:
             (folder / f"{name}-{rank}.error").write_text(str(error))
     (folder / f"waiting-{rank}").touch()
     wait_for((folder / "go on").exists)

@@ -49,9 +49,7 @@ def size(tensors) -> int:
 # ------------------------------------------------------------------ exact parts
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"train_embeddings": True}, {"lora_rank": 3}, {"lora_rank": 3, "train_embeddings": True}]
-)
+@pytest.mark.parametrize("options", [{}, {"train_embeddings": True}, {"lora_rank": 3}])
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
 def test_weights_gradients_and_states_are_those_of_a_real_step(model_type, options, tmp_path):
     if "lora_rank" in options:
@@ -210,7 +208,9 @@ def test_printed_table_names_parts_units_and_warnings(tmp_path):
     config = LlamaConfig()
     config.save_pretrained(tmp_path)
     text = TextOptions(tokens=10**6, block_tokens=4096)
-    found = estimate_training(asked(str(tmp_path), text=text, visit=VisitOptions(blocks_per_visit=2)), processes=2)
+    found = estimate_training(
+        asked(str(tmp_path), text=text, visit=VisitOptions(visits_per_step=4, blocks_per_visit=2)), processes=2
+    )
     lines = str(found).splitlines()
     assert lines[1] == "weights  6,738.4 M, trained 6,476.3 M"
     assert "31 of 4 visits x 2 blocks x 4096 tokens: 32,768 tokens a step, 1,015,808 in all" in lines[2]

@@ -124,11 +124,11 @@ def make_elastic(projection: nn.Module, width: Width, *, opens: bool, stacked: i
 
 
 class _WithZeroGradients(torch.autograd.Function):
-    """Its first input, and zeros as the gradients of all others: as masking gives them, and as sharding needs them."""
+    """Its first input, and zeros as gradients of all others, as masking gives them: every step moves every weight."""
 
     @staticmethod
-    def forward(ctx: Any, output: torch.Tensor, *parameters: nn.Parameter) -> torch.Tensor:
-        ctx.like = [(p.shape, p.dtype, p.device) if p.requires_grad else None for p in parameters]
+    def forward(ctx: Any, output: torch.Tensor, *unused: torch.Tensor) -> torch.Tensor:
+        ctx.like = [(t.shape, t.dtype, t.device) if t.requires_grad else None for t in unused]
         return output.view_as(output)
 
     @staticmethod
@@ -153,7 +153,7 @@ class _Skippable(nn.Module):
             return super().forward(hidden_states, *args, **kwargs)
         nothing = torch.zeros_like(hidden_states)
         if torch.is_grad_enabled():
-            nothing = _WithZeroGradients.apply(nothing, *self.parameters())  # type: ignore[no-untyped-call]
+            nothing = _WithZeroGradients.apply(nothing, hidden_states, *self.parameters())  # type: ignore[no-untyped-call]
         if not self.gives_weights:
             return nothing
         for cache_ in (value for value in kwargs.values() if isinstance(value, Cache)):

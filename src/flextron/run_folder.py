@@ -160,7 +160,9 @@ def _settings(config: TrainConfig, model: str) -> dict[str, Any]:
 def _check_outside(folder: Path, config: TrainConfig) -> None:
     """Pass if the run reads nothing that lies in the folder it writes."""
     sources = [Source.parse(source).path for source in config.text.data]
-    for path in (config.model, config.optimizer.teacher, *sources):
+    visit, watch = config.visit, config.watch
+    files = (watch.evaluate_text, *watch.evaluate_on, visit.smallest, *visit.presets)
+    for path in (config.model, config.optimizer.teacher, *sources, *files):
         if path is not None and Path(path).exists() and Path(path).resolve().is_relative_to(folder.resolve()):
             raise CheckpointError(f"{folder} holds what is to be read: {path}. Name another folder.")
 

@@ -62,7 +62,7 @@ def on_first(work: Callable[[], T]) -> T:
     """What `work` gives in the first process, in all of them; it runs there only, and its error is raised in all.
 
     Raises:
-        FlextronError, ValueError: what `work` raised.
+        FlextronError, ValueError, OSError: what `work` raised.
     """
     if not dist.is_initialized():
         return work()
@@ -70,7 +70,7 @@ def on_first(work: Callable[[], T]) -> T:
     if dist.get_rank() == 0:
         try:
             held[0] = work()
-        except (FlextronError, ValueError) as error:
+        except (FlextronError, ValueError, OSError) as error:
             held[1] = error
     dist.broadcast_object_list(held, src=0)
     if held[1] is not None:

@@ -87,6 +87,7 @@ class TrainingRun:
         found = on_first(lambda: self.folder.check(config, model))
         self.is_finished = bool(found) and on_first(lambda: self.folder.is_finished)
         if self.is_finished:
+            on_first(lambda: self.folder.open(config, model))  # clears what a killed run has left
             return
         self.dtype = on_first(lambda: _arithmetic(config.optimizer.precision, found.get("arithmetic"), self.device))
         self._sensitivity = Sensitivity.load(config.model) if Sensitivity.is_in(config.model) else None

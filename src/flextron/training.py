@@ -242,7 +242,7 @@ class TrainingRun:
         return bool(total(torch.tensor(float(flag), device=self.device)))
 
     def autocast(self) -> Any:
-        """A context in which sums are in the type of the arithmetic."""
+        """A context in which matrix products are in the type of the arithmetic."""
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)

@@ -7,6 +7,7 @@ import torch
 
 import tiny
 from flextron.elastic import ElasticModel
+from flextron.families import FAMILIES
 
 
 @pytest.fixture(autouse=True)
@@ -45,3 +46,20 @@ def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
     ElasticModel(tiny.plain_model("llama", vocab_size=300), tiny.tokenizer()).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
+def plain(request):
+    """A plain model of each family in turn, never changed."""
+    return tiny.plain_model(request.param)
+
+
+@pytest.fixture
+def model(plain) -> ElasticModel:
+    """A fresh elastic copy of `plain`."""
+    return ElasticModel(copy.deepcopy(plain))
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return tiny.token_ids()

@@ -11,26 +11,9 @@ import tiny
 from flextron.adapters import add_adapters, merge_adapters, without_adapters
 from flextron.elastic import ElasticModel
 from flextron.errors import FlextronError
-from flextron.families import FAMILIES
 from tiny import assert_same_function, differs, logits_of, masked
 
 RANK, ALPHA = 4, 6.0
-
-
-@pytest.fixture(scope="module", params=sorted(FAMILIES))
-def plain(request):
-    """A plain model of the family, never changed."""
-    return tiny.plain_model(request.param)
-
-
-@pytest.fixture
-def model(plain) -> ElasticModel:
-    return ElasticModel(copy.deepcopy(plain))
-
-
-@pytest.fixture
-def tokens() -> torch.Tensor:
-    return tiny.token_ids()
 
 
 def subnets(model: ElasticModel) -> list:

@@ -9,26 +9,9 @@ from transformers import AutoModelForCausalLM
 import tiny
 from flextron.elastic import ElasticModel
 from flextron.errors import SubnetError
-from flextron.families import FAMILIES
 from flextron.ranking import permute
 from flextron.subnet import SearchSpace, Subnet
 from tiny import assert_same_function, differs, logits_of, masked, ranking_for
-
-
-@pytest.fixture(scope="module", params=sorted(FAMILIES))
-def plain(request):
-    """A plain model of the family, never changed."""
-    return tiny.plain_model(request.param)
-
-
-@pytest.fixture
-def model(plain) -> ElasticModel:
-    return ElasticModel(copy.deepcopy(plain))
-
-
-@pytest.fixture
-def tokens() -> torch.Tensor:
-    return tiny.token_ids()
 
 
 def subnets(space: SearchSpace) -> list[Subnet]:

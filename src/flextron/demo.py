@@ -59,7 +59,7 @@ def quickstart(config: QuickstartConfig | None = None) -> Path:
     blocks = load_blocks(model.tokenizer, "sample/validation", tokens=config.rank_tokens // 2)
     candidates = _candidates(model.search_space, sensitivity)
     before = _losses_before(config, model, candidates, blocks)
-    trained = _trained_model(config, model)
+    trained = _trained_model(config)
     results = _measure(config, trained, candidates, blocks, before)
     path = report.write(config.out, results)
     print((config.out / "report.md").read_text(encoding="utf8"))
@@ -137,8 +137,8 @@ def _losses_before(
     return losses
 
 
-def _trained_model(config: QuickstartConfig, model: ElasticModel) -> ElasticModel:
-    """`model` after elastic training; an interrupted training goes on where it was."""
+def _trained_model(config: QuickstartConfig) -> ElasticModel:
+    """The model after elastic training; an interrupted training goes on where it was."""
     folder = config.out / "trained"
     if not (folder / METADATA_FILE).is_file():
         _say(f"training all sub-networks at once on {config.train_tokens} tokens")
@@ -154,7 +154,7 @@ def _trained_model(config: QuickstartConfig, model: ElasticModel) -> ElasticMode
         )
     else:
         _say(f"reusing the trained model in {folder}")
-    return ElasticModel.from_pretrained(folder, dtype=model.dtype, device=config.device)
+    return ElasticModel.from_pretrained(folder, device=config.device)
 
 
 def _candidates(space: SearchSpace, sensitivity: Sensitivity) -> list[_Candidate]:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import tiny
-from flextron import cli, distillation, snapshot, training
+from flextron import cli, distillation, environment, snapshot, training
 from flextron.corpus import positions
 from flextron.data import document_end, load_blocks
 from flextron.elastic import ElasticModel
@@ -506,10 +506,10 @@ class TestTakenUp:
         """Though another may be faster now."""
         expected = run(ranked, text, tmp_path / "whole", precision="bf16")
         with monkeypatch.context() as patch:
-            patch.setattr(training, "faster_dtype", lambda _: torch.bfloat16)
+            patch.setattr(environment, "faster_dtype", lambda _: torch.bfloat16)
             with stopped_in(3):
                 run(ranked, text, tmp_path / "out", precision="auto")
-            patch.setattr(training, "faster_dtype", lambda _: torch.float32)
+            patch.setattr(environment, "faster_dtype", lambda _: torch.float32)
             out = run(ranked, text, tmp_path / "out", precision="auto")
         assert_same_run(out, expected)
 

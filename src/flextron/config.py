@@ -198,6 +198,16 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _check_at_least("seed", self.seed, 0)
 
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that all visits of a step train on together."""
+        return self.visit.visits_per_step * self.visit.blocks_per_visit * self.text.block_tokens
+
+    @property
+    def steps(self) -> int:
+        """Steps of the run: as many as it takes to train on all tokens."""
+        return -(-self.text.tokens // self.tokens_per_step)
+
 
 @dataclass(frozen=True)
 class EvaluateConfig:

@@ -273,9 +273,18 @@ def _teacher(model: ElasticModel, options: OptimizerOptions, dtype: torch.dtype)
             lm = copy.deepcopy(model.lm)
     else:
         lm = ElasticModel.from_pretrained(options.teacher, device=model.device).lm
-        if lm.config.vocab_size != model.config.vocab_size:
-            raise FlextronError(
-                f"the teacher {options.teacher} has a vocabulary of {lm.config.vocab_size}, the model one of "
-                f"{model.config.vocab_size}. A teacher must share the model's tokenizer."
-            )
+        check_teacher(lm.config, model.config, options.teacher)
     return lm.to(dtype).eval().requires_grad_(False)
+
+
+def check_teacher(teacher: Any, student: Any, name: str) -> None:
+    """Pass if two configs have vocabularies of one size.
+
+    Raises:
+        FlextronError: they have not.
+    """
+    if teacher.vocab_size != student.vocab_size:
+        raise FlextronError(
+            f"the teacher {name} has a vocabulary of {teacher.vocab_size}, the model one of {student.vocab_size}. "
+            "A teacher must share the model's tokenizer."
+        )

@@ -28,6 +28,11 @@ def describe_device(device: str | torch.device) -> str:
     return f"{_processor()}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
 
 
+def arithmetic_dtype(precision: str, device: str | torch.device) -> torch.dtype:
+    """The type that bf16 or fp32 names; for auto, the faster of both on the device."""
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}.get(precision) or faster_dtype(device)
+
+
 def faster_dtype(device: str | torch.device) -> torch.dtype:
     """Whichever of bfloat16 and float32 multiplies matrices faster here: some processors have no bfloat16 units."""
     if torch.device(device).type != "cpu":

@@ -16,10 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from flextron import checkpoint, per_layer
 from flextron.choice import choose
 from flextron.config import TrainConfig
-from flextron.distillation import CHUNK_TOKENS
+from flextron.distillation import CHUNK_TOKENS, CHUNK_TOKENS_OF_A_GPU, check_teacher
 from flextron.elastic import ElasticLayer, ElasticModel
-from flextron.environment import faster_dtype
-from flextron.errors import CheckpointError, FlextronError
+from flextron.environment import arithmetic_dtype
+from flextron.errors import CheckpointError
 from flextron.families import family_of
 from flextron.projections import Projection
 from flextron.sampling import SubnetSampler, even_sensitivity, make_sampler
@@ -111,12 +111,8 @@ def estimate_training(config: TrainConfig, *, processes: int = 1) -> TrainEstima
     model = _without_weights(config.model)
     sampler = _checked_sampler(model, config)
     teacher = _teacher(model, config)
-    named = {"bf16": torch.bfloat16, "fp32": torch.float32}
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    arithmetic = named.get(config.optimizer.precision) or faster_dtype(device)
-    tokens_per_step = config.visit.visits_per_step * config.visit.blocks_per_visit * config.text.block_tokens
-    steps = math.ceil(config.text.tokens / tokens_per_step)
-    visits = (sampler.next().subnet for _ in range(steps * config.visit.visits_per_step))
+    arithmetic = arithmetic_dtype(config.optimizer.precision, "cuda" if torch.cuda.is_available() else "cpu")
+    visits = (sampler.next().subnet for _ in range(config.steps * config.visit.visits_per_step))
     visit_compute, step_compute = _compute(model, teacher or model, list(islice(visits, SAMPLED_VISITS)), config)
     return TrainEstimate(
         config=config,
@@ -124,8 +120,8 @@ def estimate_training(config: TrainConfig, *, processes: int = 1) -> TrainEstima
         arithmetic=arithmetic,
         parameters=_parameters(model),
         trained_parameters=_trained_parameters(model, config),
-        steps=steps,
-        tokens_per_step=tokens_per_step,
+        steps=config.steps,
+        tokens_per_step=config.tokens_per_step,
         memory=_memory(model, teacher, config, arithmetic, processes),
         loading_bytes=_weights(model, config) + _teacher_weights(teacher, arithmetic),
         visit_compute=visit_compute,
@@ -201,11 +197,7 @@ def _teacher(model: ElasticModel, config: TrainConfig) -> ElasticModel | None:
     if options.teacher is None:
         return model
     teacher = _without_weights(options.teacher)
-    if teacher.config.vocab_size != model.config.vocab_size:
-        raise FlextronError(
-            f"the teacher {options.teacher} has a vocabulary of {teacher.config.vocab_size}, the model one of "
-            f"{model.config.vocab_size}. A teacher must share the model's tokenizer."
-        )
+    check_teacher(teacher.config, model.config, options.teacher)
     return teacher
 
 
@@ -343,9 +335,12 @@ def _loss(model: ElasticModel, config: TrainConfig, processes: int) -> int:
 
     One chunk's logits eight times in fp32 (student's and teacher's, their logarithms, products and gradients), the last
     hidden states of all tokens, their gradients and the teacher's, and the output projection's gradient, if trained.
+    Many processes are taken to run on GPUs, whose chunks are larger.
     """
     tokens = config.visit.blocks_per_visit // processes * config.text.block_tokens
-    chunk = 8 * _FP32 * min(CHUNK_TOKENS, tokens) * model.config.vocab_size
+    on_gpu = processes > 1 or torch.cuda.is_available()
+    chunk_tokens = min(CHUNK_TOKENS_OF_A_GPU if on_gpu else CHUNK_TOKENS, tokens)
+    chunk = 8 * _FP32 * chunk_tokens * model.config.vocab_size
     gradient = 2 * _FP32 * _head(model) if config.optimizer.train_embeddings else 0
     hidden: int = 3 * _FP32 * tokens * model.config.hidden_size
     return int(chunk + hidden + gradient)

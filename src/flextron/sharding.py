@@ -6,21 +6,51 @@ Started by torchrun or `accelerate launch`; a single process needs none of it an
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from itertools import chain
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import InitProcessGroupKwargs
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from flextron.config import TrainConfig
 from flextron.distillation import Distiller
 from flextron.errors import FlextronError
 from flextron.families import family_of
 
 T = TypeVar("T")
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """What tells processes and trackers; in a run started by torchrun it joins the processes.
+
+    Raises:
+        FlextronError: a tracker that is not installed.
+        ValueError: one that accelerate does not know.
+    """
+    asked = config.watch.log_with
+    found = {tracker.value for tracker in get_available_trackers()}
+    for name in asked:
+        if name in LOGGER_TYPE_TO_CLASS and name not in found:
+            raise FlextronError(f"the tracker {name} is not installed. Run: pip install {name}")
+    return Accelerator(
+        cpu=config.device == "cpu",
+        log_with=list(asked) or None,
+        project_dir=config.out,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # one process reads or writes for all
+    )
+
+
+def device_of(config: TrainConfig, accelerator: Accelerator) -> Any:
+    """Where this process runs: as asked, but each of many processes on its own device."""
+    return accelerator.device if config.device == "auto" or accelerator.num_processes > 1 else config.device
 
 
 def is_sharded(module: nn.Module) -> bool:

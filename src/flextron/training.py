@@ -14,15 +14,12 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from statistics import median
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import InitProcessGroupKwargs
 from torch import nn
 from tqdm import tqdm
 
@@ -33,13 +30,13 @@ from flextron.corpus import Corpus
 from flextron.data import TokenBlocks, load_blocks
 from flextron.distillation import make_distiller
 from flextron.elastic import ElasticModel
-from flextron.environment import describe_device, faster_dtype
+from flextron.environment import arithmetic_dtype, describe_device
 from flextron.errors import FlextronError, TrainingError
 from flextron.estimate import check_processes
 from flextron.run_folder import RunFolder, fingerprint
 from flextron.sampling import Visit, even_sensitivity, make_sampler
 from flextron.sensitivity import Sensitivity
-from flextron.sharding import is_sharded, on_first, shard, total, whole_weights
+from flextron.sharding import device_of, is_sharded, make_accelerator, on_first, shard, total, whole_weights
 from flextron.snapshot import latest_snapshot, load_snapshot, save_snapshot
 from flextron.subnet import Subnet
 from flextron.watching import Bar, numbers, stop_signals
@@ -61,7 +58,7 @@ def train(config: TrainConfig) -> Path:
         FlextronError: a model, text, or folder that does not fit; a loss that is no longer a number (TrainingError).
         KeyboardInterrupt: after Ctrl-C, once a checkpoint of the last whole step is written.
     """
-    accelerator = _accelerator(config)
+    accelerator = make_accelerator(config)
     run = TrainingRun(config, accelerator)
     if run.is_finished:
         run.say(f"{config.out} is trained already; name another folder, or pass --resume never to train it again.")
@@ -80,7 +77,7 @@ class TrainingRun:
         self.config = config
         self.accelerator = accelerator
         self.folder = RunFolder(config.out)
-        self.model = ElasticModel.from_pretrained(config.model, device=_device(config, accelerator))
+        self.model = ElasticModel.from_pretrained(config.model, device=device_of(config, accelerator))
         self.device = self.model.device
         self.saved_dtype = self.model.dtype
         model = fingerprint(self.model)
@@ -89,7 +86,8 @@ class TrainingRun:
         if self.is_finished:
             on_first(lambda: self.folder.open(config, model))  # clears what a killed run has left
             return
-        self.dtype = on_first(lambda: _arithmetic(config.optimizer.precision, found.get("arithmetic"), self.device))
+        precision = found.get("arithmetic", config.optimizer.precision)  # a resumed run keeps what it began with
+        self.dtype = on_first(lambda: arithmetic_dtype(precision, self.device))
         self._sensitivity = Sensitivity.load(config.model) if Sensitivity.is_in(config.model) else None
         self.sampler = make_sampler(self.model, config.visit, self._sensitivity, seed=config.seed)
         self.corpus: Corpus | None = None  # in the first process only; it hands the others their blocks
@@ -101,12 +99,11 @@ class TrainingRun:
             shard(self.distiller, self.dtype)
         self.parameters = [p for p in self.distiller.parameters() if p.requires_grad]
         self.optimizer = _adamw(self.parameters, config.optimizer)
-        self.tokens_per_step = config.visit.visits_per_step * config.visit.blocks_per_visit * config.text.block_tokens
-        self.steps = math.ceil(config.text.tokens / self.tokens_per_step)
+        self.tokens_per_step, self.steps = config.tokens_per_step, config.steps
         self.before: dict[str, float] = {}
         self.step = 0
         self._norms: deque[float] = deque(maxlen=20)
-        on_first(lambda: self.folder.open(config, model, arithmetic=str(self.dtype).removeprefix("torch.")))
+        on_first(lambda: self.folder.open(config, model, arithmetic="fp32" if self.dtype == torch.float32 else "bf16"))
 
     @property
     def is_first(self) -> bool:
@@ -412,27 +409,3 @@ def _adamw(parameters: list[nn.Parameter], options: OptimizerOptions) -> torch.o
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.95), fused=True)
-
-
-def _arithmetic(precision: str, recorded: str | None, device: torch.device) -> torch.dtype:
-    """The type asked for; where that is auto, the one that an interrupted run has taken, or else the faster one."""
-    named = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp32": torch.float32, "float32": torch.float32}
-    return named.get(precision) or named.get(recorded or "") or faster_dtype(device)
-
-
-def _accelerator(config: TrainConfig) -> Accelerator:
-    asked = config.watch.log_with
-    found = {tracker.value for tracker in get_available_trackers()}
-    for name in asked:
-        if name in LOGGER_TYPE_TO_CLASS and name not in found:
-            raise FlextronError(f"the tracker {name} is not installed. Run: pip install {name}")
-    return Accelerator(
-        cpu=config.device == "cpu",
-        log_with=list(asked) or None,
-        project_dir=config.out,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # one process reads or writes for all
-    )
-
-
-def _device(config: TrainConfig, accelerator: Accelerator) -> Any:
-    return accelerator.device if config.device == "auto" or accelerator.num_processes > 1 else config.device

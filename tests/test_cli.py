@@ -2,17 +2,32 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from functools import partial
 
 import pytest
 
 import tiny
-from flextron import cli
-from flextron.config import COMMANDS, EvaluateConfig
+from flextron import cli, explaining
+from flextron.config import COMMANDS, LEAST_EVALUATIONS, EvaluateConfig
+from flextron.costs import CostTable, linear_table
+from flextron.data import load_blocks
 from flextron.elastic import ElasticModel
+from flextron.latency import TOKENS, here
+from flextron.pricing import Ceiling
+from flextron.routers import making, surrogate, training
+from flextron.routers.pairs import LossMeter
+from flextron.routers.router import Router
+from flextron.routing import route
+from flextron.sensitivity import Sensitivity
+from flextron.subnet import Subnet
+from flextron.tables import find_table, save_table
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
@@ -37,10 +52,54 @@ def ranked(checkpoint, text, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def deep(text, tmp_path_factory):
+    """Folder of a ranked checkpoint of 12 layers: with 3 there are too few sub-networks to train a router on."""
+    folder = tmp_path_factory.mktemp("deep")
+    lm = tiny.plain_model("llama", vocab_size=300, num_hidden_layers=12, max_position_embeddings=1024)
+    ElasticModel(lm, tiny.tokenizer()).save_pretrained(folder / "plain")
+    sizes = ["--tokens", "1024", "--sensitivity-tokens", "256"]
+    arguments = ["rank", str(folder / "plain"), str(folder / "elastic"), "--text", str(text), *sizes]
+    assert cli.main(arguments) == 0
+    return folder / "elastic"
+
+
+@pytest.fixture
+def folder(deep, tmp_path):
+    """A copy of `deep` with latency tables that say they were measured here, and cost in proportion to widths."""
+    shutil.copytree(deep, tmp_path / "elastic")
+    add_tables(tmp_path / "elastic")
+    return tmp_path / "elastic"
+
+
+def add_tables(folder, **conditions):
+    model = ElasticModel.from_pretrained(folder)
+    for phase, metric, scale in (("prefill", "ttft", 10.0), ("decode", "tpot", 1.0)):
+        about = {**here(model), "phase": phase, "batch": 1, TOKENS[metric]: 16, **conditions}
+        costs = {"per_neuron": [0.01 * scale] * 12, "per_kv_group": [0.1 * scale] * 12}
+        save_table(
+            folder,
+            linear_table(model.search_space, metric=metric, unit="ms", fixed=scale, conditions=about, **costs),
+        )
+
+
+def rename_device(folder):
+    for file in (folder / "latency").glob("*.json"):
+        table = CostTable.load(file)
+        file.unlink()
+        replace(table, conditions={**table.conditions, "device": "another machine"}).save(file)
+
+
+def printed(capsys):
+    """What was printed on standard error, without the box and the line breaks of the option parser."""
+    return " ".join(re.sub("[─-╿]", " ", capsys.readouterr().err).split())
+
+
 def test_help_is_instant_and_imports_no_torch():
     imports = (
         "import sys; sys.argv = ['flextron']; from flextron import cli\n"
-        "try: cli.main(['rank', '--help'])\nexcept SystemExit: pass\n"
+        "for command in cli.COMMANDS:\n"
+        "    try: cli.main([command, '--help'])\n    except SystemExit: pass\n"
     )
     found = subprocess.run(
         [sys.executable, "-c", imports + "print('torch' in sys.modules, 'numpy' in sys.modules)"],
@@ -53,6 +112,11 @@ def test_help_is_instant_and_imports_no_torch():
         assert run("--help").returncode == 0
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 0.5
+
+
+def test_commands_stand_in_the_order_of_the_data():
+    expected = "quickstart rank train measure-latency train-router route evaluate generate export env"
+    assert list(COMMANDS) == expected.split()
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -195,3 +259,365 @@ def test_ctrl_c_keeps_what_was_finished_and_nothing_else(checkpoint, text, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ([] if stage == "loading" else ["out"])
     assert run(*arguments).returncode == 0
     assert "sensitivity.json" in {path.name for path in out.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "m", "p", "--budget", "0.6x", "--subnet", "60%"], "subnet (60%) and budget (0.6x) exclude"),
+        (["export", "m", "o", "--budget", "0.6x", "--subnet", "60%"], "subnet (60%) and budget (0.6x) exclude"),
+        (["generate", "m", "p", "--budget", "12"], "cannot read the budget '12': '12' has no unit"),
+        (["export", "m", "o", "--budget", "60%"], "which is `--subnet 60%`"),
+        (["evaluate", "m", "--budget", "0.9x", "12 parsecs"], "'parsecs' in '12 parsecs' is no unit"),
+        (["route", "m", "--budget", "0.6x,"], "has no number where one belongs"),
+        (["route", "m"], "--budget"),
+        (["route", "m", "--budget", "1x", "--out", "a.txt"], "out is a.txt; its name must end in .json"),
+        (["route", "m", "--budget", "1x", "--picture", "a.json"], "must end in .png or .svg or .pdf"),
+        (["measure-latency", "m", "--phase"], "phase"),
+        (["measure-latency", "m", "--phase", "decode", "decode"], "both once"),
+        (["measure-latency", "m", "--tokens", "0"], "tokens is 0; it must be at least 1"),
+        (["measure-latency", "m", "--batch", "0"], "batch is 0; it must be at least 1"),
+        (["measure-latency", "m", "--rounds", "0"], "rounds is 0; it must be at least 1"),
+        (["measure-latency", "m", "--from-csv", "t.csv"], "say which: --phase prefill or --phase decode"),
+        (["measure-latency", "m", "--engine", "vllm"], "name it with --from-csv"),
+        (["measure-latency", "m", "--device-name", "H100"], "name it with --from-csv"),
+        (["train-router", "m", "--evaluations", "159"], "evaluations is 159; it must be at least 160"),
+        (["train-router", "m", "--tokens", "255"], "tokens is 255; it must be at least 256"),
+        (["train-router", "m", "--lowest", "1"], "lowest is 1.0; it must lie between 0 and 1"),
+        (["train-router", "m", "--seed", "-1"], "seed is -1; it must be at least 0"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_loaded(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "_load", lambda config: pytest.fail("loads"))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    assert message in printed(capsys)
+
+
+@pytest.mark.parametrize("arguments", [["measure-latency"], ["train-router"], ["route", "--budget", "1x"]])
+def test_what_is_kept_beside_a_checkpoint_needs_its_folder(arguments, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "_load", lambda config: pytest.fail("loads"))
+    command, *options = arguments
+    assert cli.main([command, "some/model", *options]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: no such folder: some/model.")
+    assert "flextron rank MODEL OUT" in error
+
+
+def test_measure_latency_keeps_and_describes_a_table_of_each_phase(deep, tmp_path, capsys):
+    folder = shutil.copytree(deep, tmp_path / "elastic")
+    assert cli.main(["measure-latency", str(folder), "--tokens", "16", "--rounds", "1", "--batch", "2"]) == 0
+    shown = capsys.readouterr().out
+    model = ElasticModel.from_pretrained(folder)
+    for metric, phase in (("ttft", "prefill"), ("tpot", "decode")):
+        table = find_table(model, folder, metric)
+        asked = {"phase": phase, "batch": 2, TOKENS[metric]: 16, "rounds": 1}
+        assert asked.items() <= dict(table.conditions).items()
+        assert f"{metric}: full model {table.full:.2f} ms" in shown
+    assert [line.split()[0] for line in shown.splitlines() if str(folder / "latency") in line] == ["wrote", "wrote"]
+    (folder / "latency").rename(tmp_path / "both")
+    assert cli.main(["measure-latency", str(folder), "--phase", "decode", "--tokens", "16", "--rounds", "1"]) == 0
+    assert [file.name[:4] for file in (folder / "latency").iterdir()] == ["tpot"]
+
+
+def test_times_of_another_engine_are_read_from_a_file(deep, tmp_path, capsys, monkeypatch):
+    folder = shutil.copytree(deep, tmp_path / "elastic")
+    file = tmp_path / "engine.csv"
+    widths = [(neurons, groups) for neurons in (0, 20, 40) for groups in (0, 1, 3)]
+    rows = [f"{neurons},{groups},{1 + 12 * (0.01 * neurons + 0.1 * groups)}" for neurons, groups in widths]
+    file.write_text("\n".join(["neurons,kv_groups,ms", *rows]))
+    arguments = ["measure-latency", str(folder), "--from-csv", str(file), "--phase", "decode", "--batch", "4"]
+    model = ElasticModel.from_pretrained(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "_load", lambda config: pytest.fail("loads"))
+        assert cli.main([*arguments, "--tokens", "99"]) == 0
+    table = find_table(model, folder, "tpot")
+    about = {"phase": "decode", "engine": "as in engine.csv", "batch": 4, "context_tokens": 99}
+    assert {**about, "error_median": table.conditions["error_median"]} == table.conditions
+    assert table.full == pytest.approx(9.4, rel=0.01)
+    assert "tpot: full model" in capsys.readouterr().out
+    assert cli.main(["route", str(folder), "--budget", "0.6x", "--json"]) == 0  # not measured here: prediction only
+    (limit,) = json.loads(capsys.readouterr().out)["limits"]
+    assert "measured" not in limit
+    shutil.rmtree(folder / "latency")
+    named = ["--engine", "vllm", "--device-name", "H100", "--dtype", "bfloat16"]
+    assert cli.main([*arguments, *named]) == 0
+    conditions = find_table(model, folder, "tpot", foreign=True).conditions
+    assert {"engine": "vllm", "device": "H100", "dtype": "bfloat16"}.items() <= dict(conditions).items()
+    file.write_text("neurons,ms\n1,1\n")
+    assert cli.main(arguments) == 2
+    assert "lacks the columns ['kv_groups']" in capsys.readouterr().err
+
+
+def test_csv_widths_of_a_checkpoint_that_is_not_ranked_are_those_of_the_model(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "plain")
+    (folder / "flextron.json").unlink()
+    file = tmp_path / "engine.csv"
+    file.write_text("neurons,kv_groups,ms\n0,0,1\n20,1,2\n20,3,3\n40,3,4\n")
+    assert cli.main(["measure-latency", str(folder), "--from-csv", str(file), "--phase", "prefill"]) == 0
+    assert find_table(ElasticModel.from_pretrained(folder), folder, "ttft").full == pytest.approx(4, rel=0.1)
+
+
+@pytest.fixture
+def quick_router(monkeypatch):
+    """Few steps of training. A random model's losses hardly follow from widths, so any surrogate will do here."""
+    monkeypatch.setattr(surrogate, "STEPS", 20)
+    monkeypatch.setattr(training, "optimise", partial(training.optimise, steps=5))
+    monkeypatch.setattr(training, "LARGEST_ERROR", 10.0)
+    monkeypatch.setattr(training, "LOWEST_RANK", -1.0)
+    monkeypatch.setattr(training, "SPREADS", (1.0,))  # so small a model has few sub-networks near the greedy ones
+
+
+def router_arguments(folder, text):
+    sizes = ["--evaluations", str(LEAST_EVALUATIONS), "--tokens", "256"]
+    return ["train-router", str(folder), "--text", str(text), *sizes]
+
+
+def test_train_router_goes_on_after_ctrl_c_and_serves_budgets(folder, text, quick_router, monkeypatch, capsys):
+    def interrupted(meter, subnet):
+        if meter.measured == 60:
+            raise KeyboardInterrupt
+        return measure(meter, subnet)
+
+    measure = LossMeter.__call__
+    with monkeypatch.context() as patch:
+        patch.setattr(LossMeter, "__call__", interrupted)
+        assert cli.main(router_arguments(folder, text)) == 130
+    assert len((folder / "routers/pairs.jsonl").read_text().splitlines()) == 61
+    assert not (folder / "routers/tpot").exists()
+    capsys.readouterr()
+    assert cli.main(router_arguments(folder, text)) == 0
+    out, err = capsys.readouterr()
+    assert f"going on from 60 measured sub-networks in {folder}/routers/pairs.jsonl" in err
+    assert "no latency table" not in err
+    about = Router.load(folder, "tpot", ElasticModel.from_pretrained(folder)).about
+    assert (about.metric, about.text, about.tokens) == ("tpot", str(text), 255)
+    lines = out.splitlines()
+    assert f"surrogate where the router looked last: {about.error}" in lines
+    assert f"surrogate, cross-validated: {about.cross_validated}" in lines
+    table = lines[lines.index(f"{'budget':<8}{'nats/token':>12}{'greedy':>12}") + 1 :][: len(about.checks)]
+    assert [line.split() for line in table] == [
+        [f"{check.budget:.2f}x", f"{check.loss:.4f}", f"{check.greedy_loss:.4f}"] for check in about.checks
+    ]
+    assert any(line.startswith(f"wrote {folder}/routers/tpot in ") for line in lines)
+    assert f"try: flextron route {folder} --budget 0.6x" in lines
+    assert cli.main(["route", str(folder), "--budget", "0.6x", "--no-measure"]) == 0
+    assert "chosen by the router for tpot, which expects a loss of " in capsys.readouterr().out
+    assert cli.main(["route", str(folder), "--budget", "0.6x", "--no-measure", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["chosen_by"], answer["router_metric"]) == ("router", "tpot")
+    assert 0 < answer["predicted_nats_per_token"] < 10
+
+
+def test_train_router_measures_a_latency_table_if_there_is_none(folder, monkeypatch, text, capsys):
+    def measured(model, *, phase, tokens, show):
+        asked.append((phase, tokens, show))
+        return table
+
+    def stop(*arguments, **options):
+        raise ValueError("as far as this test goes")
+
+    asked, table = [], find_table(ElasticModel.from_pretrained(folder), folder, "ttft")
+    (there,) = (folder / "latency").glob("ttft*.json")
+    there.unlink()
+    monkeypatch.setattr(making, "measure_latency", measured)
+    monkeypatch.setattr(making, "train_router", stop)
+    assert cli.main([*router_arguments(folder, text), "--phase", "prefill"]) == 2
+    err = capsys.readouterr().err
+    assert f"{folder} has no latency table of prefill; measuring one first" in err
+    assert f"wrote {there}" in err
+    assert asked == [("prefill", 512, True)]
+    assert CostTable.load(there) == table
+    assert cli.main([*router_arguments(folder, text), "--phase", "prefill"]) == 2
+    assert len(asked) == 1
+
+
+def test_train_router_reads_documents_that_ranking_has_not_seen(deep, tmp_path, monkeypatch):
+    def stop(sensitivity, table, meter, pairs, **options):
+        found.append(meter.blocks)
+        raise ValueError("as far as this test goes")
+
+    found = []
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"{number} {tiny.TEXT * 2}"}) + "\n" for number in range(400)))
+    sizes = ["--tokens", "1024", "--sensitivity-tokens", "512"]
+    folder = tmp_path / "elastic"
+    assert cli.main(["rank", str(deep.parent / "plain"), str(folder), "--text", str(text), *sizes]) == 0
+    add_tables(folder)
+    model = ElasticModel.from_pretrained(folder)
+    ranked = load_blocks(model.tokenizer, text, tokens=1024).documents
+    monkeypatch.setattr(making, "train_router", stop)
+    for rest in ({}, {"text": str(tmp_path / "other.jsonl")}):
+        shutil.copy(text, tmp_path / "other.jsonl")
+        with pytest.raises(ValueError, match="as far as"):
+            making.make_router(model, folder, **{"text": str(text), "tokens": 256, **rest})
+        shutil.rmtree(folder / "routers")
+    first = [int(model.tokenizer.decode(blocks.tokens[0]).split()[0]) for blocks in found]
+    sensitivity = making.sensitivity_blocks(model.tokenizer, text, tokens=512, after=ranked)
+    assert sensitivity.documents > ranked > 0
+    assert first == [sensitivity.documents, 0]  # counted from 0: the one after those
+    assert (found[0].text, found[0].predicted_tokens) == (str(text), 255)
+
+
+def test_a_router_needs_sensitivities_and_pairs_of_its_own(folder, text, capsys):
+    (folder / "routers").mkdir()
+    (folder / "routers/pairs.jsonl").write_text('{"version": 1, "fingerprint": "another"}\n')
+    assert cli.main(router_arguments(folder, text)) == 2
+    assert "holds pairs of another" in capsys.readouterr().err
+    sensitivity = json.loads((folder / "sensitivity.json").read_text())
+    sensitivity["search_space"]["neurons"] = [0, 40]
+    (folder / "sensitivity.json").write_text(json.dumps(sensitivity))
+    assert cli.main(router_arguments(folder, text)) == 2
+    assert "of another search space" in capsys.readouterr().err
+    (folder / "sensitivity.json").unlink()
+    assert cli.main(router_arguments(folder, text)) == 2
+    assert f"{folder} has no sensitivities, which a router starts from." in capsys.readouterr().err
+    with pytest.raises(ValueError, match="phase is 'both'; it must be one of: prefill, decode"):
+        making.make_router(ElasticModel.from_pretrained(folder), folder, phase="both")
+
+
+def test_least_evaluations_are_those_of_the_training():
+    assert training.FIRST_PAIRS + training.ROUND_PAIRS + 2 * training.CHECKED_BUDGETS == LEAST_EVALUATIONS
+
+
+def test_route_draws_explains_measures_and_writes(folder, tmp_path, capsys):
+    out, picture = tmp_path / "new/subnet.json", tmp_path / "new/widths.png"
+    files = ["--out", str(out), "--picture", str(picture)]
+    assert cli.main(["route", str(folder), "--budget", "0.6x,weights=0.9x,ttft=2x", *files]) == 0
+    shown, err = capsys.readouterr()
+    lines = shown.splitlines()
+    expected = Sensitivity.load(folder)
+    subnet = Subnet.load(out)
+    assert f"{subnet}; {expected.share(subnet):.1%} of the layers' weights" == lines[0]
+    assert [line.split()[0] for line in lines[2:15]] == ["layer", *map(str, range(12))]
+    price = find_table(ElasticModel.from_pretrained(folder), folder, "tpot").price(subnet)
+    assert price <= 0.6 * 9.4 + 1e-9
+    (at,) = (index for index, line in enumerate(lines) if line.startswith("tpot=0.6x: "))
+    assert f"{price:.3g} ms predicted" in lines[at]
+    assert re.fullmatch(r"  measured: \S+ ms, \d\.\d{3}x of \S+ ms", lines[at + 1])
+    assert lines[at + 2].startswith("weights=0.9x: ")
+    assert lines[at + 3].startswith("ttft=2x: ")
+    assert lines[at + 4].startswith("  measured: ")
+    assert lines[at + 5] == f"chosen by sensitivities (greedy); a router chooses better: flextron train-router {folder}"
+    assert lines[at + 6 :] == ["note: ttft=2x is more than the full model needs (94 ms): the full model meets it."]
+    assert f"wrote {out}" in err
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert cli.main(["export", str(folder), str(tmp_path / "small"), "--subnet", str(out)]) == 0
+
+
+def test_route_prints_json_alone(folder, capsys):
+    arguments = ["route", str(folder), "--budget", "parameters=0.7x,e2e=0.9x@32+9", "--json"]
+    assert cli.main([*arguments, "--no-measure"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    subnet = Subnet(**answer["subnet"])
+    model = ElasticModel.from_pretrained(folder)
+    assert subnet == route(model, "parameters=0.7x,e2e=0.9x@32+9").subnet
+    assert answer["budget"] == arguments[3]
+    assert answer["share"] == pytest.approx(model.share(subnet))
+    parameters, time_to_end = answer["limits"]
+    assert (parameters["unit"], time_to_end["unit"]) == ("parameters", "ms")
+    assert set(parameters) == {"limit", "unit", "at_most", "predicted", "full_model"}
+    assert time_to_end["full_model"] == pytest.approx(2 * 94 + 8 * 9.4)
+    assert time_to_end["predicted"] <= time_to_end["at_most"] == pytest.approx(0.9 * time_to_end["full_model"])
+    assert (answer["chosen_by"], answer["router_metric"], answer["predicted_nats_per_token"]) == ("greedy", None, None)
+    assert cli.main(arguments) == 0
+    parameters, time_to_end = json.loads(capsys.readouterr().out)["limits"]
+    assert "measured" not in parameters
+    assert time_to_end["measured"] > 0
+    assert time_to_end["full_model_measured"] > 0
+
+
+def test_measured_times_are_scaled_as_the_tables_are(folder, monkeypatch):
+    def times(model, subnet, phase, *, batch, tokens):
+        assert (batch, tokens) == (1, 16)
+        return {"prefill": (100.0, 200.0), "decode": (1.0, 2.0)}[phase]
+
+    monkeypatch.setattr(explaining, "_times", times)
+    model = ElasticModel.from_pretrained(folder)
+    for text, factor_of_prefill, factor_of_decode in (
+        ("tpot=5ms", 0, 1),
+        ("ttft=0.5x", 1, 0),
+        ("ttft=50ms@24", 1.5, 0),
+        ("e2e=0.5x@8+101", 0.5, 100),
+        ("e2e=0.5x@16+1", 1, 0),
+    ):
+        ceiling = Ceiling(find_table(model, folder, "tpot"), 5.0, text)
+        measured = explaining.measured_ms(model, ceiling, model.search_space.full, folder)
+        ms = factor_of_prefill * 100 + factor_of_decode
+        assert measured == pytest.approx((ms, 2 * ms))
+
+
+def test_tables_of_another_device_need_to_be_allowed(folder, text, tmp_path, capsys):
+    rename_device(folder)
+    sizes = ["--text", str(text), "--tokens", "128", "--block-tokens", "64"]
+    for command, *options in (
+        ["route", str(folder), "--budget", "0.6x"],
+        ["evaluate", str(folder), "--budget", "0.6x", *sizes],
+        ["generate", str(folder), "The quick", "--budget", "0.6x", "--max-new-tokens", "2"],
+        ["export", str(folder), str(tmp_path / "small"), "--budget", "0.6x"],
+    ):
+        assert cli.main([command, *options]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith(
+            f"error: no latency table of decode in {folder} was measured here (its device is another"
+        )
+        assert error.endswith("or allow it: --any-device")
+        assert cli.main([command, *options, "--any-device"]) == 0
+        shown = capsys.readouterr()
+        note = "note: using a latency table that was measured elsewhere: its device is another machine"
+        assert note in (shown.out if command == "route" else shown.err)
+        assert "measured: " not in shown.out  # times here say nothing about a table of elsewhere
+
+
+def test_a_router_for_another_device_needs_to_be_allowed(folder, text, monkeypatch, capsys):
+    def stop(sensitivity, table, *arguments, **options):
+        raise ValueError(f"for {table.conditions['device']}")
+
+    monkeypatch.setattr(making, "train_router", stop)
+    rename_device(folder)
+    assert cli.main(router_arguments(folder, text)) == 2
+    assert "or allow it: --any-device" in capsys.readouterr().err
+    assert cli.main([*router_arguments(folder, text), "--any-device"]) == 2
+    err = capsys.readouterr().err
+    assert "measured elsewhere: its device is another machine" in err
+    assert err.endswith("error: for another machine\n")
+
+
+def test_a_budget_of_time_needs_a_table(ranked, capsys):
+    assert cli.main(["route", str(ranked), "--budget", "12ms"]) == 2
+    assert f"Measure one: flextron measure-latency {ranked} --phase decode" in capsys.readouterr().err
+    assert cli.main(["generate", str(ranked), "fox", "--budget", "parameters=1k"]) == 2
+    assert "is below the smallest sub-network" in capsys.readouterr().err
+
+
+def test_evaluate_takes_budgets_beside_sub_networks(folder, text, capsys):
+    arguments = ["evaluate", str(folder), "--text", str(text), "--tokens", "128", "--block-tokens", "64"]
+    assert cli.main([*arguments, "--subnet", "full", "60%", "--budget", "0.9x", "0.6x,weights=1x", "--json"]) == 0
+    out, err = capsys.readouterr()
+    rows = json.loads(out)
+    assert [row["name"] for row in rows] == ["full", "60%", "0.9x", "0.6x,weights=1x"]
+    model = ElasticModel.from_pretrained(folder)
+    for row in rows[2:]:
+        assert Subnet(**row["subnet"]) == route(model, row["name"]).subnet
+    assert "note: weights=1x is all the full model needs" in err
+    assert cli.main([*arguments, "--budget", "0.6x"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].endswith("above full")
+    assert [line.split()[0] for line in lines[2:]] == ["full", "0.6x"]
+
+
+def test_generate_and_export_take_a_budget(folder, tmp_path, capsys):
+    assert cli.main(["generate", str(folder), "The quick", "--budget", "2x", "--max-new-tokens", "5"]) == 0
+    out, err = capsys.readouterr()
+    assert "note: tpot=2x is more than the full model needs" in err
+    assert "note" not in out
+    assert cli.main(["generate", str(folder), "The quick", "--max-new-tokens", "5"]) == 0
+    assert capsys.readouterr().out == out
+    assert cli.main(["export", str(folder), str(tmp_path / "small"), "--budget", "0.6x"]) == 0
+    (tmp_path / "chosen.json").write_text(route(ElasticModel.from_pretrained(folder), "0.6x").subnet.to_json())
+    wish = ["--subnet", str(tmp_path / "chosen.json")]
+    assert cli.main(["export", str(folder), str(tmp_path / "same"), *wish]) == 0
+    config = (tmp_path / "small/config.json").read_text()
+    assert config == (tmp_path / "same/config.json").read_text()
+    assert "per_layer_config" in config

@@ -12,7 +12,7 @@ from flextron.checkpoint import METADATA_FILE
 from flextron.config import TrainConfig, VisitOptions
 from flextron.elastic import ElasticModel
 from flextron.errors import CheckpointError
-from flextron.run_folder import RunFolder, fingerprint
+from flextron.run_folder import RunFolder
 from flextron.sampling import even_sensitivity
 from flextron.sensitivity import Sensitivity
 from test_atomic import content, files_of_at_most, names
@@ -246,17 +246,23 @@ class TestFinish:
 
 class TestFingerprint:
     def test_the_same_for_the_same_weights(self, llama, plain_llama):
-        assert fingerprint(llama) == fingerprint(ElasticModel(tiny.plain_model("llama")))
+        assert llama.fingerprint() == ElasticModel(tiny.plain_model("llama")).fingerprint()
 
     @pytest.mark.parametrize("layer", [0, -1])
     @pytest.mark.parametrize("axis", ["mlp", "attention"])
     def test_another_for_other_weights(self, llama, layer, axis):
-        before = fingerprint(llama)
+        before = llama.fingerprint()
         with torch.no_grad():
-            getattr(llama.layers[layer], axis).closes.weight[0, 0] += 1e-3
-        assert fingerprint(llama) != before
+            weight = getattr(llama.layers[layer], axis).closes.weight
+            weight += 1e-3 * torch.randn_like(weight)
+        assert llama.fingerprint() != before
+
+    def test_the_type_of_the_weights_does_not_matter(self, llama):
+        before = llama.fingerprint()
+        llama.lm.bfloat16()
+        assert llama.fingerprint() == before
 
     def test_the_subnet_in_use_does_not_matter(self, llama):
-        before = fingerprint(llama)
+        before = llama.fingerprint()
         with llama.use(llama.search_space.smallest):
-            assert fingerprint(llama) == before
+            assert llama.fingerprint() == before

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from flextron.sampling import KINDS, SubnetSampler, Visit, even_sensitivity
-from flextron.sensitivity import AXES, Sensitivity
+from flextron.sensitivity import Sensitivity
+from flextron.subnet import AXES
 
 
 @pytest.fixture

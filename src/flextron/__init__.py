@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flextron.budget import Budget
     from flextron.choice import choose
     from flextron.config import OptimizerOptions, TextOptions, TrainConfig, VisitOptions, WatchOptions
+    from flextron.costs import CostTable
     from flextron.data import TokenBlocks, load_blocks
     from flextron.demo import quickstart
     from flextron.elastic import ElasticModel
@@ -20,18 +22,26 @@ if TYPE_CHECKING:
     from flextron.evaluation import Evaluation, evaluate
     from flextron.exporting import ExportReport, export
     from flextron.generation import generate
+    from flextron.latency import measure_latency
     from flextron.ranking import rank
+    from flextron.routers.router import Router
+    from flextron.routers.training import train_router
+    from flextron.routing import Routed, route
     from flextron.sensitivity import Sensitivity, measure_sensitivity
     from flextron.subnet import SearchSpace, Subnet
     from flextron.training import train
 
 __version__ = "0.1.0"
 __all__ = [
+    "Budget",
+    "CostTable",
     "ElasticModel",
     "Evaluation",
     "ExportReport",
     "FlextronError",
     "OptimizerOptions",
+    "Routed",
+    "Router",
     "SearchSpace",
     "Sensitivity",
     "Subnet",
@@ -45,10 +55,13 @@ __all__ = [
     "export",
     "generate",
     "load_blocks",
+    "measure_latency",
     "measure_sensitivity",
     "quickstart",
     "rank",
+    "route",
     "train",
+    "train_router",
 ]
 
 _HOMES = {
@@ -69,6 +82,13 @@ _HOMES = {
     "evaluate": "evaluation",
     "Sensitivity": "sensitivity",
     "measure_sensitivity": "sensitivity",
+    "CostTable": "costs",
+    "measure_latency": "latency",
+    "Budget": "budget",
+    "Router": "routers.router",
+    "train_router": "routers.training",
+    "Routed": "routing",
+    "route": "routing",
     "choose": "choice",
     "generate": "generation",
     "ExportReport": "exporting",

@@ -15,17 +15,19 @@ from flextron.errors import CheckpointError
 
 
 @contextmanager
-def new_folder(path: str | Path, *, overwrite: bool = False, needs_bytes: int = 0) -> Iterator[Path]:
+def new_folder(
+    path: str | Path, *, overwrite: bool = False, needs_bytes: int = 0, kind: str = "config.json"
+) -> Iterator[Path]:
     """Yield an empty folder beside `path`: it takes that name when the block ends well, and is removed otherwise.
 
     Interrupted by force, it leaves `.NAME.partial-*` behind, which nothing reads. `overwrite` replaces an older folder
-    only at the very end.
+    only at the very end, and only one with the file `kind` in it.
 
     Raises:
         CheckpointError: `path` exists and `overwrite` is false, too little disk space, or a write that failed.
     """
     target = Path(path)
-    check_new(target, overwrite=overwrite)
+    check_new(target, overwrite=overwrite, kind=kind)
     with _clear_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         free_bytes = shutil.disk_usage(target.parent).free
@@ -45,18 +47,17 @@ def new_folder(path: str | Path, *, overwrite: bool = False, needs_bytes: int = 
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def check_new(path: str | Path, *, overwrite: bool = False) -> None:
+def check_new(path: str | Path, *, overwrite: bool = False, kind: str = "config.json") -> None:
     """Pass if `path` is free to be written, so that a long stage can tell before it starts.
 
     Raises:
-        CheckpointError: something is there already, and `overwrite` is false or it is not a checkpoint's folder.
+        CheckpointError: something is there already, and `overwrite` is false or the file `kind` is not in it.
     """
     target = Path(path)
     if target.is_dir() and overwrite:
-        if any(target.iterdir()) and not (target / "config.json").is_file():
-            raise CheckpointError(
-                f"{target} is not a checkpoint (no config.json), so it is not replaced. Name another."
-            )
+        if any(target.iterdir()) and not (target / kind).is_file():
+            what = "a checkpoint" if kind == "config.json" else "what flextron writes there"
+            raise CheckpointError(f"{target} is not {what} (no {kind}), so it is not replaced. Name another.")
         return
     if target.exists():
         way_out = "Name another folder." if not target.is_dir() else "Name another folder or pass --overwrite."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from inspect import cleandoc
@@ -21,14 +22,19 @@ from flextron.config import (
     EvaluateConfig,
     ExportConfig,
     GenerateConfig,
+    MeasureLatencyConfig,
     QuickstartConfig,
     RankConfig,
+    RouteConfig,
     TrainConfig,
+    TrainRouterConfig,
 )
-from flextron.errors import FlextronError
+from flextron.errors import CheckpointError, FlextronError
 
 if TYPE_CHECKING:
+    from flextron.costs import CostTable
     from flextron.elastic import ElasticModel
+    from flextron.subnet import Subnet
 
 DESCRIPTION = "One checkpoint, every latency: nested sub-networks of any Hugging Face LLM. Also: flextron --version."
 # What may change between an interrupted `rank` and the run that takes it up.
@@ -113,6 +119,40 @@ def _load(config: Any) -> ElasticModel:
     return ElasticModel.from_pretrained(config.model, dtype=config.dtype, device=config.device)
 
 
+def _folder(model: str) -> Path:
+    """MODEL as a folder that takes what is measured; found before anything is loaded."""
+    folder = Path(model)
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"no such folder: {model}. Latency tables and routers are kept beside an elastic checkpoint; "
+            "make one with `flextron rank MODEL OUT`."
+        )
+    return folder
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
+
+
+def _chosen(model: ElasticModel, config: GenerateConfig | ExportConfig) -> Subnet:
+    """The sub-network that --subnet or --budget asks for."""
+    from flextron.choice import choose
+
+    if config.budget is None:
+        return choose(model, config.subnet, config.model)
+    return _within(model, config.budget, config)
+
+
+def _within(model: ElasticModel, budget: str, config: GenerateConfig | ExportConfig | EvaluateConfig) -> Subnet:
+    """The best sub-network within a budget; notes go to standard error."""
+    from flextron.routing import route
+
+    routed = route(model, budget, config.model, any_device=config.any_device, warn=_note)
+    for note in routed.notes:
+        _note(note)
+    return routed.subnet
+
+
 def _rank(config: RankConfig) -> None:
     from flextron.data import load_blocks
     from flextron.sensitivity import measure_sensitivity, sensitivity_blocks
@@ -170,6 +210,81 @@ def _train(config: TrainConfig) -> None:
     train(config)
 
 
+def _measure_latency(config: MeasureLatencyConfig) -> None:
+    from flextron.latency import measure_latency
+    from flextron.tables import describe, save_table
+
+    folder = _folder(config.model)
+    if config.from_csv is not None:
+        tables = iter([_table_of_csv(config, config.from_csv)])
+    else:
+        model = _load(config)
+        sizes = {"batch": config.batch, "tokens": config.tokens, "rounds": config.rounds}
+        tables = (measure_latency(model, phase=phase, show=True, **sizes) for phase in config.phase)
+    for table in tables:
+        file = save_table(folder, table)
+        print(f"{describe(table)}\nwrote {file}", flush=True)
+
+
+def _table_of_csv(config: MeasureLatencyConfig, file: Path) -> CostTable:
+    from flextron.checkpoint import load_metadata
+    from flextron.latency import PHASES, TOKENS
+    from flextron.tables import table_from_csv
+
+    (phase,) = config.phase
+    space = load_metadata(config.model, {})[0] or _load(config).search_space
+    given = {"engine": config.engine, "device": config.device_name, "batch": config.batch}
+    given |= {TOKENS[PHASES[phase]]: config.tokens, "dtype": None if config.dtype == "auto" else config.dtype}
+    conditions = {key: value for key, value in given.items() if value is not None}
+    return table_from_csv(file, space, phase=phase, conditions=conditions)
+
+
+def _train_router(config: TrainRouterConfig) -> None:
+    from flextron.routers.making import describe_router, make_router
+    from flextron.routers.router import FOLDER
+
+    started = time.monotonic()
+    folder = _folder(config.model)
+    router = make_router(
+        _load(config),
+        folder,
+        phase=config.phase,
+        evaluations=config.evaluations,
+        tokens=config.tokens,
+        text=config.text,
+        lowest=config.lowest,
+        seed=config.seed,
+        any_device=config.any_device,
+        show=True,
+    )
+    print(describe_router(router))
+    print(f"\nwrote {folder / FOLDER / router.about.metric} in {time.monotonic() - started:.0f} s.")
+    print(f"try: flextron route {folder} --budget {max(0.6, router.net.lowest):.2g}x")
+
+
+def _route(config: RouteConfig) -> None:
+    from flextron.atomic import write_text
+    from flextron.drawing import save_figure, widths_figure
+    from flextron.explaining import as_json, as_text, explain
+    from flextron.routing import route
+
+    folder = _folder(config.model)
+    model = _load(config)
+    warnings: list[str] = []
+    routed = route(model, config.budget, folder, any_device=config.any_device, warn=warnings.append)
+    explained = explain(model, routed, folder, measure=config.measure, warnings=warnings)
+    print(as_json(config.budget, explained) if config.json else as_text(routed, explained, folder))
+    if config.out is not None:
+        config.out.parent.mkdir(parents=True, exist_ok=True)
+        write_text(config.out, routed.subnet.to_json() + "\n")
+    if config.picture is not None:
+        title = f"{folder.resolve().name} within {config.budget}"
+        save_figure(widths_figure({config.budget: routed.subnet}, model.search_space, title), config.picture)
+    for file in (config.out, config.picture):
+        if file is not None:
+            print(f"wrote {file}", file=sys.stderr)
+
+
 def _evaluate(config: EvaluateConfig) -> None:
     from flextron.choice import choose
     from flextron.data import load_blocks
@@ -177,28 +292,28 @@ def _evaluate(config: EvaluateConfig) -> None:
 
     model = _load(config)
     subnets = [choose(model, wish, config.model) for wish in config.subnet]
+    subnets += [_within(model, budget, config) for budget in config.budget]
+    names = [*config.subnet, *config.budget]
     blocks = load_blocks(model.tokenizer, config.text, tokens=config.tokens, block_tokens=config.block_tokens)
     results = evaluate(model, subnets, blocks, show=True)
     if config.json:
-        rows = [{"name": wish, **asdict(result)} for wish, result in zip(config.subnet, results, strict=True)]
+        rows = [{"name": name, **asdict(result)} for name, result in zip(names, results, strict=True)]
         numbers = [{key: None if value != value else value for key, value in row.items()} for row in rows]  # no NaN
         print(json.dumps(numbers, indent=1, allow_nan=False))
         return
-    first = config.subnet[0]
     print(f"{results[0].tokens} tokens of {config.text}; ± is the standard error over blocks of {config.block_tokens}")
-    print(f"{'sub-network':<28}{'share':>7}{'nats/token':>18}{'bits/byte':>11}   above {first}")
-    for wish, result in zip(config.subnet, results, strict=True):
+    print(f"{'sub-network':<28}{'share':>7}{'nats/token':>18}{'bits/byte':>11}   above {names[0]}")
+    for name, result in zip(names, results, strict=True):
         loss = f"{result.nats_per_token:.4f} ±{result.standard_error:.4f}"
         above = f"{result.difference:+.4f} ±{result.difference_standard_error:.4f}"
-        print(f"{wish:<28}{result.share:>7.1%}{loss:>18}{result.bits_per_byte:>11.4f}   {above}")
+        print(f"{name:<28}{result.share:>7.1%}{loss:>18}{result.bits_per_byte:>11.4f}   {above}")
 
 
 def _generate(config: GenerateConfig) -> None:
-    from flextron.choice import choose
     from flextron.generation import generate
 
     model = _load(config)
-    subnet = choose(model, config.subnet, config.model)
+    subnet = _chosen(model, config)
     generate(
         model,
         config.prompt,
@@ -213,13 +328,13 @@ def _generate(config: GenerateConfig) -> None:
 
 def _export(config: ExportConfig) -> None:
     from flextron.atomic import check_new
-    from flextron.choice import choose
     from flextron.exporting import export
 
     check_new(config.out, overwrite=config.overwrite)
     model = _load(config)
-    subnet = choose(model, config.subnet, config.model)
-    report = export(model, subnet, config.out, overwrite=config.overwrite, remote_code=config.remote_code)
+    report = export(
+        model, _chosen(model, config), config.out, overwrite=config.overwrite, remote_code=config.remote_code
+    )
     print(report)
 
 
@@ -240,6 +355,9 @@ _RUN: dict[type, Callable[[Any], None]] = {
     QuickstartConfig: _quickstart,
     RankConfig: _rank,
     TrainConfig: _train,
+    MeasureLatencyConfig: _measure_latency,
+    TrainRouterConfig: _train_router,
+    RouteConfig: _route,
     EvaluateConfig: _evaluate,
     GenerateConfig: _generate,
     ExportConfig: _export,

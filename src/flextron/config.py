@@ -9,10 +9,22 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
+from flextron.budget import FORMS, Budget
+
 ModelArgument = Annotated[Positional[str], arg(metavar="MODEL")]
 OutArgument = Annotated[Positional[Path], arg(metavar="OUT")]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Score = Literal["reconstruction", "absolute", "absolute_weight", "rms", "rms_weight"]
+Phase = Literal["prefill", "decode"]
+BudgetArgument = Annotated[
+    str | None, arg(help=f"Instead of --subnet, what it may cost; the best sub-network within it is taken: {FORMS}.")
+]
+BudgetsArgument = Annotated[
+    tuple[str, ...], arg(help=f"Further sub-networks, the best within what each may cost, such as 0.9x 0.6x: {FORMS}.")
+]
+RouteArgument = Annotated[str, arg(help=f"What the sub-network may cost: {FORMS}.")]
+LEAST_EVALUATIONS = 160
+"""What `routers.training` needs to train a router at all (a test compares)."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +96,8 @@ class VisitOptions:
     """Sub-networks that are visited in turn, with the third weight of --visits, such as --visits 1 1 1 2."""
     spread: float = 0.5
     """How far random sub-networks stray from the greedy choice for their share; 0 is the greedy choice itself."""
+    router: str | None = None
+    """Metric of a router of MODEL, such as tpot or ttft: random sub-networks are then what it samples for budgets over its range, and it is trained on anew afterwards, for the new weights. The last stage of the method: weights and router together."""
     visits_per_step: int = 2
     """Sub-networks whose gradients are averaged in one step, each on blocks of its own."""
     blocks_per_visit: int = 1
@@ -210,6 +224,120 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class MeasureLatencyConfig:
+    """Measure what sub-networks take here, and keep it beside the checkpoint, so that budgets of time can be asked for.
+
+    Some 36 sub-networks of all sizes are timed in turn, each between two runs of the full model, and a table is fitted
+    to them. Times that another engine was measured at are read from a CSV file with the columns neurons, kv_groups
+    and ms.
+
+    Example: flextron measure-latency out/smollm2-elastic --phase decode
+    """
+
+    model: ModelArgument
+    """Folder of an elastic checkpoint."""
+    phase: tuple[Phase, ...] = ("prefill", "decode")
+    """prefill: time to the first token; decode: time of each further one."""
+    batch: int = 1
+    """Sequences at once."""
+    tokens: int = 512
+    """Tokens of the prompt (prefill), or before the token that is timed (decode)."""
+    rounds: int = 2
+    """Timings of each sub-network; sub-networks whose timings differ are timed again."""
+    from_csv: Path | None = None
+    """Measure nothing, and read the times of one phase from this file; --batch and --tokens say what they were measured at."""
+    engine: str | None = None
+    """With --from-csv, what was measured, such as vllm-0.11; by default the file's name."""
+    device_name: str | None = None
+    """With --from-csv, the device that it was measured on. On another one the table then needs --any-device; without a name it serves everywhere."""
+    dtype: Dtype = "auto"
+    """Type of the weights; auto keeps the checkpoint's."""
+    device: str = "auto"
+    """Where to run, such as cpu or cuda:0; auto takes a GPU if there is one."""
+
+    def __post_init__(self) -> None:
+        _check_at_least("batch", self.batch, 1)
+        _check_at_least("tokens", self.tokens, 1)
+        _check_at_least("rounds", self.rounds, 1)
+        if not self.phase or len(set(self.phase)) < len(self.phase):
+            raise ValueError(f"phase is {list(self.phase)}; name prefill, decode, or both once.")
+        if self.from_csv is not None and len(self.phase) != 1:
+            raise ValueError("a CSV file holds the times of one phase; say which: --phase prefill or --phase decode.")
+        if self.from_csv is None and (self.engine, self.device_name) != (None, None):
+            raise ValueError("engine and device_name describe a CSV file; name it with --from-csv, or leave them out.")
+
+
+@dataclass(frozen=True)
+class TrainRouterConfig:
+    """Train the router that chooses the best sub-network for a budget, and keep it beside the checkpoint.
+
+    Measures the loss of a few hundred sub-networks, learns to predict it, and trains the router on the predictions. A
+    latency table is measured first if there is none. Ctrl-C loses no measurement: run the same command again.
+
+    Example: flextron train-router out/smollm2-elastic
+    """
+
+    model: ModelArgument
+    """Folder of an elastic checkpoint (see flextron rank)."""
+    phase: Phase = "decode"
+    """Whose time the router's budgets are parts of; answers keep to limits of any other kind too."""
+    evaluations: int = 256
+    """Sub-networks whose loss is measured at most; those of an earlier run count."""
+    tokens: int = 1024
+    """Tokens that each is measured on."""
+    text: str = "sample/train"
+    """Text to measure on; documents that the model was ranked on are left out where there are others."""
+    lowest: float = 0.45
+    """Lowest budget to train for, as a part of the full model's time."""
+    seed: int = 0
+    """Seed of the sub-networks that are tried, and of the training."""
+    any_device: bool = False
+    """Use a latency table of another device or version if there is no other."""
+    dtype: Dtype = "auto"
+    """Type of the weights; auto keeps the checkpoint's."""
+    device: str = "auto"
+    """Where to run, such as cpu or cuda:0; auto takes a GPU if there is one."""
+
+    def __post_init__(self) -> None:
+        _check_at_least("evaluations", self.evaluations, LEAST_EVALUATIONS)
+        _check_at_least("tokens", self.tokens, 256)
+        _check_at_least("seed", self.seed, 0)
+        if not 0 < self.lowest < 1:
+            raise ValueError(f"lowest is {self.lowest}; it must lie between 0 and 1, the full model's time.")
+
+
+@dataclass(frozen=True)
+class RouteConfig:
+    """Choose the best sub-network within a budget, draw it, and compare its time with what was predicted.
+
+    Example: flextron route out/smollm2-elastic --budget 0.6x --out subnet.json
+    """
+
+    model: ModelArgument
+    """Folder of an elastic checkpoint."""
+    budget: RouteArgument
+    measure: bool = True
+    """Measure the times that the budget limits, a few seconds each, where the latency table was measured here."""
+    picture: Path | None = None
+    """File for a picture of the widths: .png, .svg or .pdf."""
+    out: Path | None = None
+    """JSON file for the sub-network, for --subnet of other commands."""
+    json: bool = False
+    """Print JSON instead of text."""
+    any_device: bool = False
+    """Use a latency table of another device or version if there is no other."""
+    dtype: Dtype = "auto"
+    """Type of the weights; auto keeps the checkpoint's."""
+    device: str = "auto"
+    """Where to run, such as cpu or cuda:0; auto takes a GPU if there is one."""
+
+    def __post_init__(self) -> None:
+        Budget.parse(self.budget)
+        _check_ending("out", self.out, (".json",))
+        _check_ending("picture", self.picture, (".png", ".svg", ".pdf"))
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     """Loss of sub-networks on a text, in nats per token and bits per byte, paired on the same tokens.
 
@@ -220,6 +348,7 @@ class EvaluateConfig:
     """Folder of an elastic checkpoint, or any checkpoint, hub id or GGUF file."""
     subnet: tuple[str, ...] = ("full",)
     """Sub-networks: full; a share of the layers' weights such as 60%; equal widths such as neurons=768,kv_groups=2; or a Subnet's JSON file."""
+    budget: BudgetsArgument = ()
     text: str = "sample/validation"
     """Text to measure on: a .jsonl or .txt file, also .xz or .gz, or a sample that comes with flextron."""
     tokens: int = 8192
@@ -228,6 +357,8 @@ class EvaluateConfig:
     """Tokens of one block; nothing is seen across blocks."""
     json: bool = False
     """Print JSON instead of a table."""
+    any_device: bool = False
+    """With --budget, use a latency table of another device or version if there is no other."""
     dtype: Dtype = "auto"
     """Type of the weights; auto keeps the checkpoint's."""
     device: str = "auto"
@@ -238,13 +369,15 @@ class EvaluateConfig:
         _check_at_least("tokens", self.tokens, self.block_tokens)
         if not self.subnet:
             raise ValueError("name at least one sub-network, such as --subnet full.")
+        for budget in self.budget:
+            Budget.parse(budget)
 
 
 @dataclass(frozen=True)
 class GenerateConfig:
     """Complete a prompt with a sub-network.
 
-    Example: flextron generate out/smollm2-elastic "The capital of France is" --subnet 80%
+    Example: flextron generate out/smollm2-elastic "The capital of France is" --budget 0.6x
     """
 
     model: ModelArgument
@@ -253,6 +386,7 @@ class GenerateConfig:
     """Text to go on from."""
     subnet: str = "full"
     """Sub-network: full; a share of the layers' weights such as 60%; equal widths such as neurons=768,kv_groups=2; or a Subnet's JSON file."""
+    budget: BudgetArgument = None
     max_new_tokens: int = 64
     """Tokens to generate at most."""
     chat: bool = False
@@ -261,6 +395,8 @@ class GenerateConfig:
     """0 takes the likeliest token; higher samples."""
     seed: int = 0
     """Seed of the sampling."""
+    any_device: bool = False
+    """With --budget, use a latency table of another device or version if there is no other."""
     dtype: Dtype = "auto"
     """Type of the weights; auto keeps the checkpoint's."""
     device: str = "auto"
@@ -269,6 +405,7 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         _check_at_least("max_new_tokens", self.max_new_tokens, 1)
         _check_at_least("temperature", self.temperature, 0)
+        _check_one_choice(self.subnet, self.budget)
 
 
 @dataclass(frozen=True)
@@ -287,14 +424,20 @@ class ExportConfig:
     """Folder to write."""
     subnet: str = "full"
     """Sub-network: full; a share of the layers' weights such as 60%; equal widths such as neurons=768,kv_groups=2; or a Subnet's JSON file."""
+    budget: BudgetArgument = None
     remote_code: bool = False
     """Copy the code of per-layer widths beside the weights, for machines without flextron (loads with trust_remote_code)."""
     overwrite: bool = False
     """Replace the folder if it exists."""
+    any_device: bool = False
+    """With --budget, use a latency table of another device or version if there is no other."""
     dtype: Dtype = "auto"
     """Type of the weights; auto keeps the checkpoint's."""
     device: str = "cpu"
     """Where to check it, such as cpu or cuda:0."""
+
+    def __post_init__(self) -> None:
+        _check_one_choice(self.subnet, self.budget)
 
 
 @dataclass(frozen=True)
@@ -344,6 +487,9 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "quickstart": QuickstartConfig,
     "rank": RankConfig,
     "train": TrainConfig,
+    "measure-latency": MeasureLatencyConfig,
+    "train-router": TrainRouterConfig,
+    "route": RouteConfig,
     "evaluate": EvaluateConfig,
     "generate": GenerateConfig,
     "export": ExportConfig,
@@ -359,3 +505,19 @@ def _check_at_least(name: str, value: float, limit: float) -> None:
 def _check_between(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
         raise ValueError(f"{name} is {value}; it must lie between {low} and {high}.")
+
+
+def _check_ending(name: str, file: Path | None, endings: tuple[str, ...]) -> None:
+    if file is not None and file.suffix not in endings:
+        raise ValueError(f"{name} is {file}; its name must end in {' or '.join(endings)}.")
+
+
+def _check_one_choice(subnet: str, budget: str | None) -> None:
+    """Either names the sub-network; a budget that cannot be read is found before a model is loaded."""
+    if budget is None:
+        return
+    if subnet != "full":
+        raise ValueError(
+            f"subnet ({subnet}) and budget ({budget}) exclude each other: a budget chooses the sub-network. Keep one."
+        )
+    Budget.parse(budget)

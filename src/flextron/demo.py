@@ -1,41 +1,51 @@
-"""`quickstart`: the whole way on one real LLM, from a checkpoint to measured sub-networks and a report."""
+"""`quickstart`: the whole way on one real LLM, from a checkpoint to sub-networks for any latency and a report."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 
 from flextron import report
 from flextron.atomic import new_folder, write_text
+from flextron.baselines import equal_widths, greedy
 from flextron.checkpoint import METADATA_FILE, quiet_transformers
 from flextron.config import QuickstartConfig, TextOptions, TrainConfig, VisitOptions, WatchOptions
+from flextron.costs import CostTable
 from flextron.data import TokenBlocks, load_blocks
 from flextron.elastic import ElasticModel
 from flextron.environment import describe_device, faster_dtype
-from flextron.errors import FlextronError
+from flextron.errors import CostError, FlextronError
 from flextron.evaluation import evaluate
 from flextron.generation import generate
+from flextron.latency import REPEATS, measure_latency, time_interleaved, timed_run
 from flextron.progress import progress
 from flextron.ranking import rank
+from flextron.routers.making import describe_router, make_router
+from flextron.routers.router import Router, metrics_with_router
+from flextron.routing import route
 from flextron.sensitivity import Sensitivity, measure_sensitivity, sensitivity_blocks
-from flextron.subnet import SearchSpace, Subnet
+from flextron.subnet import Subnet
+from flextron.tables import describe, find_table, save_table
 from flextron.training import train
 
-VERSION = 2
-SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+VERSION = 3
+BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5)
+"""Of the full model's time to the first token."""
 PROMPT_TOKENS = 512
-TIMING_ROUNDS = 5
+TIMING_ROUNDS = 3
 NEW_TOKENS = 32
+# A quick table and a quick router: fewer sub-networks than `measure-latency` and `train-router` measure by themselves.
+DESIGNS, HELD_OUT, DESIGN_ROUNDS = 16, 4, 1
+EVALUATIONS = 176
 
 
 @dataclass(frozen=True)
@@ -43,10 +53,12 @@ class _Candidate:
     name: str
     method: str
     subnet: Subnet
+    predicted_ms: float
+    before_training: float | None = None
 
 
 def quickstart(config: QuickstartConfig | None = None) -> Path:
-    """Rank, choose, train, measure and report; returns the report's path. Stages that are done are not run again.
+    """Rank, time, train, route, measure and report; returns the report's path. Stages that are done are not run again.
 
     Raises:
         FlextronError: the model is not there, or the folder holds a run with other settings.
@@ -56,15 +68,16 @@ def quickstart(config: QuickstartConfig | None = None) -> Path:
     started = time.monotonic()
     _prepare(config)
     model, sensitivity = _elastic_model(config)
-    blocks = load_blocks(model.tokenizer, "sample/validation", tokens=config.rank_tokens // 2)
-    candidates = _candidates(model.search_space, sensitivity)
-    before = _losses_before(config, model, candidates, blocks)
+    blocks = load_blocks(model.tokenizer, "sample/validation", tokens=config.rank_tokens // 4)
+    table = _latency_table(config, model)
+    candidates = _losses_before(config, model, _baselines(sensitivity, table), blocks)
     trained = _trained_model(config)
-    results = _measure(config, trained, candidates, blocks, before)
+    router = _router(config, trained, table)
+    results = _measure(config, trained, [*candidates, *_routed(trained, table)], blocks, router)
     path = report.write(config.out, results)
     print((config.out / "report.md").read_text(encoding="utf8"))
     print(f"\nwrote {path} in {time.monotonic() - started:.0f} s; beside it elastic/, trained/ and two pictures.")
-    print(f'try: flextron generate {config.out / "trained"} "Once upon a time" --subnet 75%')
+    print(f'try: flextron generate {config.out / "trained"} "Once upon a time" --budget ttft=0.6x')
     return path
 
 
@@ -124,17 +137,59 @@ def _elastic_model(config: QuickstartConfig) -> tuple[ElasticModel, Sensitivity]
     return model, Sensitivity.load(folder)
 
 
+def _latency_table(config: QuickstartConfig, model: ElasticModel) -> CostTable:
+    folder = config.out / "elastic"
+    try:
+        return find_table(model, folder, "ttft", tokens=PROMPT_TOKENS)
+    except CostError:  # none yet, or of another machine
+        _say(f"measuring how long a {PROMPT_TOKENS}-token prompt takes at {DESIGNS + HELD_OUT} sub-networks")
+    table = measure_latency(
+        model,
+        phase="prefill",
+        tokens=PROMPT_TOKENS,
+        designs=DESIGNS,
+        held_out=HELD_OUT,
+        rounds=DESIGN_ROUNDS,
+        show=True,
+    )
+    save_table(folder, table)
+    print(describe(table), flush=True)
+    return table
+
+
+def _baselines(sensitivity: Sensitivity, table: CostTable) -> list[_Candidate]:
+    """The full model, and what can be chosen for each budget without a router."""
+    full = table.search_space.full
+    chosen = [
+        *((budget, "greedy", greedy(sensitivity, table, budget * table.full)) for budget in BUDGETS),
+        *((budget, "equal widths", equal_widths(table, budget * table.full)) for budget in BUDGETS),
+    ]
+    return [
+        _Candidate("full", "full", full, table.price(full)),
+        *(_Candidate(f"{budget}x", method, subnet, table.price(subnet)) for budget, method, subnet in chosen),
+    ]
+
+
+def _routed(model: ElasticModel, table: CostTable) -> list[_Candidate]:
+    """The router's answer to each budget."""
+    subnets = [route(model, f"ttft={budget}x@{PROMPT_TOKENS}").subnet for budget in BUDGETS]
+    return [
+        _Candidate(f"{budget}x", "router", subnet, table.price(subnet))
+        for budget, subnet in zip(BUDGETS, subnets, strict=True)
+    ]
+
+
 def _losses_before(
     config: QuickstartConfig, model: ElasticModel, candidates: list[_Candidate], blocks: TokenBlocks
-) -> list[float]:
-    """Nats per token of every candidate before training."""
+) -> list[_Candidate]:
+    """The candidates with their nats per token before training."""
     file = config.out / "before.json"
     if not file.is_file():
         _say(f"measuring {len(candidates)} sub-networks before training")
         evaluations = evaluate(model, [candidate.subnet for candidate in candidates], blocks, show=True)
         write_text(file, json.dumps([evaluation.nats_per_token for evaluation in evaluations]) + "\n")
     losses: list[float] = json.loads(file.read_text(encoding="utf8"))
-    return losses
+    return [replace(candidate, before_training=loss) for candidate, loss in zip(candidates, losses, strict=True)]
 
 
 def _trained_model(config: QuickstartConfig) -> ElasticModel:
@@ -157,68 +212,65 @@ def _trained_model(config: QuickstartConfig) -> ElasticModel:
     return ElasticModel.from_pretrained(folder, device=config.device)
 
 
-def _candidates(space: SearchSpace, sensitivity: Sensitivity) -> list[_Candidate]:
-    greedy = [_Candidate(f"{share:.0%}", "greedy", sensitivity.allocate(share)) for share in SHARES]
-    equal = [
-        _Candidate(f"{share:.0%}", "equal widths", equal_widths(space, sensitivity, share)) for share in SHARES[1:]
-    ]
-    return [*greedy, *equal]
-
-
-def equal_widths(space: SearchSpace, sensitivity: Sensitivity, share: float) -> Subnet:
-    """The same widths in every layer within a share of the layers' weights: as many KV groups, then neurons, as fit."""
-    sizes = sorted(itertools.product(space.kv_groups, space.neurons), reverse=True)
-    subnets = (space.uniform(neurons, kv_groups) for kv_groups, neurons in sizes)
-    return next((subnet for subnet in subnets if sensitivity.share(subnet) <= share), space.smallest)
+def _router(config: QuickstartConfig, model: ElasticModel, table: CostTable) -> Router:
+    """The router of the trained model, for the time of a prompt; measured losses are kept if it is interrupted."""
+    folder = config.out / "trained"
+    save_table(folder, table)
+    if "ttft" in metrics_with_router(folder):
+        _say(f"reusing the router in {folder}")
+        return Router.load(folder, "ttft", model)
+    _say(f"training a router from the losses of {EVALUATIONS} sub-networks")
+    router = make_router(
+        model, folder, phase="prefill", evaluations=EVALUATIONS, tokens=config.rank_tokens // 16, show=True
+    )
+    print(describe_router(router), flush=True)
+    return router
 
 
 def _measure(
-    config: QuickstartConfig,
-    model: ElasticModel,
-    candidates: list[_Candidate],
-    blocks: TokenBlocks,
-    before: list[float],
+    config: QuickstartConfig, model: ElasticModel, candidates: list[_Candidate], blocks: TokenBlocks, router: Router
 ) -> dict[str, Any]:
     file = config.out / "results.json"
     if file.is_file():
         _say(f"reusing the measurements in {file}")
         results: dict[str, Any] = json.loads(file.read_text(encoding="utf8"))
-        if results["version"] == VERSION:
-            return results
+        return results
     subnets = [candidate.subnet for candidate in candidates]
-    _say(f"measuring {len(subnets)} sub-networks: loss, time of a {PROMPT_TOKENS}-token prompt, a completion of each")
+    _say(f"measuring {len(subnets)} sub-networks: loss, time of a {PROMPT_TOKENS}-token prompt, a completion")
     evaluations = evaluate(model, subnets, blocks, show=True)
-    prefill_ms = _prefill_ms(model, subnets)
+    milliseconds = _prefill_ms(model, subnets)
     rows = []
-    measured = list(zip(candidates, evaluations, prefill_ms, before, strict=True))
-    for candidate, evaluation, milliseconds, loss_before in progress(measured, "complete"):
-        completion = generate(model, config.prompt, subnet=candidate.subnet, max_new_tokens=NEW_TOKENS)
-        row = {"name": candidate.name, "method": candidate.method, "before_training": loss_before}
-        row |= {"prefill_ms": milliseconds, "completion": completion}
-        rows.append({**row, **asdict(evaluation)})
-    results = {"version": VERSION, "conditions": _conditions(config, model, blocks), "rows": rows}
+    measured = list(zip(candidates, evaluations, milliseconds, strict=True))
+    for candidate, evaluation, prefill_ms in progress(measured, "complete"):
+        row: dict[str, Any] = {**asdict(candidate), **asdict(evaluation), "prefill_ms": prefill_ms}
+        if candidate.method in ("full", "router"):
+            row["completion"] = generate(model, config.prompt, subnet=candidate.subnet, max_new_tokens=NEW_TOKENS)
+        rows.append(row)
+    results = {"version": VERSION, "conditions": _conditions(config, model, blocks, router), "rows": rows}
+    results["search_space"] = asdict(model.search_space)
     write_text(file, json.dumps(results, indent=1) + "\n")
     return results
 
 
-@torch.inference_mode()
 def _prefill_ms(model: ElasticModel, subnets: list[Subnet]) -> list[float]:
-    """Median time of one forward pass over a prompt, in ms; rounds go through all sub-networks in turn."""
-    prompt_BT = torch.arange(PROMPT_TOKENS, device=model.device)[None] % model.config.vocab_size
-    times: list[list[float]] = [[] for _ in subnets]
-    work = [index for _ in range(TIMING_ROUNDS + 1) for index in range(len(subnets))]
-    for index in progress(work, "time"):
-        with model.use(subnets[index]):
-            start = time.perf_counter()
-            model(prompt_BT, use_cache=False, logits_to_keep=1)[0].sum().item()  # which also waits for a GPU
-            times[index].append(1000 * (time.perf_counter() - start))
-    return [median(rounds[1:]) for rounds in times]
+    """Median time of one forward pass over a prompt, in ms, each between two of the full model's."""
+    timing = time_interleaved(
+        timed_run(model, "prefill", batch=1, tokens=PROMPT_TOKENS),
+        model.search_space.full,
+        subnets,
+        rounds=TIMING_ROUNDS,
+        repeats=REPEATS["prefill"],
+        draw=np.random.default_rng(0),
+        show=True,
+    )
+    return timing.milliseconds
 
 
-def _conditions(config: QuickstartConfig, model: ElasticModel, blocks: TokenBlocks) -> dict[str, Any]:
+def _conditions(config: QuickstartConfig, model: ElasticModel, blocks: TokenBlocks, router: Router) -> dict[str, Any]:
     return {
         "model": config.model,
         "training": f"{config.train_tokens} tokens of sample/train",
+        "router": f"{router.about.pairs} sub-networks measured on {router.about.tokens} tokens of {router.about.text}",
         "prompt": config.prompt,
         "device": describe_device(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),

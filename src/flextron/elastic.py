@@ -6,9 +6,11 @@ Ours: KV groups with their query heads instead of heads, and width 0 for depth.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,8 @@ class ElasticModel:
         """
         self.lm = lm
         self.tokenizer = tokenizer
+        self.folder: Path | None = None
+        """Where it was loaded from, with its latency tables and routers, if that is a folder."""
         self.ranking = ranking
         self.family: Family = family_of(lm.config.model_type)
         self.layers = [_make_layer_elastic(layer, self.family, lm.config) for layer in _layers(lm, self.family)]
@@ -132,13 +136,15 @@ class ElasticModel:
         found = checkpoint.load(path, dtype=dtype, **kwargs)
         _move(found.lm, device)
         try:
-            return cls(
+            model = cls(
                 found.lm, found.tokenizer, search_space=search_space or found.search_space, ranking=found.ranking
             )
         except (TypeError, ValueError) as error:
             if search_space is not None:
                 raise
             raise CheckpointError(f"cannot make {path} elastic: {error}") from error
+        model.folder = Path(path) if Path(path).is_dir() else None
+        return model
 
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write a folder that transformers loads as the plain full model and `from_pretrained` as this elastic one.
@@ -155,17 +161,29 @@ class ElasticModel:
         return self._subnet
 
     @contextmanager
-    def use(self, subnet: Subnet) -> Iterator[ElasticModel]:
+    def use(self, subnet: Subnet | None = None, *, budget: str | None = None) -> Iterator[ElasticModel]:
         """Run as `subnet` inside the block, then as before; views of the shared weights, nothing is copied.
 
         In training, call `backward` inside the block too: gradient checkpointing runs the forward pass again there.
 
+        Args:
+            budget: instead of a sub-network, such as "12ms" or "0.6x": `flextron.route` chooses the best one, by the
+                latency tables and the router in the folder that the model was loaded from.
+
         Raises:
             SubnetError: not in the search space of this model.
+            FlextronError: as `flextron.route`.
+            ValueError: neither or both of `subnet` and `budget`.
         """
-        self.search_space.check(subnet)
+        if (subnet is None) == (budget is None):
+            raise ValueError('name a sub-network or a budget, such as use(subnet) or use(budget="12ms").')
+        chosen = subnet
+        if chosen is None:
+            routing = import_module("flextron.routing")  # which stands above this module
+            chosen = routing.route(self, str(budget)).subnet
+        self.search_space.check(chosen)
         before = self._subnet
-        self._choose(subnet)
+        self._choose(chosen)
         try:
             yield self
         finally:
@@ -183,6 +201,14 @@ class ElasticModel:
             neurons * layer.mlp.weights_per_unit + kv_groups * layer.attention.weights_per_unit
             for layer, neurons, kv_groups in zip(self.layers, subnet.neurons, subnet.kv_groups, strict=True)
         )
+
+    def fingerprint(self) -> str:
+        """A hash that tells this model's weights from another's, in whatever type they are: of signs, and its sizes."""
+        digest = hashlib.sha256(repr((self.config.model_type, self.search_space)).encode())
+        for layer in (self.layers[0], self.layers[-1]):
+            for sub in (layer.mlp, layer.attention):
+                digest.update((sub.closes.weight.detach() < 0).cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def share(self, subnet: Subnet) -> float:
         """Share of the layers' weights that `subnet` keeps, 0 to 1."""

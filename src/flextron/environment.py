@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -38,6 +40,17 @@ def faster_dtype(device: str | torch.device) -> torch.dtype:
     if torch.device(device).type != "cpu":
         return torch.bfloat16
     return min((torch.bfloat16, torch.float32), key=_product_seconds)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run small tensors in one thread: more of them wait for each other longer than they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _product_seconds(dtype: torch.dtype) -> float:

@@ -5,6 +5,9 @@ FlextronError
 ├── CheckpointError       a folder or file that is missing, truncated or of another kind
 ├── SubnetError           widths that the model or its search space does not have (also a ValueError)
 ├── TooLittleTextError    a text shorter than one block
+├── CostError             a cost table that is missing, damaged, or of another device or model
+├── BudgetError           a budget that cannot be read or met (also a ValueError)
+├── RouterError           a router or surrogate that is missing, inaccurate, or of another checkpoint
 ├── TrainingError         a loss that is no longer a number
 └── ExportError           a sub-network that the target format cannot express
 """
@@ -28,6 +31,18 @@ class SubnetError(FlextronError, ValueError):
 
 class TooLittleTextError(FlextronError):
     """A text that holds less than one block of tokens."""
+
+
+class CostError(FlextronError):
+    """A cost table that is missing, damaged, or of another device or model."""
+
+
+class BudgetError(FlextronError, ValueError):
+    """A budget that cannot be read, or that no sub-network meets."""
+
+
+class RouterError(FlextronError):
+    """A router or surrogate that is missing, too inaccurate, or made for another checkpoint."""
 
 
 class TrainingError(FlextronError):

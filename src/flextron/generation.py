@@ -1,13 +1,37 @@
-"""Text from a sub-network, by transformers' own `generate`."""
+"""Text from a sub-network: by `decoding` on a CPU where it can, else by transformers' own `generate`."""
 
 from __future__ import annotations
 
-import torch
-from transformers import TextStreamer
+from collections.abc import Collection, Iterator
+from typing import Any
 
+import torch
+from transformers import (
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TextStreamer,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from flextron.decoding import Decoder, supports
 from flextron.elastic import ElasticModel
 from flextron.errors import FlextronError
+from flextron.routing import route
 from flextron.subnet import Subnet
+
+_DEFAULT_TOP_K = 50  # of transformers' generate, where the generation config names none
+_FOLLOWED = frozenset({"do_sample", "temperature", "top_k", "top_p", "max_length", "max_new_tokens", "use_cache"})
+_FOLLOWED |= {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_from_model_config"}
+_WITHOUT_EFFECT = {
+    "repetition_penalty": 1.0,
+    "length_penalty": 1.0,
+    "typical_p": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+}
 
 
 def generate(
@@ -15,39 +39,44 @@ def generate(
     prompt: str,
     *,
     subnet: Subnet | None = None,
+    budget: str | None = None,
     max_new_tokens: int = 64,
     chat: bool = False,
     temperature: float = 0.0,
     seed: int | None = None,
     stream: bool = False,
+    fast: bool = True,
 ) -> str:
     """What the model writes after `prompt`, without the prompt.
 
     Args:
         subnet: by default the one in use.
+        budget: instead of a sub-network, such as "12ms" a token or "0.6x"; `flextron.route` chooses the best one.
         chat: put the prompt into the model's chat template, as a user's message.
         temperature: 0 takes the likeliest token each time; above 0 samples.
         seed: of torch's global generator, which the sampling uses; by default it goes on from where it is.
         stream: also print each piece as it comes.
+        fast: False takes transformers' own `generate` even where our faster loop gives the same text.
 
     Raises:
         SubnetError: a sub-network that is not in the model's search space.
-        FlextronError: an empty prompt, no tokenizer, or no chat template where one is asked for.
+        FlextronError: an empty prompt, no tokenizer, no chat template where one is asked for, or a budget that
+            `flextron.route` cannot meet.
+        ValueError: both a sub-network and a budget.
     """
+    if subnet is not None and budget is not None:
+        raise ValueError("name a sub-network or a budget, not both.")
+    if budget is not None:
+        subnet = route(model, budget).subnet
     prompt_BT = _encode(model, prompt, chat=chat)
     tokenizer = model.tokenizer
     if seed is not None:
         torch.manual_seed(seed)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    with model.use(subnet or model.subnet), torch.inference_mode():
-        output_BT = model.generate(
-            prompt_BT,
-            attention_mask=torch.ones_like(prompt_BT),
-            max_new_tokens=max_new_tokens,
-            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
-            **sampling,
-        )
-    return str(tokenizer.decode(output_BT[0, prompt_BT.shape[1] :], skip_special_tokens=True))  # type: ignore[union-attr]
+    tokens = _new_tokens if fast and can_stream(model) else _new_tokens_of_transformers
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "stream": stream}
+    with torch.inference_mode():
+        written = tokens(model, subnet or model.subnet, prompt_BT, **options)
+    return str(tokenizer.decode(written, skip_special_tokens=True))  # type: ignore[union-attr]
 
 
 def _encode(model: ElasticModel, prompt: str, *, chat: bool) -> torch.Tensor:
@@ -65,3 +94,90 @@ def _encode(model: ElasticModel, prompt: str, *, chat: bool) -> torch.Tensor:
     encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)
     tokens_BT: torch.Tensor = encoded["input_ids"].to(model.device)
     return tokens_BT
+
+
+def _new_tokens(
+    model: ElasticModel, subnet: Subnet, prompt_BT: torch.Tensor, *, stream: bool, **options: Any
+) -> list[int]:
+    stop = model.lm.generation_config.eos_token_id
+    options["stop"] = [] if stop is None else [stop] if isinstance(stop, int) else stop
+    streamer = TextStreamer(model.tokenizer, skip_special_tokens=True) if stream else None
+    tokens = []
+    for token in stream_tokens(model, subnet, prompt_BT, **options):
+        tokens.append(token)
+        if streamer:
+            streamer.put(torch.tensor([token]))
+    if streamer:
+        streamer.end()
+    return tokens
+
+
+def _new_tokens_of_transformers(
+    model: ElasticModel, subnet: Subnet, prompt_BT: torch.Tensor, *, stream: bool, temperature: float, **options: Any
+) -> list[int]:
+    streamer = TextStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+    options |= {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    with model.use(subnet):
+        output_BT = model.generate(prompt_BT, attention_mask=torch.ones_like(prompt_BT), streamer=streamer, **options)
+    tokens: list[int] = output_BT[0, prompt_BT.shape[1] :].tolist()
+    return tokens
+
+
+def can_stream(model: ElasticModel) -> bool:
+    """Whether `stream_tokens` gives what transformers' `generate` gives.
+
+    Besides `supports`: the generation config asks for nothing but stop tokens, top_k and top_p.
+    """
+    asked = model.lm.generation_config.to_dict()
+    return supports(model) and all(
+        value is None or value is False or key in _FOLLOWED or value == _WITHOUT_EFFECT.get(key)
+        for key, value in asked.items()
+    )
+
+
+def stream_tokens(
+    model: ElasticModel,
+    subnet: Subnet,
+    prompt_BT: torch.Tensor,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+    stop: Collection[int] = (),
+) -> Iterator[int]:
+    """The tokens that go on from the prompt [1, T], each as soon as it is there; a stop token is the last.
+
+    Args:
+        temperature: 0 takes the likeliest token each time; above 0 samples, by the generation config's top_k and top_p.
+        generator: of the sampling; by default torch's global one.
+
+    Raises:
+        ValueError: a model that `supports` refuses, more than one prompt, or no token asked for.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; ask for 1 or more.")
+    warpers = _warpers(model, temperature) if temperature else None
+    decoder = Decoder(model, subnet, max_tokens=prompt_BT.shape[1] + max_new_tokens)
+    logits_V = decoder.prefill(prompt_BT)
+    for left in reversed(range(max_new_tokens)):
+        if warpers is None:
+            token = int(logits_V.argmax())
+        else:
+            scores_BV = warpers(prompt_BT, logits_V[None].float())
+            token = int(torch.multinomial(scores_BV.softmax(-1), 1, generator=generator))
+        yield token
+        if not left or token in stop:
+            return
+        logits_V = decoder.step(token)
+
+
+def _warpers(model: ElasticModel, temperature: float) -> LogitsProcessorList:
+    """What transformers' `generate` does to the logits before it samples, in its order."""
+    config = model.lm.generation_config
+    top_k = _DEFAULT_TOP_K if config.top_k is None else config.top_k
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)] if temperature != 1 else [])
+    if top_k:
+        warpers.append(TopKLogitsWarper(top_k))
+    if config.top_p is not None and config.top_p < 1:
+        warpers.append(TopPLogitsWarper(config.top_p))
+    return warpers

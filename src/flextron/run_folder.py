@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -138,15 +137,6 @@ class RunFolder:
             shutil.rmtree(leftover, ignore_errors=True)
         if snapshots:
             shutil.rmtree(self.snapshots, ignore_errors=True)
-
-
-def fingerprint(model: ElasticModel) -> str:
-    """A hash that tells this model's weights from another's: of parts of the first and last layer, and its sizes."""
-    digest = hashlib.sha256(repr((model.config.model_type, model.search_space)).encode())
-    for layer in (model.layers[0], model.layers[-1]):
-        for sub in (layer.mlp, layer.attention):
-            digest.update(sub.closes.weight.detach().flatten()[:65536].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _settings(config: TrainConfig, model: str) -> dict[str, Any]:

@@ -6,8 +6,9 @@ Huang, 2019); random ones spread evenly over cost, and widths per layer near the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,10 @@ import numpy as np
 from flextron.choice import choose
 from flextron.config import VisitOptions
 from flextron.elastic import ElasticModel
-from flextron.sensitivity import AXES, Sensitivity
-from flextron.subnet import Subnet
+from flextron.routers.router import Router
+from flextron.routers.training import sample_answer
+from flextron.sensitivity import Sensitivity
+from flextron.subnet import AXES, Subnet
 
 KINDS = ("full", "smallest", "preset", "random")
 ATTENTION_PRICE = 4
@@ -51,6 +54,7 @@ class SubnetSampler:
         presets: Sequence[Subnet] = (),
         weights: Sequence[float] = (1, 1, 0, 2),
         spread: float = 0.5,
+        routed: Callable[[float, np.random.Generator], Subnet] | None = None,
         seed: int = 0,
     ) -> None:
         """Make a sampler.
@@ -60,6 +64,8 @@ class SubnetSampler:
             smallest: the least that is trained.
             weights: how often each of KINDS is visited, relative to one another; presets take turns.
             spread: standard deviation of the logarithm of the noise on sensitivities; 0 gives greedy choices only.
+            routed: gives a random sub-network from a place in [0, 1) and a generator, in place of the sensitivities,
+                such as a router's answer to the budget there.
 
         Raises:
             ValueError: weights that are not four numbers from 0 up, or that ask for presets where there are none, or
@@ -76,6 +82,7 @@ class SubnetSampler:
         self._presets = tuple(presets)
         self._weights = np.array(weights, dtype=float) / sum(weights)
         self._spread = spread
+        self._routed = routed
         self._lowest_share = self._sensitivities[0].share(smallest)
         if self._lowest_share >= 1:
             raise ValueError(
@@ -115,6 +122,8 @@ class SubnetSampler:
 
     def _random(self) -> Subnet:
         self._place = (self._place + _GOLDEN) % 1
+        if self._routed is not None:
+            return self._routed(self._place, self._draw)
         share = self._lowest_share + (1 - self._lowest_share) * self._place
         sensitivity = self._sensitivities[self._visits[KINDS.index("random")] % len(self._sensitivities)]
         noisy = {
@@ -149,9 +158,16 @@ def even_sensitivity(model: ElasticModel) -> Sensitivity:
 
 
 def make_sampler(
-    model: ElasticModel, options: VisitOptions, measured: Sensitivity | None, *, seed: int
+    model: ElasticModel,
+    options: VisitOptions,
+    measured: Sensitivity | None,
+    *,
+    router: Router | None = None,
+    seed: int,
 ) -> SubnetSampler:
     """The sampler that `options` ask for, from measured sensitivities, if there are any, and from even ones.
+
+    Random ones come from `router` instead, if there is one.
 
     Raises:
         SubnetError: a smallest sub-network or a preset that the model does not have.
@@ -164,5 +180,6 @@ def make_sampler(
         presets=[choose(model, wish, sensitivity=measured or even) for wish in options.presets],
         weights=options.visits,
         spread=options.spread,
+        routed=None if router is None else partial(sample_answer, router),
         seed=seed,
     )

@@ -23,7 +23,7 @@ from flextron.data import TokenBlocks, load_blocks
 from flextron.elastic import ElasticModel
 from flextron.errors import CheckpointError, SubnetError, TooLittleTextError
 from flextron.progress import bar
-from flextron.subnet import SearchSpace, Subnet
+from flextron.subnet import AXES, SearchSpace, Subnet
 
 VERSION = 1
 FILE = "sensitivity.json"
@@ -31,7 +31,6 @@ BATCH_TOKENS = 1024
 """Tokens of one batch: the outputs of all layers are kept for it."""
 SECOND_SHARE = 0.6
 """Share of the sub-network around which the second half of the tokens is measured."""
-AXES = ("neurons", "kv_groups")
 
 
 @dataclass(frozen=True)
@@ -217,7 +216,7 @@ def _changed_losses(
     advance: Callable[[], None],
 ) -> Iterator[tuple[str, int, int, float]]:
     """Axis, layer, index of the width, and loss on one batch, for every change."""
-    probabilities_BTV = _probabilities(model, tokens_BT)
+    probabilities_BTV = full_predictions(model, tokens_BT)
     outputs, loss = _run(model, around, tokens_BT, probabilities_BTV)
     for layer in range(around.layers):
         with _reused([below.module for below in model.layers[:layer]], outputs):
@@ -226,7 +225,7 @@ def _changed_losses(
                     yield axis, layer, index, loss
                     continue
                 with model.use(subnet):
-                    yield axis, layer, index, _loss(model, tokens_BT, probabilities_BTV)
+                    yield axis, layer, index, mixed_loss(model, tokens_BT, probabilities_BTV)
         advance()
 
 
@@ -242,14 +241,14 @@ def _changes(around: Subnet, widths: dict[str, tuple[int, ...]], layer: int) -> 
             yield axis, index, replace(around, **{axis: (*rest[:layer], width, *rest[layer + 1 :])})
 
 
-def _probabilities(model: ElasticModel, tokens_BT: torch.Tensor) -> torch.Tensor:
+def full_predictions(model: ElasticModel, tokens_BT: torch.Tensor) -> torch.Tensor:
     """What the full model predicts at each place, [B, T, V] in fp32."""
     with model.use(model.search_space.full):
         logits_BTV: torch.Tensor = model(tokens_BT, use_cache=False).logits
     return logits_BTV.float().softmax(-1)
 
 
-def _loss(model: ElasticModel, tokens_BT: torch.Tensor, probabilities_BTV: torch.Tensor) -> float:
+def mixed_loss(model: ElasticModel, tokens_BT: torch.Tensor, probabilities_BTV: torch.Tensor) -> float:
     """Mean over predicted tokens of two cross-entropies, half each: to the text, and to the full model's predictions.
 
     The second rises as much as the first where the text is typical of the model, but has no noise of single tokens.
@@ -259,7 +258,7 @@ def _loss(model: ElasticModel, tokens_BT: torch.Tensor, probabilities_BTV: torch
     for logits_TV, probabilities_TV, tokens_T in zip(logits_BTV, probabilities_BTV, tokens_BT, strict=True):
         logits = logits_TV[:-1].float()
         to_text = logits.gather(1, tokens_T[1:, None])[:, 0]
-        to_full = torch.linalg.vecdot(logits, probabilities_TV[:-1])
+        to_full = torch.linalg.vecdot(logits, probabilities_TV[:-1])  # both in fp32
         total += (logits.logsumexp(-1) - (to_text + to_full) / 2).mean().item()
     return total / len(tokens_BT)
 
@@ -275,7 +274,7 @@ def _run(
     ]
     try:
         with model.use(subnet):
-            return outputs, _loss(model, tokens_BT, probabilities_BTV)
+            return outputs, mixed_loss(model, tokens_BT, probabilities_BTV)
     finally:
         for hook in hooks:
             hook.remove()

@@ -12,6 +12,7 @@ from typing import Any
 from flextron.errors import SubnetError
 
 SUBNET_VERSION = 1
+AXES = ("neurons", "kv_groups")
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,9 @@ from flextron.elastic import ElasticModel
 from flextron.environment import arithmetic_dtype, describe_device
 from flextron.errors import FlextronError, TrainingError
 from flextron.estimate import check_processes
-from flextron.run_folder import RunFolder, fingerprint
+from flextron.routers.making import remake_router
+from flextron.routers.router import Router, metrics_with_router
+from flextron.run_folder import RunFolder
 from flextron.sampling import Visit, even_sensitivity, make_sampler
 from flextron.sensitivity import Sensitivity
 from flextron.sharding import device_of, is_sharded, make_accelerator, on_first, shard, total, whole_weights
@@ -62,8 +64,11 @@ def train(config: TrainConfig) -> Path:
     run = TrainingRun(config, accelerator)
     if run.is_finished:
         run.say(f"{config.out} is trained already; name another folder, or pass --resume never to train it again.")
-        return config.out
-    run.train()
+    else:
+        run.train()
+    if run.router is not None and run.is_first and run.router.about.metric not in metrics_with_router(config.out):
+        run.say("training the router on, for the new weights; interrupted, the same command goes on")
+        remake_router(config.out, run.router, config.model, device=str(run.device), show=True)
     return config.out
 
 
@@ -80,7 +85,9 @@ class TrainingRun:
         self.model = ElasticModel.from_pretrained(config.model, device=device_of(config, accelerator))
         self.device = self.model.device
         self.saved_dtype = self.model.dtype
-        model = fingerprint(self.model)
+        model = self.model.fingerprint()
+        metric = config.visit.router
+        self.router = None if metric is None else Router.load(config.model, metric, self.model)
         found = on_first(lambda: self.folder.check(config, model))
         self.is_finished = bool(found) and on_first(lambda: self.folder.is_finished)
         if self.is_finished:
@@ -89,7 +96,7 @@ class TrainingRun:
         precision = found.get("arithmetic", config.optimizer.precision)  # a resumed run keeps what it began with
         self.dtype = on_first(lambda: arithmetic_dtype(precision, self.device))
         self._sensitivity = Sensitivity.load(config.model) if Sensitivity.is_in(config.model) else None
-        self.sampler = make_sampler(self.model, config.visit, self._sensitivity, seed=config.seed)
+        self.sampler = make_sampler(self.model, config.visit, self._sensitivity, router=self.router, seed=config.seed)
         self.corpus: Corpus | None = None  # in the first process only; it hands the others their blocks
         on_first(self._open_corpus)
         self.watched = {wish: self._choose(wish) for wish in config.watch.evaluate_on}

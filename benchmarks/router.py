@@ -1,0 +1,385 @@
+"""The router against other ways to choose a sub-network within a budget of time, at the same number of measured losses.
+
+    python benchmarks/router.py --model out/smollm2-elastic --out router.json --picture router.png
+
+Prints, for each text, the loss of every method's choice at every budget; then measured against allowed times, and the
+router's loss minus that of the best other method, paired on the same tokens. What is done is kept in OUT.partial.json,
+and the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import matplotlib as mpl
+import numpy as np
+import torch
+import tyro
+from matplotlib.figure import Figure
+
+from flextron import ElasticModel, Subnet, baselines, evaluate, load_blocks
+from flextron.atomic import write_text
+from flextron.checkpoint import quiet_transformers
+from flextron.costs import CostTable
+from flextron.environment import describe_device, faster_dtype
+from flextron.errors import CostError, FlextronError
+from flextron.latency import PHASES, REPEATS, TOKENS, measure_latency, time_interleaved, timed_run
+from flextron.pricing import Ceiling, check_possible
+from flextron.routers.making import describe_router, make_router, unused_blocks
+from flextron.routers.pairs import LossMeter
+from flextron.routers.router import Router, metrics_with_router
+from flextron.sensitivity import Sensitivity
+from flextron.tables import describe, find_table, save_table
+from model import write_results
+
+mpl.use("agg")
+STYLES = {
+    "router": ("o-", "#1f5fa8"),
+    "greedy": ("^--", "#5b9bd5"),
+    "knapsack": ("v--", "#3f8f5f"),
+    "evolution": ("D--", "#8a4fa3"),
+    "random": ("x:", "#888888"),
+    "equal widths": ("s--", "#c2622d"),
+    "layer dropping": ("P--", "#b03a48"),
+}
+"""Of every method, in the order of the columns."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Compare the router with other methods on one elastic checkpoint."""
+
+    model: str
+    """Folder of an elastic checkpoint with sensitivities."""
+    phase: Literal["prefill", "decode"] = "decode"
+    """Whose time the budgets are parts of."""
+    budgets: tuple[float, ...] = (0.9, 0.8, 0.7, 0.6, 0.5)
+    """Parts of the full model's time."""
+    between: tuple[float, ...] = (0.85, 0.55)
+    """Further ones, marked in the tables: no router is trained for one budget, searches begin anew for each."""
+    texts: tuple[str, ...] = ("sample/validation",)
+    """Texts to measure the chosen sub-networks on."""
+    tokens: int = 8192
+    """Tokens of each."""
+    measure_on: str = "sample/train"
+    """Text that the router and the searches measure on; what the model was ranked on is left out."""
+    measure_tokens: int = 1024
+    """Tokens of it."""
+    evaluations: int = 256
+    """Sub-networks that the router measures; each search shares as many among all budgets."""
+    timed_tokens: int = 512
+    """Tokens of the prompt or context, where a latency table is measured."""
+    rounds: int = 3
+    """Interleaved timings of each chosen sub-network."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the weights."""
+    device: str = "cpu"
+    """Where to run; auto takes a GPU if there is one."""
+    seed: int = 0
+    """Of router and searches."""
+    out: Path | None = None
+    """JSON file to write."""
+    picture: Path | None = None
+    """PNG file to write."""
+
+    @property
+    def all_budgets(self) -> list[float]:
+        """Trained for and between, from the largest."""
+        return sorted({*self.budgets, *self.between}, reverse=True)
+
+
+class Kept:
+    """Results by name, in a file that is written after each."""
+
+    def __init__(self, file: Path | None, belongs_to: dict[str, Any]) -> None:
+        self.file = file
+        self.results: dict[str, Any] = {"belongs_to": json.loads(json.dumps(belongs_to))}
+        if file is not None and file.is_file():
+            found = json.loads(file.read_text(encoding="utf8"))
+            if found["belongs_to"] != self.results["belongs_to"]:
+                raise FlextronError(f"{file} is of other settings. Delete it, or name another --out.")
+            self.results = found
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """What `make` returns, or returned in an earlier run."""
+        if name not in self.results:
+            self.results[name] = json.loads(json.dumps(make()))
+            if self.file is not None:
+                write_text(self.file, json.dumps(self.results, indent=1) + "\n")
+        return self.results[name]
+
+
+Chosen = dict[str, dict[float, Subnet]]
+"""Sub-networks by method and budget; where a method has none, it is missing."""
+
+
+def main(settings: Settings) -> None:
+    """Choose, measure, print."""
+    quiet_transformers()
+    model = ElasticModel.from_pretrained(settings.model, dtype=getattr(torch, settings.dtype), device=settings.device)
+    table = _table(model, settings)
+    print(f"{describe(table)}\n")
+    belongs_to = {**asdict(replace(settings, out=None, picture=None)), "model": model.fingerprint()}
+    partial_file = None if settings.out is None else settings.out.with_suffix(".partial.json")
+    kept = Kept(partial_file, {**belongs_to, "full_ms": table.full})
+    chosen = _choose(model, table, settings, kept)
+    full = {
+        text: _losses(model, [model.search_space.full], text, settings, kept, f"{text}, full")
+        for text in settings.texts
+    }
+    losses = {text: _all_losses(model, chosen, text, settings, kept) for text in settings.texts}
+    times = kept.once("times", lambda: _times(model, table, chosen, settings))
+    conditions = _conditions(model, table, settings, kept)
+    for text in settings.texts:
+        _print_losses(text, losses[text], full[text][0], settings)
+    _print_times(chosen, table, times, settings)
+    for text in settings.texts:
+        _print_differences(text, losses[text], settings)
+    print(f"\n{conditions}")
+    write_results(settings.out, {"conditions": conditions, "table": asdict(table), **kept.results})
+    if partial_file is not None:
+        partial_file.unlink()
+    if settings.picture is not None:
+        _draw(settings.picture, losses, full, times, chosen, conditions)
+
+
+def _table(model: ElasticModel, settings: Settings) -> CostTable:
+    """Beside the checkpoint, or measured now."""
+    try:
+        return find_table(model, settings.model, PHASES[settings.phase], tokens=settings.timed_tokens)
+    except CostError as error:
+        print(f"measuring a latency table: {error}", flush=True)
+    table = measure_latency(model, phase=settings.phase, tokens=settings.timed_tokens, seed=settings.seed, show=True)
+    print(f"wrote {save_table(settings.model, table)}")
+    return table
+
+
+# ------------------------------------------------------------------ choosing
+
+
+def _choose(model: ElasticModel, table: CostTable, settings: Settings, kept: Kept) -> Chosen:
+    """Every method's sub-network at every budget."""
+    sensitivity = Sensitivity.load(settings.model)
+    router = _router(model, table, settings, kept)
+    blocks, _ = unused_blocks(model, sensitivity, settings.measure_on, tokens=settings.measure_tokens)
+    meter = LossMeter(model, blocks, arithmetic=faster_dtype(model.device))
+    each = max(1, router.about.pairs // len(settings.all_budgets))
+    search = {"evaluations": each, "seed": settings.seed}
+    influence = np.array(kept.once("influence", lambda: baselines.block_influence(model, blocks).tolist()))
+    methods: dict[str, Callable[[float], Subnet]] = {
+        "router": partial(_routed, router, table),
+        "greedy": partial(baselines.greedy, sensitivity, table),
+        "knapsack": partial(baselines.knapsack, sensitivity, table),
+        "evolution": lambda limit: baselines.evolve(sensitivity, table, limit, meter, **search),
+        "random": lambda limit: baselines.random_search(table, limit, meter, **search),
+        "equal widths": partial(baselines.equal_widths, table),
+        "layer dropping": partial(baselines.drop_layers, influence, table),
+    }
+    chosen: Chosen = {}
+    for method in STYLES:
+        found = {
+            budget: _choice(method, methods[method], budget, table, meter, kept) for budget in settings.all_budgets
+        }
+        chosen[method] = {budget: subnet for budget, subnet in found.items() if subnet is not None}
+    return chosen
+
+
+def _router(model: ElasticModel, table: CostTable, settings: Settings, kept: Kept) -> Router:
+    """Beside the checkpoint, or trained now and saved there."""
+    if table.metric in metrics_with_router(settings.model):
+        router = Router.load(settings.model, table.metric, model)
+        print(describe_router(router))
+        return router
+    start = time.perf_counter()
+    router = make_router(
+        model,
+        settings.model,
+        phase=settings.phase,
+        evaluations=settings.evaluations,
+        tokens=settings.measure_tokens,
+        text=settings.measure_on,
+        seed=settings.seed,
+        show=True,
+    )
+    seconds = kept.once("router training", lambda: time.perf_counter() - start)
+    print(f"{describe_router(router)}\nrouter trained in {seconds:.0f} s")
+    return router
+
+
+def _routed(router: Router, table: CostTable, limit: float) -> Subnet:
+    ceiling = Ceiling(table, limit, f"{limit:.2f} {table.unit}")
+    check_possible([ceiling])
+    return router.choose([ceiling])
+
+
+def _choice(
+    method: str,
+    choose: Callable[[float], Subnet],
+    budget: float,
+    table: CostTable,
+    meter: LossMeter,
+    kept: Kept,
+) -> Subnet | None:
+    """One method's sub-network at one budget; none where it has no answer, which is said."""
+
+    def make() -> dict[str, Any]:
+        start, before = time.perf_counter(), meter.measured
+        try:
+            found, message = asdict(choose(budget * table.full)), None
+        except FlextronError as error:
+            found, message = None, str(error)
+        seconds = time.perf_counter() - start
+        return {"subnet": found, "error": message, "seconds": seconds, "measured": meter.measured - before}
+
+    result = kept.once(f"choice, {method}, {budget}", make)
+    if result["subnet"] is None:
+        print(f"{method} at {budget}: {result['error']}")
+        return None
+    print(f"{method} at {budget}: {result['seconds']:.1f} s, {result['measured']} measured", flush=True)
+    return Subnet(**result["subnet"])
+
+
+# ------------------------------------------------------------------ measuring
+
+
+def _losses(
+    model: ElasticModel, subnets: list[Subnet], text: str, settings: Settings, kept: Kept, name: str
+) -> list[dict[str, Any]]:
+    """Evaluations of sub-networks, each compared with the first."""
+    blocks = load_blocks(model.tokenizer, text, tokens=settings.tokens)
+    found: list[dict[str, Any]] = kept.once(
+        f"loss, {name}", lambda: [asdict(evaluation) for evaluation in evaluate(model, subnets, blocks, show=True)]
+    )
+    return found
+
+
+def _all_losses(
+    model: ElasticModel, chosen: Chosen, text: str, settings: Settings, kept: Kept
+) -> dict[float, dict[str, dict[str, Any]]]:
+    """Evaluations by budget and method, at each budget compared with the router's."""
+    losses = {}
+    for budget in settings.all_budgets:
+        subnets = {method: of_method[budget] for method, of_method in chosen.items() if budget in of_method}
+        distinct = list(dict.fromkeys(subnets.values()))
+        found = _losses(model, distinct, text, settings, kept, f"{text}, {budget}") if distinct else []
+        losses[budget] = {method: found[distinct.index(subnet)] for method, subnet in subnets.items()}
+    return losses
+
+
+def _times(model: ElasticModel, table: CostTable, chosen: Chosen, settings: Settings) -> dict[str, Any]:
+    """Times of all chosen sub-networks, under the conditions of the table."""
+    distinct = list(dict.fromkeys(subnet for of_method in chosen.values() for subnet in of_method.values()))
+    conditions = table.conditions
+    timing = time_interleaved(
+        timed_run(model, settings.phase, batch=conditions["batch"], tokens=conditions[TOKENS[table.metric]]),
+        model.search_space.full,
+        distinct,
+        rounds=settings.rounds,
+        repeats=REPEATS[settings.phase],
+        draw=np.random.default_rng(settings.seed),
+        show=True,
+    )
+    ms = {subnet.to_json(): milliseconds for subnet, milliseconds in zip(distinct, timing.milliseconds, strict=True)}
+    return {"ms": ms, "full_ms": timing.full_ms, "noise": timing.noise}
+
+
+def _ms(times: dict[str, Any], subnet: Subnet) -> float:
+    return float(times["ms"][subnet.to_json()])
+
+
+# ------------------------------------------------------------------ showing
+
+
+def _conditions(model: ElasticModel, table: CostTable, settings: Settings, kept: Kept) -> str:
+    about = table.conditions
+    measured = {
+        search: sum(
+            result["measured"] for name, result in kept.results.items() if name.startswith(f"choice, {search},")
+        )
+        for search in ("evolution", "random")
+    }
+    return (
+        f"{Path(settings.model).name}, {settings.dtype}, {describe_device(model.device)}; {settings.phase}, "
+        f"batch {about['batch']}, {about[TOKENS[table.metric]]} tokens, {about['engine']}; "
+        f"loss on {settings.tokens} tokens; measured sub-networks: "
+        + ", ".join(f"{search} {count}" for search, count in measured.items())
+    )
+
+
+def _header(columns: list[str]) -> str:
+    return f"| budget | {' | '.join(columns)} |\n|:---|{'---:|' * len(columns)}"
+
+
+def _name(budget: float, settings: Settings) -> str:
+    return f"{budget:g}x" + ("" if budget in settings.budgets else " (between)")
+
+
+def _print_losses(
+    text: str, losses: dict[float, dict[str, dict[str, Any]]], full: dict[str, Any], settings: Settings
+) -> None:
+    print(f"\n{text}: nats per token; full model {full['nats_per_token']:.3f} ± {full['standard_error']:.3f}\n")
+    print(_header(list(STYLES)))
+    for budget, row in losses.items():
+        cells = [f"{row[method]['nats_per_token']:.3f}" if method in row else "–" for method in STYLES]
+        print(f"| {_name(budget, settings)} | {' | '.join(cells)} |")
+
+
+def _print_times(chosen: Chosen, table: CostTable, times: dict[str, Any], settings: Settings) -> None:
+    print(
+        "\nMeasured ms / allowed ms (measured part of the full model's); "
+        f"full model {times['full_ms']:.2f} measured, {table.full:.2f} in the table; noise {times['noise']:.1%}\n"
+    )
+    print(_header(list(STYLES)))
+    for budget in settings.all_budgets:
+        allowed = budget * table.full
+        found = [_ms(times, of_method[budget]) if budget in of_method else None for of_method in chosen.values()]
+        cells = ["–" if ms is None else f"{ms:.2f} / {allowed:.2f} ({ms / times['full_ms']:.2f}x)" for ms in found]
+        print(f"| {_name(budget, settings)} | {' | '.join(cells)} |")
+
+
+def _print_differences(text: str, losses: dict[float, dict[str, dict[str, Any]]], settings: Settings) -> None:
+    print(f"\n{text}: router minus the best other method, ± paired standard error")
+    for budget, row in losses.items():
+        others = {method: found for method, found in row.items() if method != "router"}
+        if "router" not in row or not others:
+            continue
+        best = min(others, key=lambda method: others[method]["nats_per_token"])
+        difference, error = -others[best]["difference"], others[best]["difference_standard_error"]
+        print(f"  {_name(budget, settings):<16}{difference:+.4f} ± {error:.4f} nats per token ({best})")
+
+
+def _draw(
+    picture: Path,
+    losses: dict[str, dict[float, dict[str, dict[str, Any]]]],
+    full: dict[str, list[dict[str, Any]]],
+    times: dict[str, Any],
+    chosen: Chosen,
+    conditions: str,
+) -> None:
+    """Loss against measured time of every method, one panel for each text."""
+    figure = Figure(figsize=(1 + 6.5 * len(losses), 5.2), layout="constrained")
+    for axes, (text, rows) in zip(figure.subplots(1, len(losses), squeeze=False)[0], losses.items(), strict=True):
+        for method, (style, color) in STYLES.items():
+            points = [
+                (_ms(times, subnet), rows[budget][method]["nats_per_token"])
+                for budget, subnet in chosen[method].items()
+            ]
+            if points:
+                axes.plot(*zip(*sorted(points), strict=True), style, color=color, label=method, markersize=5)
+        axes.plot(times["full_ms"], full[text][0]["nats_per_token"], "k*", markersize=11, label="full model")
+        axes.set(title=text, xlabel="measured time, ms", ylabel="loss, nats per token")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+    figure.suptitle(conditions.replace("; ", "\n"), fontsize=9)
+    figure.savefig(picture, dpi=130)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))

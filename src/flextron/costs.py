@@ -1,0 +1,168 @@
+"""`CostTable`: what a sub-network costs, as a fixed part and a part for each width of each layer. No torch here.
+
+Flextron (Cai et al., ICML 2024), section 4.2, looks latency up in a table; the additive form is ours, and so is that
+milliseconds, parameters, bytes and FLOPs all go through it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from flextron.atomic import write_text
+from flextron.errors import CostError
+from flextron.subnet import AXES, SearchSpace, Subnet
+
+VERSION = 1
+Rows: TypeAlias = tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Additive costs: `fixed` plus, for each layer, that of its MLP's width and that of its KV groups.
+
+    `neurons[l][i]` is what layer l costs at `search_space.neurons[i]` neurons, `kv_groups[l][i]` likewise; both rise
+    with the width. `conditions` say what was measured where; a table from a formula has the formula's name there.
+    """
+
+    search_space: SearchSpace
+    metric: str
+    """What is priced: tpot (time per output token), ttft (time to first token), parameters, weights, kv or flops."""
+    unit: str
+    """ms, bytes, parameters or FLOPs."""
+    fixed: float
+    neurons: Rows
+    kv_groups: Rows
+    conditions: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "conditions", dict(self.conditions))
+        for axis in AXES:
+            object.__setattr__(self, axis, tuple(tuple(map(float, row)) for row in getattr(self, axis)))
+            self._check_rows(axis)
+        if not (math.isfinite(self.fixed) and self.fixed >= 0):
+            raise CostError(f"the fixed cost is {self.fixed}; it must be a number from 0 up.")
+
+    def _check_rows(self, axis: str) -> None:
+        rows: Rows = getattr(self, axis)
+        layers, widths = self.search_space.layers, len(getattr(self.search_space, axis))
+        if len(rows) != layers or any(len(row) != widths for row in rows):
+            raise CostError(f"a cost table of this search space has {layers} rows of {widths} {axis}.")
+        for layer, row in enumerate(rows):
+            if not all(math.isfinite(cost) and cost >= 0 for cost in row):
+                raise CostError(f"the costs of {axis} must be numbers from 0 up; layer {layer} has {list(row)}.")
+            if any(low > high for low, high in pairwise(row)):
+                raise CostError(
+                    f"the costs of {axis} must rise with the width, or stay; layer {layer} has {list(row)}."
+                )
+
+    def price(self, subnet: Subnet) -> float:
+        """What `subnet` costs, in `unit`.
+
+        Raises:
+            SubnetError: not in the table's search space.
+        """
+        self.search_space.check(subnet)
+        parts: list[float] = [
+            row[choices.index(width)]
+            for axis in AXES
+            for choices in (getattr(self.search_space, axis),)
+            for row, width in zip(getattr(self, axis), getattr(subnet, axis), strict=True)
+        ]
+        return self.fixed + sum(parts)
+
+    @property
+    def full(self) -> float:
+        """Cost of the full model."""
+        return self.price(self.search_space.full)
+
+    @property
+    def smallest(self) -> float:
+        """Cost of the smallest sub-network of the search space."""
+        return self.price(self.search_space.smallest)
+
+    def scaled(self, factor: float) -> CostTable:
+        """All costs times `factor`, from 0 up, such as 127 tokens' time from one token's."""
+
+        def times(rows: Rows) -> Rows:
+            return tuple(tuple(factor * cost for cost in row) for row in rows)
+
+        return replace(self, fixed=factor * self.fixed, neurons=times(self.neurons), kv_groups=times(self.kv_groups))
+
+    def plus(self, other: CostTable, *, metric: str) -> CostTable:
+        """The sum of two tables, such as end-to-end time from both phases; the conditions are those of this one.
+
+        Raises:
+            CostError: another unit, or another search space.
+        """
+        if (other.unit, other.search_space) != (self.unit, self.search_space):
+            raise CostError(f"cannot add {other.unit} to {self.unit}, or tables of different search spaces.")
+
+        def sums(rows: Rows, others: Rows) -> Rows:
+            return tuple(tuple(map(sum, zip(*pair, strict=True))) for pair in zip(rows, others, strict=True))
+
+        return replace(
+            self,
+            metric=metric,
+            fixed=self.fixed + other.fixed,
+            neurons=sums(self.neurons, other.neurons),
+            kv_groups=sums(self.kv_groups, other.kv_groups),
+        )
+
+    def save(self, file: str | Path) -> None:
+        """Write the table as JSON, whole or not at all (docs/formats.md)."""
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps({"version": VERSION, **asdict(self)}, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, file: str | Path) -> CostTable:
+        """Read what `save` wrote.
+
+        Raises:
+            CostError: missing, not readable, or of another version.
+        """
+        try:
+            return cls._of_json(json.loads(Path(file).read_text(encoding="utf8")))
+        except (OSError, ValueError, TypeError, OverflowError, CostError) as error:
+            reason = str(error).rstrip(".")
+            raise CostError(
+                f"cannot read the cost table {file}: {reason}. Measure again, or delete the file."
+            ) from None
+
+    @classmethod
+    def _of_json(cls, data: Any) -> CostTable:
+        keys = {"version", *(field.name for field in fields(cls))}
+        if not isinstance(data, dict) or data.get("version") != VERSION:
+            found = data.get("version") if isinstance(data, dict) else None
+            raise CostError(f"it has version {found!r}; this flextron reads {VERSION}")
+        if set(data) != keys:
+            raise CostError(f"it has the keys {sorted(data)} instead of {sorted(keys)}")
+        del data["version"]
+        return cls(**{**data, "search_space": SearchSpace(**data["search_space"])})
+
+
+def linear_table(
+    search_space: SearchSpace,
+    *,
+    metric: str,
+    unit: str,
+    fixed: float,
+    per_neuron: Sequence[float],
+    per_kv_group: Sequence[float],
+    conditions: Mapping[str, Any],
+) -> CostTable:
+    """A table of costs proportional to the width: `per_neuron[l]` and `per_kv_group[l]` for one unit of layer l."""
+    return CostTable(
+        search_space,
+        metric,
+        unit,
+        fixed,
+        tuple(tuple(cost * width for width in search_space.neurons) for cost in per_neuron),
+        tuple(tuple(cost * width for width in search_space.kv_groups) for cost in per_kv_group),
+        conditions,
+    )

@@ -1,0 +1,115 @@
+"""The answer to a budget, explained: what it is predicted to cost and measured at, who chose it, and what to know."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flextron.budget import Budget
+from flextron.drawing import text_drawing
+from flextron.elastic import ElasticModel
+from flextron.latency import REPEATS, TOKENS, here, time_interleaved, timed_run
+from flextron.pricing import Ceiling, format_cost
+from flextron.routing import Routed
+from flextron.subnet import Subnet
+from flextron.tables import find_table, foreign_conditions
+
+ROUNDS = 3
+"""Timings of the sub-network and the full model, in turn."""
+
+
+def explain(
+    model: ElasticModel, routed: Routed, folder: str | Path, *, measure: bool = True, warnings: Sequence[str] = ()
+) -> dict[str, Any]:
+    """An answer to a budget as JSON: sub-network, costs of each limit, predicted loss, notes.
+
+    Args:
+        measure: time the sub-network against the full model where the budget limits a time and the latency table was
+            measured here; a few seconds for each limit.
+        warnings: what `route` warned of, to stand before its notes.
+    """
+    router = routed.router
+    return {
+        "subnet": asdict(routed.subnet),
+        "share": model.share(routed.subnet),
+        "limits": [_limit(model, ceiling, routed.subnet, folder, measure=measure) for ceiling in routed.ceilings],
+        "chosen_by": "greedy" if router is None else "router",
+        "router_metric": None if router is None else router.about.metric,
+        "predicted_nats_per_token": None if router is None else router.predicted_loss(routed.subnet),
+        "notes": [*warnings, *routed.notes],
+    }
+
+
+def _limit(
+    model: ElasticModel, ceiling: Ceiling, subnet: Subnet, folder: str | Path, *, measure: bool
+) -> dict[str, Any]:
+    table = ceiling.table
+    numbers = {"at_most": ceiling.limit, "predicted": table.price(subnet), "full_model": table.full}
+    measured = measured_ms(model, ceiling, subnet, folder) if measure and table.unit == "ms" else None
+    if measured is not None:
+        numbers |= {"measured": measured[0], "full_model_measured": measured[1]}
+    return {"limit": ceiling.text, "unit": table.unit, **numbers}
+
+
+def measured_ms(
+    model: ElasticModel, ceiling: Ceiling, subnet: Subnet, folder: str | Path
+) -> tuple[float, float] | None:
+    """Time of a sub-network and of the full model by the measure of a limit; None where its tables are not of here.
+
+    Texts are as long as the tables', and times are scaled as theirs are, so that prediction and measurement compare.
+    """
+    (limit,) = Budget.parse(ceiling.text).limits
+    parts = []
+    for metric in ("ttft", "tpot") if limit.metric == "e2e" else (limit.metric,):
+        conditions = find_table(model, folder, metric, tokens=limit.prompt_tokens, foreign=True)
+        about = conditions.conditions
+        if "device" not in about or foreign_conditions(conditions, here(model)):
+            return None
+        tokens = about[TOKENS[metric]]
+        times = (limit.prompt_tokens or tokens) / tokens if metric == "ttft" else (limit.new_tokens or 2) - 1
+        parts.append((times, about["phase"], about["batch"], tokens))
+    totals = np.zeros(2)
+    for times, phase, batch, tokens in parts:
+        totals += times * np.array(_times(model, subnet, phase, batch=batch, tokens=tokens))
+    return float(totals[0]), float(totals[1])
+
+
+def _times(model: ElasticModel, subnet: Subnet, phase: str, *, batch: int, tokens: int) -> tuple[float, float]:
+    timing = time_interleaved(
+        timed_run(model, phase, batch=batch, tokens=tokens),
+        model.search_space.full,
+        [subnet],
+        rounds=ROUNDS,
+        repeats=REPEATS[phase],
+        draw=np.random.default_rng(0),
+    )
+    return timing.milliseconds[0], timing.full_ms
+
+
+def as_text(routed: Routed, explained: dict[str, Any], folder: str | Path) -> str:
+    """What `explain` gave, for people: a drawing, costs, who chose, and notes."""
+    space = routed.ceilings[0].table.search_space
+    lines = [f"{routed.subnet}; {explained['share']:.1%} of the layers' weights", ""]
+    lines += [text_drawing(routed.subnet, space), ""]
+    for predicted, limit in zip(routed.costs(), explained["limits"], strict=True):
+        lines.append(predicted)
+        if "measured" in limit:
+            ms, full_ms = limit["measured"], limit["full_model_measured"]
+            lines.append(f"  measured: {format_cost(ms, 'ms')}, {ms / full_ms:.3f}x of {format_cost(full_ms, 'ms')}")
+    if routed.router is None:
+        lines.append(f"chosen by sensitivities (greedy); a router chooses better: flextron train-router {folder}")
+    else:
+        about = routed.router.about
+        expected = f"{explained['predicted_nats_per_token']:.3f} nats per token of {about.text}"
+        lines.append(f"chosen by the router for {about.metric}, which expects a loss of {expected}")
+    return "\n".join([*lines, *(f"note: {note}" for note in explained["notes"])])
+
+
+def as_json(budget: str, explained: dict[str, Any]) -> str:
+    """What `explain` gave, for programs."""
+    return json.dumps({"budget": budget, **explained}, indent=1, allow_nan=False)

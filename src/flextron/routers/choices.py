@@ -1,0 +1,96 @@
+"""Sub-networks and costs as arrays: one row for each sub-layer, one column for each of its choices.
+
+Shapes: S = 2 L sub-layers (the MLPs of all layers, then their attentions), K the most choices that one of them has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flextron.costs import CostTable
+from flextron.sensitivity import Sensitivity
+from flextron.subnet import AXES, SearchSpace, Subnet
+
+Indices = NDArray[np.int64]
+Floats = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+
+
+def choice_counts(space: SearchSpace) -> Indices:
+    """Number of choices of each sub-layer, [S]."""
+    return np.repeat([len(getattr(space, axis)) for axis in AXES], space.layers)
+
+
+def allowed(space: SearchSpace) -> Mask:
+    """Which columns are choices, [S, K]."""
+    counts = choice_counts(space)
+    return np.arange(counts.max())[None, :] < counts[:, None]
+
+
+def to_indices(space: SearchSpace, subnets: Sequence[Subnet]) -> Indices:
+    """Which choice each sub-layer makes, [len(subnets), S].
+
+    Raises:
+        SubnetError: one is not in the search space.
+    """
+    places = {axis: {width: place for place, width in enumerate(getattr(space, axis))} for axis in AXES}
+    for subnet in subnets:
+        space.check(subnet)
+    return np.array(
+        [[places[axis][width] for axis in AXES for width in getattr(subnet, axis)] for subnet in subnets],
+        dtype=np.int64,
+    ).reshape(len(subnets), 2 * space.layers)
+
+
+def to_subnet(space: SearchSpace, indices_S: Indices) -> Subnet:
+    """The sub-network that makes these choices."""
+    neurons, kv_groups = np.split(indices_S, 2)
+    return Subnet(tuple(space.neurons[i] for i in neurons), tuple(space.kv_groups[i] for i in kv_groups))
+
+
+def as_matrix(space: SearchSpace, rows: dict[str, Any]) -> Floats:
+    """Numbers for each layer and choice, by axis, as [S, K]; columns that are no choices hold 0."""
+    matrix = np.zeros(allowed(space).shape)
+    for part, axis in enumerate(AXES):
+        values = np.array(rows[axis], dtype=float)
+        matrix[part * space.layers : (part + 1) * space.layers, : values.shape[1]] = values
+    return matrix
+
+
+def cost_matrix(table: CostTable) -> Floats:
+    """Cost of each choice, [S, K], without the fixed part."""
+    return as_matrix(table.search_space, {axis: getattr(table, axis) for axis in AXES})
+
+
+def increase_matrix(sensitivity: Sensitivity) -> Floats:
+    """Loss increase of each choice as it was measured alone, [S, K]; interpolated between measured widths, monotone."""
+    space = sensitivity.search_space
+    rows = {
+        axis: [
+            np.interp(getattr(space, axis), sensitivity.widths[axis], np.maximum.accumulate(row[::-1])[::-1])
+            for row in map(np.array, sensitivity.increases[axis])
+        ]
+        for axis in AXES
+    }
+    return as_matrix(space, rows)
+
+
+def parts_left_out(space: SearchSpace) -> Floats:
+    """Which part of a sub-layer each choice leaves out, 0 to 1, [S, K]."""
+    return as_matrix(
+        space,
+        {
+            axis: [[1 - width / getattr(space, axis)[-1] for width in getattr(space, axis)]] * space.layers
+            for axis in AXES
+        },
+    )
+
+
+def prices(costs_SK: Floats, fixed: float, indices_NS: Indices) -> Floats:
+    """Cost of each of N sub-networks, [N]."""
+    costs_N: Floats = fixed + costs_SK[np.arange(costs_SK.shape[0]), indices_NS].sum(-1)
+    return costs_N

@@ -1,0 +1,163 @@
+"""The router of a checkpoint, made from its folder: table, sensitivities and measured pairs are found or made there."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from flextron.costs import CostTable
+from flextron.data import TokenBlocks, load_blocks
+from flextron.elastic import ElasticModel
+from flextron.environment import faster_dtype
+from flextron.errors import RouterError
+from flextron.latency import PHASES, measure_latency
+from flextron.routers.pairs import FILE, LossMeter, Pairs
+from flextron.routers.router import FOLDER, Router
+from flextron.routers.training import LEAST_EVALUATIONS, train_router
+from flextron.sensitivity import Sensitivity, sensitivity_blocks
+from flextron.tables import FOLDER as LATENCY_FOLDER
+from flextron.tables import describe, find_table, save_table
+
+Say = Callable[[str], None]
+MOST_EVALUATIONS = 256
+TOKENS = 512
+"""Of the prompt or context where a latency table is measured, if the model has as many positions."""
+
+
+def make_router(
+    model: ElasticModel,
+    folder: str | Path,
+    *,
+    phase: str = "decode",
+    evaluations: int = MOST_EVALUATIONS,
+    tokens: int = 1024,
+    text: str = "sample/train",
+    lowest: float = 0.45,
+    start: Router | None = None,
+    seed: int = 0,
+    any_device: bool = False,
+    show: bool = False,
+) -> Router:
+    """Train a router for the times of one phase and save it in `folder`, where `flextron.route` finds it.
+
+    A latency table is measured and saved first where there is none of this phase. Measured losses stay in
+    `folder`/routers, so that a run that was interrupted goes on; runs for the other phase use them too.
+
+    Args:
+        folder: the elastic checkpoint that `model` was loaded from.
+        tokens: of `text` that every sub-network is measured on; documents that the model was ranked on are left out.
+        start: router to go on from; else from the greedy choice.
+        any_device: use a latency table of another device or version.
+        show: tell on standard error what goes on, with bars.
+
+    Raises:
+        ValueError: another phase, or as `train_router`.
+        RouterError: no sensitivities, measured pairs of another checkpoint or text, or as `train_router`.
+        CostError: latency tables of another device or version only, and `any_device` is false.
+    """
+    if phase not in PHASES:
+        raise ValueError(f"phase is {phase!r}; it must be one of: {', '.join(PHASES)}.")
+    say: Say = partial(print, file=sys.stderr) if show else lambda _: None
+    sensitivity = _sensitivity(model, folder)
+    blocks, after = unused_blocks(model, sensitivity, text, tokens=tokens)
+    about = {
+        "fingerprint": model.fingerprint(),
+        "text": blocks.text,
+        "tokens": blocks.predicted_tokens,
+        "documents_left_out": after,
+    }
+    pairs = Pairs(Path(folder) / FOLDER / FILE, about)
+    if len(pairs):
+        say(f"going on from {len(pairs)} measured sub-networks in {pairs.file}")
+    table = _table(model, folder, phase, any_device=any_device, show=show, say=say)
+    meter = LossMeter(model, blocks, arithmetic=faster_dtype(model.device))
+    net = None if start is None else start.net
+    options: dict[str, Any] = {"evaluations": evaluations, "lowest": lowest, "start": net, "seed": seed, "show": show}
+    router = train_router(sensitivity, table, meter, pairs, **options)
+    router.save(folder, model)
+    return router
+
+
+def _sensitivity(model: ElasticModel, folder: str | Path) -> Sensitivity:
+    way_out = "Measure them: flextron rank MODEL OUT"
+    if not Sensitivity.is_in(folder):
+        raise RouterError(f"{folder} has no sensitivities, which a router starts from. {way_out}")
+    sensitivity = Sensitivity.load(folder)
+    if sensitivity.search_space != model.search_space:
+        raise RouterError(f"the sensitivities in {folder} are of another search space than the model's. {way_out}")
+    return sensitivity
+
+
+def unused_blocks(model: ElasticModel, sensitivity: Sensitivity, text: str, *, tokens: int) -> tuple[TokenBlocks, int]:
+    """Blocks of documents that neither ranking nor sensitivities have seen, and how many documents were left out."""
+    after = _documents_used(model, sensitivity, text)
+    return sensitivity_blocks(model.tokenizer, text, tokens=tokens, after=after), after
+
+
+def _documents_used(model: ElasticModel, sensitivity: Sensitivity, text: str) -> int:
+    """Documents at the start of `text` that the model was ranked on or its sensitivities were measured on."""
+    ranking, used = model.ranking, 0
+    if ranking is not None and ranking.text == text and ranking.tokens:
+        used = load_blocks(
+            model.tokenizer, text, tokens=ranking.tokens, block_tokens=min(512, ranking.tokens)
+        ).documents
+    if sensitivity.text == text:
+        tokens = sensitivity.tokens // 255 * 256  # blocks of 256, of which the first token is not predicted
+        used = max(used, sensitivity_blocks(model.tokenizer, text, tokens=tokens, after=used).documents)
+    return used
+
+
+def _table(model: ElasticModel, folder: str | Path, phase: str, *, any_device: bool, show: bool, say: Say) -> CostTable:
+    """The latency table of a phase, measured and saved first where none was."""
+    found = (CostTable.load(file) for file in (Path(folder) / LATENCY_FOLDER).glob("*.json"))
+    if not any(table.metric == PHASES[phase] for table in found):
+        say(f"{folder} has no latency table of {phase}; measuring one first")
+        positions = getattr(model.config, "max_position_embeddings", None) or TOKENS + 1
+        table = measure_latency(model, phase=phase, tokens=min(TOKENS, positions - 1), show=show)
+        say(f"{describe(table)}\nwrote {save_table(folder, table)}")
+        return table
+    return find_table(model, folder, PHASES[phase], foreign=any_device, warn=say)
+
+
+def remake_router(folder: str | Path, old: Router, before: str | Path, *, device: str, show: bool = False) -> Router:
+    """Train the router of a checkpoint on, for the weights in `folder`, which were trained on from those in `before`.
+
+    The latency tables of `before` are taken over. As many sub-networks are measured as the first time.
+
+    Raises:
+        FlextronError: as `make_router`.
+    """
+    tables = Path(before) / LATENCY_FOLDER
+    if tables.is_dir():
+        shutil.copytree(tables, Path(folder) / LATENCY_FOLDER, dirs_exist_ok=True)
+    phase = next(phase for phase, metric in PHASES.items() if metric == old.about.metric)
+    return make_router(
+        ElasticModel.from_pretrained(folder, device=device),
+        folder,
+        phase=phase,
+        evaluations=max(LEAST_EVALUATIONS, min(old.about.pairs, MOST_EVALUATIONS)),
+        tokens=-(-old.about.tokens // 255) * 256,
+        text=old.about.text,
+        lowest=old.net.lowest,
+        start=old,
+        any_device=True,
+        show=show,
+    )
+
+
+def describe_router(router: Router) -> str:
+    """How good a router is, in a few lines: errors of its surrogate, and its answers beside the untrained one's."""
+    about = router.about
+    lines = [
+        f"router for {about.metric}, from {about.pairs} sub-networks measured on {about.tokens} tokens of {about.text}",
+        f"surrogate where the router looked last: {about.error}",
+        f"surrogate, cross-validated: {about.cross_validated}",
+        "",
+        f"{'budget':<8}{'nats/token':>12}{'greedy':>12}",
+        *(f"{f'{check.budget:.2f}x':<8}{check.loss:>12.4f}{check.greedy_loss:>12.4f}" for check in about.checks),
+    ]
+    return "\n".join(lines)

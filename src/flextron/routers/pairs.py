@@ -1,0 +1,116 @@
+"""Measured pairs of choices and loss: what the surrogate learns from, kept in a file that only grows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flextron.data import TokenBlocks
+from flextron.elastic import ElasticModel
+from flextron.errors import RouterError
+from flextron.sensitivity import full_predictions, mixed_loss
+from flextron.subnet import Subnet
+
+FILE = "pairs.jsonl"
+VERSION = 1
+
+
+class LossMeter:
+    """Loss of sub-networks on the same tokens, half to the text and half to the full model's own predictions.
+
+    The second half rises as much as the first where the text is typical of the model, and has less noise
+    (docs/decisions/0003-sensitivity.md).
+    """
+
+    def __init__(self, model: ElasticModel, blocks: TokenBlocks, *, arithmetic: torch.dtype | None = None) -> None:
+        """Keep the full model's predictions on `blocks`; `arithmetic`, if not the weights' type, is computed in."""
+        self.model = model
+        self.blocks = blocks
+        self.arithmetic = arithmetic or model.dtype
+        self.measured = 0
+        """Sub-networks measured so far: what methods are compared at."""
+        with torch.inference_mode(), self._autocast():
+            batches = [tokens_BT.to(model.device) for tokens_BT in blocks.batches(1024)]
+            self._batches = [(tokens_BT, full_predictions(model, tokens_BT)) for tokens_BT in batches]
+
+    @torch.inference_mode()
+    def __call__(self, subnet: Subnet) -> float:
+        """Nats per token of one sub-network.
+
+        Raises:
+            SubnetError: not in the model's search space.
+        """
+        self.measured += 1
+        rows = sum(len(tokens_BT) for tokens_BT, _ in self._batches)
+        with self.model.use(subnet), self._autocast():
+            losses = [
+                len(tokens_BT) / rows * mixed_loss(self.model, tokens_BT, predictions)
+                for tokens_BT, predictions in self._batches
+            ]
+        return sum(losses)
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self.arithmetic != self.model.dtype
+        return torch.autocast(self.model.device.type, dtype=self.arithmetic, enabled=enabled)
+
+
+class Pairs:
+    """The pairs of one checkpoint and one text, in a file that is written to after every measurement.
+
+    The first line says what they belong to; each further line is one pair. A line that a crash cut off is left out.
+    """
+
+    def __init__(self, file: str | Path, about: dict[str, Any]) -> None:
+        """Read the pairs that are there, or start a file.
+
+        Raises:
+            RouterError: the file belongs to another checkpoint or text, or cannot be read.
+        """
+        self.file = Path(file)
+        self.subnets: list[Subnet] = []
+        self.losses: list[float] = []
+        header = {"version": VERSION, **about}
+        if self.file.is_file():
+            self._read(header)
+        else:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self.file.write_text(json.dumps(header) + "\n", encoding="utf8")
+
+    def _read(self, header: dict[str, Any]) -> None:
+        try:
+            lines = self.file.read_text(encoding="utf8").splitlines(keepends=True)
+            found = json.loads(lines[0])
+        except (OSError, ValueError, IndexError) as error:
+            raise RouterError(
+                f"cannot read the measured pairs in {self.file}: {error}. Delete it to start anew."
+            ) from None
+        if found != header:
+            differ = sorted(key for key in {*found, *header} if found.get(key) != header.get(key))
+            raise RouterError(
+                f"{self.file} holds pairs of another {' and '.join(differ)}. Delete it, or measure as it was: {found}"
+            )
+        whole = [line for line in lines[1:] if line.endswith("\n")]
+        for line in whole:
+            pair = json.loads(line)
+            self.subnets.append(Subnet(pair["neurons"], pair["kv_groups"]))
+            self.losses.append(float(pair["loss"]))
+        if len(whole) < len(lines) - 1:
+            self.file.write_text("".join([lines[0], *whole]), encoding="utf8")
+
+    def __len__(self) -> int:
+        return len(self.subnets)
+
+    def add(self, subnet: Subnet, loss: float) -> None:
+        """Keep one pair, on disk too."""
+        self.subnets.append(subnet)
+        self.losses.append(loss)
+        with self.file.open("a", encoding="utf8") as file:
+            pair = {"neurons": subnet.neurons, "kv_groups": subnet.kv_groups, "loss": loss}
+            file.write(json.dumps(pair) + "\n")
+
+    def measured(self) -> dict[Subnet, float]:
+        """Loss by sub-network."""
+        return dict(zip(self.subnets, self.losses, strict=True))

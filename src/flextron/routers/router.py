@@ -1,0 +1,143 @@
+"""A trained static router beside its checkpoint: what is known about it, how it answers, and how it is kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from flextron.atomic import new_folder
+from flextron.elastic import ElasticModel
+from flextron.errors import RouterError
+from flextron.pricing import Ceiling
+from flextron.routers.answering import answer
+from flextron.routers.choices import to_indices
+from flextron.routers.static import StaticRouter
+from flextron.routers.surrogate import Surrogate, SurrogateError
+from flextron.subnet import SearchSpace, Subnet
+
+FOLDER = "routers"
+VERSION = 1
+WEIGHTS = "router.safetensors"
+ABOUT = "router.json"
+
+
+@dataclass(frozen=True)
+class Check:
+    """What the answers to a budget were measured at: of the trained router, and of the untrained one (greedy)."""
+
+    budget: float
+    """Share of the full model's cost."""
+    subnet: Subnet
+    loss: float
+    """Nats per token, on the tokens that the router was trained on."""
+    greedy_loss: float
+
+
+@dataclass(frozen=True)
+class RouterAbout:
+    """What a router was made from, and how good it is."""
+
+    metric: str
+    """Metric of its cost table."""
+    conditions: dict[str, Any]
+    """Those of its cost table."""
+    text: str
+    tokens: int
+    """Tokens that losses were measured on."""
+    pairs: int
+    """Measured sub-networks."""
+    error: SurrogateError
+    """On the last sub-networks that the router looked at, before the surrogate had seen them."""
+    cross_validated: SurrogateError
+    """On all pairs, each left out once."""
+    checks: tuple[Check, ...]
+
+
+@dataclass(frozen=True)
+class Router:
+    """A static router with the surrogate that it learnt from; choosing takes milliseconds."""
+
+    search_space: SearchSpace
+    net: StaticRouter
+    surrogate: Surrogate
+    about: RouterAbout
+
+    def choose(self, ceilings: Sequence[Ceiling]) -> Subnet:
+        """The best sub-network that keeps all limits, which `pricing.check_possible` has passed."""
+        return route_along(self.net, self.search_space, ceilings)
+
+    def predicted_loss(self, subnet: Subnet) -> float:
+        """What the surrogate expects, in nats per token of the text that it learnt from."""
+        return float(self.surrogate.predict(to_indices(self.search_space, [subnet]))[0])
+
+    def save(self, folder: str | Path, model: ElasticModel) -> Path:
+        """Write routers/METRIC beside a checkpoint, whole or not at all, over an older one; returns the folder."""
+        target = Path(folder) / FOLDER / self.about.metric
+        tensors = {
+            f"{part}.{name}": tensor.detach().contiguous()
+            for part, module in (("router", self.net), ("surrogate", self.surrogate))
+            for name, tensor in module.state_dict().items()
+        }
+        about = {
+            "version": VERSION,
+            "fingerprint": model.fingerprint(),
+            "search_space": asdict(self.search_space),
+            **asdict(self.about),
+        }
+        with new_folder(target, overwrite=True, kind=ABOUT) as partial:
+            save_file(tensors, partial / WEIGHTS)
+            (partial / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf8")
+        return target
+
+    @classmethod
+    def load(cls, folder: str | Path, metric: str, model: ElasticModel) -> Router:
+        """Read the router for `metric` beside a checkpoint.
+
+        Raises:
+            RouterError: missing, damaged, of another version, or trained for other weights than `model` has.
+        """
+        source = Path(folder) / FOLDER / metric
+        way_out = f"Train one: flextron train-router {folder}"
+        if not (source / ABOUT).is_file():
+            raise RouterError(f"{folder} has no router for {metric}. {way_out}")
+        try:
+            data = json.loads((source / ABOUT).read_text(encoding="utf8"))
+            if data.pop("version") != VERSION:
+                raise RouterError(f"{source} is of another version of flextron. {way_out}")
+            space = SearchSpace(**data.pop("search_space"))
+            if data.pop("fingerprint") != model.fingerprint() or space != model.search_space:
+                raise RouterError(f"the router in {source} was trained for another checkpoint than this. {way_out}")
+            tensors = load_file(source / WEIGHTS)
+            states = [
+                {name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.startswith(part)}
+                for part in ("router.", "surrogate.")
+            ]
+            return cls(space, StaticRouter.from_state(states[0]), Surrogate.from_state(states[1]), _about(data))
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            raise RouterError(f"cannot read the router in {source}: {error}. {way_out}") from None
+
+
+def _about(data: dict[str, Any]) -> RouterAbout:
+    checks = tuple(Check(**{**check, "subnet": Subnet(**check["subnet"])}) for check in data["checks"])
+    errors = {key: SurrogateError(**data[key]) for key in ("error", "cross_validated")}
+    return RouterAbout(**{**data, **errors, "checks": checks})
+
+
+def metrics_with_router(folder: str | Path) -> list[str]:
+    """Metrics for which there is a router beside a checkpoint."""
+    return sorted(file.parent.name for file in (Path(folder) / FOLDER).glob(f"*/{ABOUT}"))
+
+
+def route_along(net: StaticRouter, space: SearchSpace, ceilings: Sequence[Ceiling]) -> Subnet:
+    """The answer of a router, trained or not, to limits."""
+    with torch.no_grad():
+        utilities_SK = np.asarray(net.utilities_SK.double())
+    return answer(space, net.path(), utilities_SK, ceilings)

@@ -1,0 +1,146 @@
+"""The static router: a budget in, logits over the choices of every layer and axis out; answers are nested.
+
+Flextron (Cai et al., ICML 2024), section 4: two fully connected layers with LeakyReLU give logits, Gumbel-softmax in
+training, argmax in use. Ours: logits have the form of the Lagrangian of the knapsack, `utility - price(budget) * cost`,
+where the network gives the price and its weights are not negative, so that no width shrinks as the budget grows.
+
+Shapes: B budgets, S sub-layers, K choices, H hidden units.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from flextron.costs import CostTable
+from flextron.routers.choices import Floats, Indices, Mask, allowed, cost_matrix, increase_matrix, prices
+from flextron.sensitivity import Sensitivity
+
+HIDDEN = 128
+KNOTS = 33
+"""Budgets at which the first price is found; between them its logarithm is interpolated."""
+BEYOND = 12.0
+"""How far, in the logarithm of the price, the path goes on below the lowest budget: to the smallest sub-network."""
+GRID = 512
+
+
+class StaticRouter(nn.Module):
+    """Logits over choices from a budget, given as a share of the full model's cost in the table it is made for.
+
+    It serves budgets in [lowest, 1]; below, the price rises on until the smallest sub-network is reached.
+    """
+
+    costs_SK: torch.Tensor
+    allowed_SK: torch.Tensor
+    log_prices: torch.Tensor
+    ends: torch.Tensor
+
+    def __init__(self, utilities_SK: Floats, costs_SK: Floats, fixed: float, allowed_SK: Mask, lowest: float) -> None:
+        """Start from utilities (minus loss increases, in nats) and costs as shares of the full model's."""
+        super().__init__()
+        self.register_buffer("ends", torch.tensor([lowest, fixed], dtype=torch.float64))
+        scale = _typical_step(utilities_SK)
+        self.utilities_SK = nn.Parameter(torch.tensor(utilities_SK / scale, dtype=torch.float32))
+        self.register_buffer("costs_SK", torch.tensor(costs_SK, dtype=torch.float32))
+        self.register_buffer("allowed_SK", torch.tensor(allowed_SK, dtype=torch.bool))
+        knots = np.linspace(lowest, 1, KNOTS)
+        log_prices = _log_prices(utilities_SK / scale, costs_SK, fixed, allowed_SK, knots)
+        self.register_buffer("log_prices", torch.tensor(log_prices, dtype=torch.float32))
+        self.hidden = nn.Linear(1, HIDDEN)
+        self.out = nn.Linear(HIDDEN, len(costs_SK))
+        with torch.no_grad():
+            self.hidden.weight.uniform_(0.5, 2)
+            self.hidden.bias.uniform_(-1, 1)
+            self.out.weight.fill_(-6.0)
+            self.out.bias.zero_()
+
+    @classmethod
+    def of(cls, sensitivity: Sensitivity, table: CostTable, *, lowest: float) -> StaticRouter:
+        """An untrained router: the greedy choice by sensitivities at the table's costs, for any budget."""
+        full = table.full
+        space = table.search_space
+        return cls(-increase_matrix(sensitivity), cost_matrix(table) / full, table.fixed / full, allowed(space), lowest)
+
+    @classmethod
+    def from_state(cls, state: dict[str, torch.Tensor]) -> StaticRouter:
+        """The router of which `state_dict()` was kept."""
+        costs, allowed_SK = np.asarray(state["costs_SK"].double()), np.asarray(state["allowed_SK"])
+        router = cls(np.zeros_like(costs), costs, 0.0, allowed_SK, 0.5)
+        router.load_state_dict(state)
+        return router
+
+    @property
+    def lowest(self) -> float:
+        """Lowest budget that it was trained for."""
+        return float(self.ends[0])
+
+    @property
+    def fixed(self) -> float:
+        """Cost of what no choice changes, as a share of the full model's."""
+        return float(self.ends[1])
+
+    def forward(self, budgets_B: torch.Tensor, beyond_B: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits, [B, S, K]; minus infinity where there is no choice.
+
+        Args:
+            budgets_B: shares of the full model's cost; clamped to [lowest, 1].
+            beyond_B: what to add to the logarithm of all prices, for budgets below the lowest.
+        """
+        budgets_B = budgets_B.clamp(self.lowest, 1)
+        place_B = (budgets_B - self.lowest) / (1 - self.lowest)
+        hidden_BH = F.linear(place_B[:, None] * 2 - 1, self.hidden.weight.abs(), self.hidden.bias)
+        rising, falling = hidden_BH.chunk(2, dim=1)
+        hidden_BH = torch.cat(
+            [F.leaky_relu(rising), -F.leaky_relu(-falling)], 1
+        )  # both convex and concave in the budget
+        cheaper_BS = F.linear(hidden_BH, F.softplus(self.out.weight), self.out.bias)
+        prices_BS = (self._first_log_price(place_B)[:, None] - cheaper_BS).clamp(-20, 20)
+        if beyond_B is not None:
+            prices_BS = prices_BS + beyond_B[:, None]
+        logits_BSK = self.utilities_SK - prices_BS.exp()[..., None] * self.costs_SK
+        return logits_BSK.masked_fill(~self.allowed_SK, -torch.inf)
+
+    def _first_log_price(self, place_B: torch.Tensor) -> torch.Tensor:
+        """Interpolated between knots, [B]."""
+        at = place_B * (KNOTS - 1)
+        low = at.floor().long().clamp(0, KNOTS - 2)
+        part = at - low
+        return self.log_prices[low] * (1 - part) + self.log_prices[low + 1] * part
+
+    def cost(self, choices_BSK: torch.Tensor) -> torch.Tensor:
+        """Cost of choices, one-hot or relaxed, as a share of the full model's, [B]."""
+        return self.fixed + torch.einsum("bsk,sk->b", choices_BSK, self.costs_SK)
+
+    @torch.no_grad()
+    def path(self) -> Indices:
+        """Nested sub-networks from the smallest to the full model, [N, S]: the answers to a fine grid of budgets.
+
+        No sub-layer gets narrower from one to the next. Below the lowest budget the price of cost rises on.
+        """
+        place_N = torch.linspace(-1, 1, 2 * GRID)
+        budgets_N = self.lowest + (1 - self.lowest) * place_N.clamp(0, 1)
+        logits_NSK = self(budgets_N, -BEYOND * place_N.clamp(-1, 0))
+        indices_NS = np.asarray(logits_NSK.argmax(-1))
+        full_S = np.asarray(self.allowed_SK.sum(-1, keepdim=True).T) - 1
+        ends = [np.zeros_like(full_S), np.maximum.accumulate(indices_NS, axis=0), full_S]  # rounding could narrow one
+        return np.unique(np.concatenate(ends), axis=0)
+
+
+def _typical_step(utilities_SK: Floats) -> float:
+    """A tenth of the nats between neighbouring choices, typically: in units of it, noise on logits is small."""
+    steps = np.abs(np.diff(utilities_SK, axis=1))
+    return float(np.median(steps[steps > 0])) / 10 if (steps > 0).any() else 1.0
+
+
+def _log_prices(utilities_SK: Floats, costs_SK: Floats, fixed: float, allowed_SK: Mask, budgets: Floats) -> Floats:
+    """Logarithm of the price of a unit of cost at which the best choices cost just what each budget allows."""
+    utilities = np.where(allowed_SK, utilities_SK, -np.inf)
+    low, high = np.full(len(budgets), -10.0), np.full(len(budgets), 16.0)
+    for _ in range(50):
+        middle = (low + high) / 2
+        indices = (utilities - np.exp(middle)[:, None, None] * costs_SK).argmax(-1)
+        dear = prices(costs_SK, fixed, indices) > budgets
+        low, high = np.where(dear, middle, low), np.where(dear, high, middle)
+    return np.minimum.accumulate(high)

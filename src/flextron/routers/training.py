@@ -1,0 +1,228 @@
+"""Training a static router: pairs are measured, the surrogate learns from them, the router learns from the surrogate.
+
+Flextron (Cai et al., ICML 2024), section 4.3 and figure 3: while the surrogate's error is above a threshold only it
+learns; below, the router is updated on `surrogate loss + |cost - budget|`, the LLM frozen.
+
+Shapes: B budgets, S sub-layers, K choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from flextron.costs import CostTable
+from flextron.environment import one_thread
+from flextron.errors import RouterError
+from flextron.pricing import Ceiling
+from flextron.progress import bar
+from flextron.routers.choices import Floats, Indices, to_indices, to_subnet
+from flextron.routers.pairs import LossMeter, Pairs
+from flextron.routers.router import Check, Router, RouterAbout, route_along
+from flextron.routers.static import StaticRouter
+from flextron.routers.surrogate import Surrogate, SurrogateError, cross_validated
+from flextron.sensitivity import Sensitivity
+from flextron.subnet import Subnet
+
+FIRST_PAIRS = 96
+"""Pairs around the greedy choices, measured before the surrogate learns for the first time."""
+ROUND_PAIRS = 48
+"""Pairs measured where the router looks, between two trainings of it."""
+CHECKED_BUDGETS = 8
+LEAST_EVALUATIONS = FIRST_PAIRS + ROUND_PAIRS + 2 * CHECKED_BUDGETS
+ATTEMPTS = 20
+"""Rounds of nothing but known sub-networks after which there is nothing more to explore."""
+LARGEST_ERROR = 0.1
+"""Mean absolute error of the surrogate, in nats, above which a router is not trained on it."""
+LOWEST_RANK = 0.8
+STEPS = 1000
+BATCH = 64
+LEARNING_RATE = 0.003
+"""About 10 times that of the LLM's weights; ten times more loses 0.02 nats to the noise of the sampling."""
+COST_WEIGHT = 10.0
+"""Nats for missing the budget by the full model's whole cost."""
+SPREADS = (0.0, 0.3, 0.6, 1.0)
+"""Noise on utilities of the sub-networks that are explored: standard deviations of the logarithm."""
+
+
+def train_router(
+    sensitivity: Sensitivity,
+    table: CostTable,
+    meter: LossMeter,
+    pairs: Pairs,
+    *,
+    evaluations: int = 256,
+    lowest: float = 0.45,
+    start: StaticRouter | None = None,
+    seed: int = 0,
+    show: bool = False,
+) -> Router:
+    """A router for one cost table, from at most `evaluations` measured sub-networks; pairs that are there count.
+
+    Args:
+        meter: measures the loss of a sub-network.
+        pairs: where measurements are kept; with pairs of an earlier run it goes on.
+        lowest: least budget to train for, as a share of the full model's cost.
+        start: router to go on from, such as that of the weights before they were trained on; else the greedy choice.
+
+    Raises:
+        RouterError: the surrogate cannot learn to predict losses well enough.
+        ValueError: too few evaluations, or a lowest budget that is not between the smallest sub-network's and 1.
+    """
+    if evaluations < LEAST_EVALUATIONS:
+        raise ValueError(f"evaluations is {evaluations}; a router needs at least {LEAST_EVALUATIONS}.")
+    lowest = max(lowest, 1.05 * table.smallest / table.full)
+    if not lowest < 1:
+        raise ValueError(f"lowest is {lowest}; it must be below 1, the full model's cost.")
+    router, greedy = (StaticRouter.of(sensitivity, table, lowest=lowest) for _ in range(2))
+    if start is not None:
+        router = StaticRouter.from_state(start.state_dict())
+    run = _Run(table, router, Surrogate.of(sensitivity), meter, pairs, seed)
+    with bar(evaluations, description="router", show=show) as advance:
+        for _ in range(min(len(pairs), evaluations - 1)):
+            advance()
+        error = run.learn(evaluations - 2 * CHECKED_BUDGETS, advance)
+        if not _accurate(error):
+            raise RouterError(_inaccurate(error, len(pairs)))
+        validated = run.fit()
+        optimise(router, run.surrogate, seed=seed)
+        checks = run.check(greedy, advance)
+    about = RouterAbout(
+        metric=table.metric,
+        conditions=dict(table.conditions),
+        text=meter.blocks.text,
+        tokens=meter.blocks.predicted_tokens,
+        pairs=len(pairs),
+        error=error,
+        cross_validated=validated,
+        checks=checks,
+    )
+    return Router(table.search_space, router, run.surrogate, about)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the parts of one training share."""
+
+    table: CostTable
+    router: StaticRouter
+    surrogate: Surrogate
+    meter: Callable[[Subnet], float]
+    pairs: Pairs
+    seed: int
+
+    def learn(self, pairs: int, advance: Callable[[], None]) -> SurrogateError:
+        """Measure, fit and optimise in turn until there are so many pairs; the error on the last new ones."""
+        draw = np.random.default_rng([self.seed, len(self.pairs)])
+        error: SurrogateError | None = None
+        while len(self.pairs) < pairs or error is None:
+            fitted = len(self.pairs) >= FIRST_PAIRS
+            if fitted and _accurate(self.fit()):
+                optimise(self.router, self.surrogate, seed=self.seed + len(self.pairs))
+            explored = self._explore(draw)
+            if not explored:  # a small space, of which all that the router may answer is measured
+                break
+            measured = self._measure(explored, advance)
+            if fitted:
+                error = SurrogateError.of(self.surrogate.predict(self._indices(explored)), np.array(measured))
+        return error or self.fit()
+
+    def fit(self) -> SurrogateError:
+        """Fit the surrogate to all pairs; its error on pairs left out of the fit."""
+        data = self._indices(self.pairs.subnets), np.array(self.pairs.losses)
+        validated = cross_validated(self.surrogate, *data, seed=self.seed)
+        self.surrogate.fit(*data)
+        return validated
+
+    def check(self, greedy: StaticRouter, advance: Callable[[], None]) -> tuple[Check, ...]:
+        """Measure the answers of the trained and the untrained router to budgets over the range."""
+        budgets = [float(budget) for budget in np.linspace(self.router.lowest, 1, CHECKED_BUDGETS + 1)[:-1]]
+        answers = {
+            net: [
+                route_along(net, self.table.search_space, [Ceiling(self.table, budget * self.table.full, "")])
+                for budget in budgets
+            ]
+            for net in (self.router, greedy)
+        }
+        losses = {net: self._measure(subnets, advance) for net, subnets in answers.items()}
+        return tuple(map(Check, budgets, answers[self.router], losses[self.router], losses[greedy]))
+
+    def _indices(self, subnets: list[Subnet]) -> Indices:
+        return to_indices(self.table.search_space, subnets)
+
+    def _explore(self, draw: np.random.Generator) -> list[Subnet]:
+        """New sub-networks near what the router answers now, one round of them."""
+        known, space = set(self.pairs.subnets), self.table.search_space
+        for _ in range(ATTEMPTS):
+            places = (np.arange(ROUND_PAIRS) + draw.random()) / ROUND_PAIRS
+            rows = _near_answers(self.router, places, np.resize(SPREADS, ROUND_PAIRS), draw)
+            new = {to_subnet(space, row): None for row in rows}
+            if found := [subnet for subnet in new if subnet not in known]:
+                return found
+        return []
+
+    def _measure(self, subnets: list[Subnet], advance: Callable[[], None]) -> list[float]:
+        """Losses of sub-networks; those measured before are not measured again."""
+        known = self.pairs.measured()
+        for subnet in subnets:
+            if subnet not in known:
+                known[subnet] = self.meter(subnet)
+                self.pairs.add(subnet, known[subnet])
+                advance()
+        return [known[subnet] for subnet in subnets]
+
+
+def _accurate(error: SurrogateError) -> bool:
+    return error.mean_absolute <= LARGEST_ERROR and error.rank_correlation >= LOWEST_RANK
+
+
+def _inaccurate(error: SurrogateError, pairs: int) -> str:
+    return (
+        f"the surrogate does not predict losses well enough from {pairs} pairs: {error}; at most {LARGEST_ERROR} nats "
+        f"and at least {LOWEST_RANK} are asked for. Measure more sub-networks (--evaluations), on more tokens "
+        "(--tokens), or a narrower range of budgets (--lowest)."
+    )
+
+
+@torch.no_grad()
+def _near_answers(router: StaticRouter, places_B: Floats, spreads_B: Floats, draw: np.random.Generator) -> Indices:
+    """Sub-networks near the router's answers to budgets at places 0 to 1 of its range, [B, S]: utilities with noise."""
+    budgets_B = torch.tensor(router.lowest + (1 - router.lowest) * places_B, dtype=torch.float32)
+    noise_BS = np.exp(spreads_B[:, None] * draw.standard_normal((len(places_B), len(router.costs_SK))))
+    logits_BSK = router(budgets_B)
+    costs = logits_BSK - router.utilities_SK
+    noisy_BSK = router.utilities_SK * torch.tensor(noise_BS, dtype=torch.float32)[..., None] + costs
+    return np.asarray(noisy_BSK.argmax(-1))
+
+
+def optimise(router: StaticRouter, surrogate: Surrogate, *, seed: int, steps: int | None = None) -> None:
+    """Update the router, from where it is, on the surrogate's loss and the distance to the budget.
+
+    Gumbel-softmax, hard in the forward pass; the temperature falls from 1 to 0.05 while logits are scaled from 1 to 10.
+    """
+    steps = steps or STEPS
+    optimizer = torch.optim.Adam(router.parameters(), lr=LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    with one_thread(), torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(seed)
+        for step in range(steps):
+            done = step / steps
+            places_B = (torch.arange(BATCH) + torch.rand(BATCH)) / BATCH
+            budgets_B = router.lowest + (1 - router.lowest) * places_B
+            choices_BSK = F.gumbel_softmax(router(budgets_B) * 10**done, tau=0.05**done, hard=True)
+            missed_B = (router.cost(choices_BSK) - budgets_B).abs()
+            loss = (surrogate(choices_BSK) + COST_WEIGHT * missed_B).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+
+
+def sample_answer(router: Router, place: float, draw: np.random.Generator) -> Subnet:
+    """What a router may answer to the budget at `place`, 0 to 1, of its range: its utilities with noise."""
+    spread = draw.choice(SPREADS[:-1])
+    return to_subnet(router.search_space, _near_answers(router.net, np.array([place]), np.array([spread]), draw)[0])

@@ -1,0 +1,117 @@
+"""From a budget to a sub-network: tables and router of a checkpoint are found, the answer is chosen and explained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from flextron.budget import Budget
+from flextron.costs import CostTable
+from flextron.elastic import ElasticModel
+from flextron.errors import BudgetError
+from flextron.pricing import Ceiling, ceilings, check_possible, format_cost
+from flextron.routers.router import Router, metrics_with_router, route_along
+from flextron.routers.static import StaticRouter
+from flextron.sensitivity import Sensitivity
+from flextron.subnet import Subnet
+from flextron.tables import find_table
+
+GREEDY_LOWEST = 0.2
+"""Where the untrained router's grid of budgets begins; it goes on below, more coarsely."""
+
+
+@dataclass(frozen=True)
+class Routed:
+    """The answer to a budget."""
+
+    subnet: Subnet
+    ceilings: tuple[Ceiling, ...]
+    notes: tuple[str, ...]
+    """What a user should know, such as that the budget is more than the full model needs."""
+    router: Router | None
+    """None where the greedy choice by sensitivities stood in for a trained router."""
+
+    def costs(self) -> list[str]:
+        """What it is predicted to cost, a line for each limit."""
+        return [
+            f"{ceiling.text}: {format_cost(ceiling.table.price(self.subnet), ceiling.table.unit)} predicted, "
+            f"{ceiling.table.price(self.subnet) / ceiling.table.full:.3f}x of the full model's "
+            f"{format_cost(ceiling.table.full, ceiling.table.unit)}; "
+            f"the limit is {format_cost(ceiling.limit, ceiling.table.unit)}"
+            for ceiling in self.ceilings
+        ]
+
+
+def route(
+    model: ElasticModel,
+    budget: Budget | str,
+    folder: str | Path | None = None,
+    *,
+    any_device: bool = False,
+    sensitivity: Sensitivity | None = None,
+    warn: Callable[[str], None] = lambda _: None,
+) -> Routed:
+    """The best sub-network of `model` within a budget such as "12ms", "0.6x" or "ttft=200ms,150MB".
+
+    By the router of the checkpoint, that of the budget's first metric if there are several; without one, by the
+    sensitivities alone (greedy). No limit is exceeded by the tables' prediction.
+
+    Args:
+        folder: the elastic checkpoint with its latency tables and routers; by default where `model` was loaded from.
+        any_device: use a latency table of another device or version if there is no other, and `warn`.
+        sensitivity: to use instead of the folder's, where there is no router.
+
+    Raises:
+        BudgetError: a budget that cannot be read, or that is below the smallest sub-network.
+        CostError: no latency table for it.
+        RouterError: a router that is damaged or of another checkpoint.
+    """
+    folder = model.folder if folder is None else folder
+    budget = Budget.parse(budget) if isinstance(budget, str) else budget
+
+    def latency(metric: str, tokens: int | None) -> CostTable:
+        if folder is None:
+            raise BudgetError(f"a budget of time ({metric}) needs the folder of a checkpoint with a latency table.")
+        return find_table(model, folder, metric, tokens=tokens, foreign=any_device, warn=warn)
+
+    limits = ceilings(model, budget, latency)
+    notes = check_possible(limits)
+    metric = _metric_with_router(budget, folder)
+    if metric is None or folder is None:
+        return Routed(_greedy(model, limits, folder, sensitivity), limits, tuple(notes), None)
+    router = Router.load(folder, metric, model)
+    notes += _clamped(router, limits)
+    return Routed(router.choose(limits), limits, tuple(notes), router)
+
+
+def _metric_with_router(budget: Budget, folder: str | Path | None) -> str | None:
+    """The first metric of the budget for which there is a router, else any, else none."""
+    found = [] if folder is None else metrics_with_router(folder)
+    asked = [limit.metric for limit in budget.limits if limit.metric in found]
+    return next(iter([*asked, *found]), None)
+
+
+def _clamped(router: Router, limits: tuple[Ceiling, ...]) -> list[str]:
+    lowest = router.net.lowest
+    return [
+        f"{limit.text} is {limit.limit / limit.table.full:.2f}x of the full model, below the router's lowest budget "
+        f"({lowest:.2f}x): its lowest answer is narrowed further, greedily."
+        for limit in limits
+        if limit.table.metric == router.about.metric and limit.limit < lowest * limit.table.full
+    ]
+
+
+def _greedy(
+    model: ElasticModel, limits: tuple[Ceiling, ...], folder: str | Path | None, sensitivity: Sensitivity | None
+) -> Subnet:
+    if sensitivity is None:
+        if folder is None or not Sensitivity.is_in(folder):
+            raise BudgetError(
+                f"a budget needs the router or the sensitivities of an elastic checkpoint, and {folder} has neither. "
+                "Make them with `flextron rank MODEL OUT` and `flextron train-router OUT`."
+            )
+        sensitivity = Sensitivity.load(folder)
+    table = limits[0].table
+    lowest = max(GREEDY_LOWEST, 1.05 * table.smallest / table.full)
+    return route_along(StaticRouter.of(sensitivity, table, lowest=min(lowest, 0.99)), model.search_space, limits)

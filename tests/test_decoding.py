@@ -1,0 +1,288 @@
+"""Fast decoding: the logits and the text of transformers, for every model it supports, and nothing else supported."""
+
+import copy
+import itertools
+from functools import cache
+
+import pytest
+import torch
+
+import tiny
+from flextron import decoding
+from flextron.adapters import add_adapters
+from flextron.checkpoint import quiet_transformers
+from flextron.decoding import Decoder, supports
+from flextron.demo import smollm2_path
+from flextron.elastic import ElasticModel
+from flextron.errors import SubnetError
+from flextron.generation import can_stream, generate, stream_tokens
+from flextron.subnet import Subnet
+
+PROMPT, STEPS = 7, 5
+VOCAB = 303  # the tokenizer's 300 and a few: on 2 threads its rows have to be cut into 3 pieces
+
+
+def rope(kind, **settings):
+    settings = {"rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 8, **settings}
+    return {"rope_parameters": {"rope_type": kind, **settings}}
+
+
+FULL_ATTENTION = {
+    "mistral": {"sliding_window": None},
+    "qwen2": {"use_sliding_window": False, "layer_types": ["full_attention"] * tiny.LAYERS},
+}
+SUPPORTED = {
+    "llama": ("llama", {}),
+    "llama, gelu, tied, llama3 rope": (
+        "llama",
+        {
+            "hidden_act": "gelu",
+            "tie_word_embeddings": True,
+            **rope("llama3", low_freq_factor=1.0, high_freq_factor=4.0),
+        },
+    ),
+    "llama, no biases, yarn rope": ("llama", {"attention_bias": False, "mlp_bias": False, **rope("yarn")}),
+    "mistral": ("mistral", FULL_ATTENTION["mistral"]),
+    "qwen2": ("qwen2", FULL_ATTENTION["qwen2"]),
+    "qwen3": ("qwen3", {}),
+}
+
+
+@cache
+def plain(name):
+    model_type, changes = SUPPORTED[name]
+    return tiny.plain_model(model_type, vocab_size=VOCAB, **changes)
+
+
+@pytest.fixture(params=SUPPORTED)
+def model(request):
+    return ElasticModel(copy.deepcopy(plain(request.param)), tiny.tokenizer())
+
+
+@pytest.fixture
+def llama():
+    return ElasticModel(copy.deepcopy(plain("llama")), tiny.tokenizer())
+
+
+def subnets(model):
+    """Full, narrowed, uneven, with skipped sub-layers (the first layer's too), and with nothing but skipped ones."""
+    space = model.search_space
+    skipping = Subnet((0, 40, 6), (3, 0, 1)), Subnet((8, 0, 40), (0, 2, 0))
+    return [space.full, space.uniform(22, 2), tiny.random_subnet(space, seed=3), *skipping, space.smallest]
+
+
+@torch.no_grad()
+def expected_logits(model, subnet, tokens):
+    with model.use(subnet):
+        return tiny.logits_of(model, tokens)[0, PROMPT - 1 :]
+
+
+def decoded_logits(decoder, tokens):
+    """Of the prompt's last token and of each one after, [1 + STEPS, V]."""
+    logits = [decoder.prefill(tokens[:, :PROMPT]).clone()]
+    logits += [decoder.step(token).clone() for token in tokens[0, PROMPT:].tolist()]
+    return torch.stack(logits)
+
+
+def text_tokens():
+    return tiny.token_ids(1, PROMPT + STEPS, vocab=VOCAB)
+
+
+def assert_close(logits, expected):
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4 * max(1.0, expected.abs().max().item()))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_logits_are_those_of_transformers(model, threads):
+    torch.set_num_threads(threads)  # `one_thread` sets it back
+    for subnet in subnets(model):
+        decoder = Decoder(model, subnet, max_tokens=PROMPT + STEPS)
+        assert_close(decoded_logits(decoder, text_tokens()), expected_logits(model, subnet, text_tokens()))
+        assert model.subnet == model.search_space.full
+
+
+def test_a_decoder_takes_a_new_text_and_leaves_the_weights(llama):
+    before = copy.deepcopy(llama.lm.state_dict())
+    decoder = Decoder(llama, llama.search_space.uniform(22, 2), max_tokens=PROMPT + STEPS)
+    first = decoded_logits(decoder, text_tokens())
+    decoded_logits(decoder, text_tokens().flip(1))
+    assert torch.equal(decoded_logits(decoder, text_tokens()), first)
+    assert all(torch.equal(weight, before[name]) for name, weight in llama.lm.state_dict().items())
+
+
+def test_without_a_prompt_it_starts_at_the_first_token(llama):
+    decoder = Decoder(llama, llama.search_space.full, max_tokens=PROMPT)
+    logits = [decoder.step(token).clone() for token in text_tokens()[0, :PROMPT].tolist()]
+    assert_close(torch.stack(logits), tiny.logits_of(llama, text_tokens()[:, :PROMPT])[0])
+
+
+def test_bfloat16_is_as_close_to_float32_as_transformers_is(model):
+    exact = {subnet: expected_logits(model, subnet, text_tokens()) for subnet in subnets(model)}
+    model.lm.to(torch.bfloat16)
+    for subnet, logits in exact.items():
+        decoder = Decoder(model, subnet, max_tokens=PROMPT + STEPS)
+        ours, theirs = decoded_logits(decoder, text_tokens()), expected_logits(model, subnet, text_tokens())
+        assert ours.dtype == torch.bfloat16
+        assert (ours - logits).norm() < 1.5 * (theirs - logits).norm() < 0.1 * logits.norm()
+
+
+def test_greedy_tokens_are_those_of_transformers(model):
+    prompt = text_tokens()[:, :PROMPT]
+    for subnet in subnets(model):
+        with model.use(subnet):
+            expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=9, do_sample=False)
+        tokens = list(stream_tokens(model, subnet, prompt, max_new_tokens=9))
+        assert tokens == expected[0, PROMPT:].tolist()
+        assert generate(model, "The quick", subnet=subnet) == generate(model, "The quick", subnet=subnet, fast=False)
+
+
+@pytest.mark.parametrize("asked", [{}, {"top_k": 3}, {"top_k": 0, "top_p": 0.5}])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampling_follows_the_seed_and_the_generation_config(llama, asked, temperature):
+    llama.lm.generation_config.update(**asked)
+    texts = [
+        generate(llama, "The quick", max_new_tokens=24, temperature=temperature, seed=seed, fast=fast)
+        for seed, fast in ((1, True), (1, True), (1, False), (2, True))
+    ]
+    assert texts[0] == texts[1] == texts[2] != texts[3]
+
+
+def test_sampling_by_a_generator_leaves_the_global_one(llama):
+    state = torch.get_rng_state()
+    drawn = [
+        list(
+            stream_tokens(
+                llama,
+                llama.subnet,
+                text_tokens(),
+                max_new_tokens=12,
+                temperature=1.0,
+                generator=torch.Generator().manual_seed(seed),
+            )
+        )
+        for seed in (1, 1, 2)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_stops_at_the_stop_token_as_transformers_does(llama, capsys):
+    prompt = llama.tokenizer("The quick", return_tensors="pt").input_ids
+    tokens = list(stream_tokens(llama, llama.subnet, prompt, max_new_tokens=12))
+    stop = next(token for place, token in enumerate(tokens) if place > 2 and token not in tokens[:place])
+    first = list(itertools.takewhile(lambda token: token != stop, tokens))
+    assert list(stream_tokens(llama, llama.subnet, prompt, max_new_tokens=12, stop={stop})) == [*first, stop]
+    for eos in (stop, [stop, 1]):
+        llama.lm.generation_config.update(eos_token_id=eos, pad_token_id=0)
+        texts = [generate(llama, "The quick", max_new_tokens=12, stream=True, fast=fast) for fast in (True, False)]
+        assert texts[0] == texts[1] == llama.tokenizer.decode([*first, stop], skip_special_tokens=True)
+        printed = capsys.readouterr().out
+        assert printed == printed[: len(printed) // 2] * 2  # the pieces, too
+
+
+def test_each_token_comes_before_the_next_is_computed(llama, monkeypatch):
+    steps = []
+    step = Decoder.step
+    monkeypatch.setattr(Decoder, "step", lambda self, token: steps.append(token) or step(self, token))
+    stream = stream_tokens(llama, llama.subnet, text_tokens(), max_new_tokens=3)
+    assert [len(steps) for _ in stream] == [0, 1, 2]
+    assert len(steps) == 2  # none after the last
+
+
+def test_errors_name_the_limit_and_the_way_out(llama):
+    full = llama.search_space.full
+    decoder = Decoder(llama, full, max_tokens=PROMPT)
+    decoder.prefill(text_tokens()[:, :PROMPT])
+    with pytest.raises(ValueError, match="8 tokens do not fit into a Decoder made for 7; make it with more max_tokens"):
+        decoder.step(1)
+    with pytest.raises(ValueError, match="12 tokens do not fit"):
+        decoder.prefill(text_tokens())
+    with pytest.raises(ValueError, match="got 2 prompts; a Decoder goes on from one"):
+        decoder.prefill(tiny.token_ids(2, 3))
+    with pytest.raises(ValueError, match="max_new_tokens is 0"):
+        next(stream_tokens(llama, full, text_tokens(), max_new_tokens=0))
+    with pytest.raises(SubnetError, match="for a model of 1 layers"):
+        Decoder(llama, Subnet((8,), (1,)), max_tokens=4)
+    with pytest.raises(ValueError, match="no fast decoding for this GPT2LMHeadModel"):
+        Decoder(ElasticModel(tiny.plain_model("gpt2")), tiny.random_subnet(full, 1), max_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("gpt2", {}),
+        ("gemma2", {}),
+        ("granite", {}),
+        ("smollm3", {}),
+        ("mistral", {}),  # a sliding window
+        ("qwen2", {}),
+        ("llama", rope("dynamic")),
+    ],
+)
+def test_what_it_does_not_support_is_left_to_transformers(model_type, changes, monkeypatch):
+    model = ElasticModel(tiny.plain_model(model_type, vocab_size=VOCAB, **changes), tiny.tokenizer())
+    assert not supports(model)
+    monkeypatch.setattr(decoding, "Decoder", None)
+    subnet = tiny.random_subnet(model.search_space, seed=3)
+    fast, plain = (generate(model, "The quick", subnet=subnet, max_new_tokens=9, fast=fast) for fast in (True, False))
+    assert fast == plain != ""
+
+
+def test_does_not_support_what_is_not_in_the_weights(llama):
+    assert supports(llama)
+    llama.lm.half()
+    assert not supports(llama)
+    llama.lm.float()
+    llama.lm.config.attention_dropout = 0.1
+    assert supports(llama)
+    llama.lm.train()
+    assert not supports(llama)
+    llama.lm.eval()
+    llama.lm.config._attn_implementation = "other"
+    assert not supports(llama)
+    llama.lm.config._attn_implementation = "eager"
+    llama.lm.lm_head.__class__ = type("Quantised", (torch.nn.Linear,), {})
+    assert not supports(llama)
+
+
+def test_does_not_support_adapters(llama):
+    add_adapters(llama, rank=2)
+    assert not supports(llama)
+
+
+def test_a_generation_config_that_asks_for_more_is_left_to_transformers(llama):
+    config = llama.lm.generation_config
+    config.update(repetition_penalty=1.0, num_beams=1, top_k=5, early_stopping=False, eos_token_id=[1])
+    assert can_stream(llama)
+    for asked in ({"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 2}, {"min_new_tokens": 1}, {"min_p": 0.5}):
+        llama.lm.generation_config = copy.deepcopy(config)
+        llama.lm.generation_config.update(**asked)
+        assert not can_stream(llama)
+    llama.lm.generation_config.update(repetition_penalty=1.5)
+    assert supports(llama)
+    texts = [generate(llama, "The quick", max_new_tokens=9, fast=fast) for fast in (True, False)]
+    assert texts[0] == texts[1]
+
+
+def test_pieces_divide_the_rows():
+    pieces = decoding._pieces
+    assert [pieces(96, threads) for threads in (1, 2, 3, 4)] == [1, 2, 3, 4]
+    assert pieces(50257, 2) == 29  # of GPT-2's vocabulary: a few more than the threads
+    assert pieces(101, 2) == 1
+    assert pieces(102, 64) == 51
+    assert pieces(384, 96) == 96
+
+
+@pytest.mark.real
+def test_greedy_text_of_smollm2_is_that_of_transformers():
+    quiet_transformers()
+    model = ElasticModel.from_pretrained(smollm2_path(), dtype=torch.float32)
+    assert can_stream(model)
+    prompt = model.tokenizer("Once upon a time, in a land far away,", return_tensors="pt").input_ids
+    for subnet in (model.search_space.full, model.search_space.uniform(1280, 2)):
+        with model.use(subnet):
+            expected = model.generate(
+                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=32, do_sample=False
+            )
+        tokens = list(stream_tokens(model, subnet, prompt, max_new_tokens=32, stop={2}))
+        assert tokens == expected[0, prompt.shape[1] :].tolist()

@@ -1,0 +1,426 @@
+"""From a budget to a sub-network: arrays, surrogate, nested answers within limits, training, and what is kept."""
+
+import json
+from dataclasses import replace
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from flextron.costs import linear_table
+from flextron.data import TokenBlocks
+from flextron.elastic import ElasticModel
+from flextron.errors import BudgetError, CostError, RouterError, SubnetError
+from flextron.pricing import Ceiling, meets
+from flextron.routers import surrogate, training
+from flextron.routers.choices import allowed, cost_matrix, increase_matrix, prices, to_indices, to_subnet
+from flextron.routers.pairs import LossMeter, Pairs
+from flextron.routers.router import ABOUT, WEIGHTS, Router, metrics_with_router, route_along
+from flextron.routers.static import StaticRouter
+from flextron.routers.surrogate import Surrogate, SurrogateError, cross_validated
+from flextron.routers.training import optimise, train_router
+from flextron.routing import route
+from flextron.sampling import even_sensitivity
+from flextron.subnet import AXES, Subnet
+from flextron.tables import save_table
+
+
+@pytest.fixture
+def sensitivity(llama):
+    """Sub-layers worth more and less, so that widths differ from layer to layer."""
+    even = even_sensitivity(llama)
+    worth = {"neurons": (1.0, 0.4, 2.0), "kv_groups": (0.7, 1.5, 1.0)}
+    biggest = max(max(map(max, rows)) for rows in even.increases.values())
+    increases = {
+        axis: tuple(
+            tuple(increase * factor / biggest for increase in row)
+            for row, factor in zip(even.increases[axis], worth[axis], strict=True)
+        )
+        for axis in AXES
+    }
+    return replace(even, increases=increases)
+
+
+@pytest.fixture
+def table(llama):
+    return linear_table(
+        llama.search_space,
+        metric="tpot",
+        unit="ms",
+        fixed=2.0,
+        per_neuron=[0.05] * llama.search_space.layers,
+        per_kv_group=[0.4] * llama.search_space.layers,
+        conditions={"batch": 1, "context_tokens": 512},
+    )
+
+
+def ceiling(table, share: float) -> Ceiling:
+    return Ceiling(table, share * table.full, f"tpot={share}x")
+
+
+@pytest.fixture(autouse=True)
+def fewer_steps(monkeypatch):
+    """Six sub-layers are learnt sooner than sixty."""
+    monkeypatch.setattr(surrogate, "STEPS", 250)
+    monkeypatch.setattr(training, "STEPS", 150)
+
+
+class SyntheticMeter:
+    """A loss with an interaction that single sensitivities do not show, in place of a model's."""
+
+    def __init__(self, sensitivity, noise: float = 0.0) -> None:
+        self.increases_SK = increase_matrix(sensitivity)
+        self.space = sensitivity.search_space
+        self.noise = np.random.default_rng(0), noise
+        self.measured = 0
+        self.blocks = TokenBlocks(torch.zeros(2, 8, dtype=torch.long), torch.ones(2, 8, dtype=torch.long), "synthetic")
+
+    def __call__(self, subnet: Subnet) -> float:
+        self.measured += 1
+        indices = to_indices(self.space, [subnet])[0]
+        parts = self.increases_SK[np.arange(len(indices)), indices] * np.linspace(0.6, 1.6, len(indices))
+        draw, size = self.noise
+        return float(3 + parts.sum() + 0.2 * parts.sum() ** 2 + size * draw.standard_normal())
+
+
+class TestChoices:
+    def test_indices_and_back(self, llama, sensitivity):
+        space = llama.search_space
+        subnets = [space.full, space.smallest, sensitivity.allocate(0.6)]
+        assert [to_subnet(space, row) for row in to_indices(space, subnets)] == subnets
+        assert to_indices(space, []).shape == (0, 2 * space.layers)
+
+    def test_a_foreign_subnet_is_an_error(self, llama):
+        with pytest.raises(SubnetError, match="layers"):
+            to_indices(llama.search_space, [Subnet((1,), (1,))])
+
+    def test_prices_are_those_of_the_table(self, llama, sensitivity, table):
+        subnets = [sensitivity.allocate(share) for share in (0.3, 0.6, 1)]
+        found = prices(cost_matrix(table), table.fixed, to_indices(llama.search_space, subnets))
+        assert found == pytest.approx([table.price(subnet) for subnet in subnets])
+
+    def test_allowed_are_the_choices_of_each_axis(self, llama):
+        space = llama.search_space
+        layers = space.layers
+        assert allowed(space).sum(1).tolist() == [len(space.neurons)] * layers + [len(space.kv_groups)] * layers
+
+
+class TestSurrogate:
+    def data(self, sensitivity, count=120, seed=0):
+        draw = np.random.default_rng(seed)
+        counts = allowed(sensitivity.search_space).sum(1)
+        indices = (draw.random((count, len(counts))) * counts).astype(np.int64)
+        meter = SyntheticMeter(sensitivity)
+        return indices, np.array([meter(to_subnet(sensitivity.search_space, row)) for row in indices])
+
+    def test_it_learns_what_the_sum_of_sensitivities_misses(self, sensitivity):
+        indices, losses = self.data(sensitivity)
+        unseen, truth = self.data(sensitivity, seed=1)
+        untrained = Surrogate.of(sensitivity).predict(unseen)
+        learnt = SurrogateError.of(Surrogate.of(sensitivity).fit(indices, losses).predict(unseen), truth)
+        plain = np.abs(untrained - untrained.mean() - (truth - truth.mean())).mean()
+        assert learnt.mean_absolute < 0.4 * plain
+        assert learnt.rank_correlation > 0.97
+
+    def test_cross_validation_tells_the_error_on_the_unseen(self, sensitivity):
+        indices, losses = self.data(sensitivity)
+        unseen, truth = self.data(sensitivity, seed=1)
+        told = cross_validated(Surrogate.of(sensitivity), indices, losses)
+        true = SurrogateError.of(Surrogate.of(sensitivity).fit(indices, losses).predict(unseen), truth)
+        assert told.pairs == len(losses)
+        assert told.mean_absolute == pytest.approx(true.mean_absolute, rel=0.6)
+
+    def test_one_hot_and_indices_agree(self, sensitivity):
+        indices, losses = self.data(sensitivity, count=30)
+        learnt = Surrogate.of(sensitivity).fit(indices, losses)
+        with torch.no_grad():
+            choices = F.one_hot(torch.tensor(indices), allowed(sensitivity.search_space).shape[1]).float()
+            assert learnt(choices).double().numpy() == pytest.approx(learnt.predict(indices), rel=1e-5)
+
+    def test_learning_is_the_same_twice_and_leaves_the_generator_alone(self, sensitivity):
+        indices, losses = self.data(sensitivity, count=30)
+        torch.manual_seed(3)
+        first = Surrogate.of(sensitivity).fit(indices, losses).predict(indices)
+        state = torch.get_rng_state()
+        second = Surrogate.of(sensitivity)
+        torch.set_rng_state(state)
+        assert (second.fit(indices, losses).predict(indices) == first).all()
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+class TestAnswers:
+    """The router's promises hold before training and after it, for any budget."""
+
+    @pytest.fixture(params=["untrained", "trained"])
+    def net(self, request, sensitivity, table):
+        net = StaticRouter.of(sensitivity, table, lowest=0.4)
+        if request.param == "trained":
+            indices, losses = TestSurrogate().data(sensitivity, count=60)
+            optimise(net, Surrogate.of(sensitivity).fit(indices, losses), seed=0, steps=60)
+        return net
+
+    def test_no_answer_exceeds_its_budget_and_none_shrinks_as_it_grows(self, llama, net, table):
+        before = llama.search_space.smallest
+        for share in np.linspace(table.smallest / table.full, 1, 50):
+            limit = ceiling(table, float(share))
+            subnet = route_along(net, llama.search_space, [limit])
+            assert meets([limit], subnet)
+            assert all(
+                now >= then
+                for axis in AXES
+                for now, then in zip(getattr(subnet, axis), getattr(before, axis), strict=True)
+            )
+            before = subnet
+        assert before == llama.search_space.full
+
+    def test_the_budget_is_used_up_to_a_step(self, llama, net, table):
+        space = llama.search_space
+        steps = np.diff(cost_matrix(table), axis=1).max()
+        for share in np.linspace(0.45, 0.95, 11):
+            subnet = route_along(net, space, [ceiling(table, float(share))])
+            assert table.price(subnet) > share * table.full - steps
+
+    def test_all_limits_are_kept(self, llama, net, table):
+        groups = linear_table(
+            llama.search_space,
+            metric="kv",
+            unit="bytes",
+            fixed=0,
+            per_neuron=[0] * 3,
+            per_kv_group=[10] * 3,
+            conditions={},
+        )
+        both = [ceiling(table, 0.9), Ceiling(groups, 0.5 * groups.full, "kv=0.5x")]
+        subnet = route_along(net, llama.search_space, both)
+        assert meets(both, subnet)
+        assert groups.price(subnet) == pytest.approx(0.5 * groups.full, abs=10)
+
+    def test_untrained_it_is_about_the_greedy_choice(self, llama, sensitivity, table):
+        net = StaticRouter.of(sensitivity, table, lowest=0.4)
+        increases = increase_matrix(sensitivity)
+
+        def total(subnet):
+            return increases[np.arange(len(increases)), to_indices(llama.search_space, [subnet])[0]].sum()
+
+        for share in (0.5, 0.7, 0.9):
+            routed = route_along(net, llama.search_space, [ceiling(table, share)])
+            even = next(
+                llama.search_space.uniform(width)
+                for width in reversed(llama.search_space.neurons)
+                if table.price(llama.search_space.uniform(width)) <= share * table.full
+            )
+            assert total(routed) < total(even)
+
+
+class TestPairs:
+    ABOUT: ClassVar = {"fingerprint": "f00d", "tokens": 7}
+
+    def test_they_come_back_and_a_cut_line_is_left_out(self, tmp_path, llama):
+        pairs = Pairs(tmp_path / "routers" / "pairs.jsonl", self.ABOUT)
+        pairs.add(llama.search_space.full, 3.0)
+        pairs.add(llama.search_space.smallest, 9.5)
+        with pairs.file.open("a") as file:
+            file.write('{"neurons": [1, 2')
+        again = Pairs(pairs.file, self.ABOUT)
+        assert (again.subnets, again.losses) == (pairs.subnets, [3.0, 9.5])
+        again.add(llama.search_space.full, 3.1)
+        assert len(Pairs(pairs.file, self.ABOUT)) == 3
+
+    def test_those_of_another_checkpoint_are_an_error(self, tmp_path):
+        Pairs(tmp_path / "pairs.jsonl", self.ABOUT)
+        with pytest.raises(RouterError, match=r"pairs of another fingerprint.*Delete it"):
+            Pairs(tmp_path / "pairs.jsonl", {**self.ABOUT, "fingerprint": "beef"})
+
+    def test_a_file_that_is_no_pairs_is_an_error(self, tmp_path):
+        (tmp_path / "pairs.jsonl").write_text("hello\n")
+        with pytest.raises(RouterError, match=r"cannot read the measured pairs in .*pairs\.jsonl"):
+            Pairs(tmp_path / "pairs.jsonl", self.ABOUT)
+
+    def test_the_meter_is_the_mixed_loss(self, llama, sensitivity):
+        tokens = torch.randint(0, 90, (6, 16), generator=torch.Generator().manual_seed(0))
+        meter = LossMeter(llama, TokenBlocks(tokens, torch.ones_like(tokens), "random"))
+        subnet = sensitivity.allocate(0.5)
+        with torch.no_grad():
+            full = llama(tokens).logits[:, :-1].softmax(-1)
+            with llama.use(subnet):
+                logs = llama(tokens).logits[:, :-1].log_softmax(-1)
+        to_text = -logs.gather(2, tokens[:, 1:, None]).mean()
+        to_full = -(logs * full).sum(-1).mean()
+        assert meter(subnet) == pytest.approx(((to_text + to_full) / 2).item(), rel=1e-4)
+        assert meter.measured == 1
+
+
+class TestTraining:
+    EVALUATIONS = training.LEAST_EVALUATIONS
+
+    @pytest.fixture
+    def pairs(self, tmp_path):
+        return Pairs(tmp_path / "pairs.jsonl", {})
+
+    def test_the_router_beats_the_greedy_choice_where_sensitivities_mislead(self, sensitivity, table, pairs):
+        meter = SyntheticMeter(sensitivity)
+        router = train_router(sensitivity, table, meter, pairs, evaluations=self.EVALUATIONS)
+        assert meter.measured <= self.EVALUATIONS
+        assert router.about.error.rank_correlation > 0.95
+        gains = [check.greedy_loss - check.loss for check in router.about.checks]
+        assert len(gains) == training.CHECKED_BUDGETS
+        assert np.mean(gains) >= 0
+        for check in router.about.checks:
+            assert table.price(check.subnet) <= check.budget * table.full * (1 + 1e-9)
+
+    def test_interrupted_it_measures_only_what_is_missing(self, sensitivity, table, pairs):
+        meter = SyntheticMeter(sensitivity)
+
+        def cut_short(subnet):
+            if meter.measured == 120:
+                raise KeyboardInterrupt
+            return meter(subnet)
+
+        cut_short.blocks = meter.blocks
+        with pytest.raises(KeyboardInterrupt):
+            train_router(sensitivity, table, cut_short, pairs, evaluations=self.EVALUATIONS)
+        assert len(pairs) == 120
+        again = SyntheticMeter(sensitivity)
+        train_router(sensitivity, table, again, Pairs(pairs.file, {}), evaluations=self.EVALUATIONS)
+        assert again.measured <= self.EVALUATIONS - 120 + training.ROUND_PAIRS
+
+    def test_a_surrogate_that_cannot_learn_is_refused(self, sensitivity, table, pairs):
+        with pytest.raises(RouterError, match=r"does not predict losses well enough.*--evaluations"):
+            train_router(
+                sensitivity, table, SyntheticMeter(sensitivity, noise=1.0), pairs, evaluations=self.EVALUATIONS
+            )
+        assert len(pairs) >= self.EVALUATIONS - 2 * training.CHECKED_BUDGETS
+
+    def test_too_few_evaluations_and_a_lowest_budget_above_the_full_model(self, sensitivity, table, pairs):
+        meter = SyntheticMeter(sensitivity)
+        with pytest.raises(ValueError, match=f"evaluations is 10; a router needs at least {self.EVALUATIONS}"):
+            train_router(sensitivity, table, meter, pairs, evaluations=10)
+        with pytest.raises(ValueError, match=r"lowest is 1\.5; it must be below 1"):
+            train_router(sensitivity, table, meter, pairs, lowest=1.5)
+
+
+@pytest.fixture
+def folder(tmp_path, llama, sensitivity, table):
+    """An elastic checkpoint with sensitivities and a table that names no device."""
+    llama.ranking = None
+    llama.save_pretrained(tmp_path / "elastic")
+    sensitivity.save(tmp_path / "elastic")
+    save_table(tmp_path / "elastic", table)
+    return tmp_path / "elastic"
+
+
+@pytest.fixture
+def trained(folder, sensitivity, table):
+    """The same with a router."""
+    meter = SyntheticMeter(sensitivity)
+    pairs = Pairs(folder / "routers" / "pairs.jsonl", {})
+    router = train_router(sensitivity, table, meter, pairs, evaluations=TestTraining.EVALUATIONS)
+    router.save(folder, ElasticModel.from_pretrained(folder))
+    return router
+
+
+class TestFolder:
+    def test_saved_and_loaded_it_answers_the_same(self, folder, trained, table):
+        model = ElasticModel.from_pretrained(folder)
+        again = Router.load(folder, "tpot", model)
+        assert again.about == trained.about
+        for share in (0.45, 0.6, 0.83):
+            subnet = trained.choose([ceiling(table, share)])
+            assert again.choose([ceiling(table, share)]) == subnet
+            assert again.predicted_loss(subnet) == trained.predicted_loss(subnet)
+        assert metrics_with_router(folder) == ["tpot"]
+        assert sorted(file.name for file in (folder / "routers" / "tpot").iterdir()) == [ABOUT, WEIGHTS]
+
+    def test_it_is_replaced_as_a_whole(self, folder, trained):
+        trained.save(folder, ElasticModel.from_pretrained(folder))
+        assert metrics_with_router(folder) == ["tpot"]
+
+    def test_it_serves_any_type_of_the_same_weights(self, folder, trained):
+        del trained
+        assert Router.load(folder, "tpot", ElasticModel.from_pretrained(folder, dtype="bfloat16"))
+
+    def test_that_of_another_checkpoint_is_refused(self, folder, trained):
+        del trained
+        other = ElasticModel.from_pretrained(folder)
+        with torch.no_grad():
+            other.layers[0].mlp.closes.weight.neg_()
+        with pytest.raises(RouterError, match=r"trained for another checkpoint.*train-router"):
+            Router.load(folder, "tpot", other)
+
+    @pytest.mark.parametrize("damage", ["about", "weights", "version", "keys"])
+    def test_a_damaged_one_is_an_error(self, folder, trained, damage):
+        del trained
+        source = folder / "routers" / "tpot"
+        about = json.loads((source / ABOUT).read_text())
+        if damage == "about":
+            (source / ABOUT).write_text("{")
+        elif damage == "weights":
+            (source / WEIGHTS).write_bytes(b"1234")
+        else:
+            about |= {"version": 99} if damage == "version" else {}
+            about.pop("checks" if damage == "keys" else "text")
+            (source / ABOUT).write_text(json.dumps(about))
+        with pytest.raises(RouterError, match=r"tpot.*train-router"):
+            Router.load(folder, "tpot", ElasticModel.from_pretrained(folder))
+
+    def test_a_missing_one_is_an_error(self, folder):
+        with pytest.raises(RouterError, match=r"no router for ttft. Train one"):
+            Router.load(folder, "ttft", ElasticModel.from_pretrained(folder))
+
+
+class TestRoute:
+    def test_without_a_router_it_is_the_greedy_choice(self, folder, sensitivity, table):
+        model = ElasticModel.from_pretrained(folder)
+        routed = route(model, "0.6x")
+        assert routed.router is None
+        assert routed.subnet == route_along(
+            StaticRouter.of(sensitivity, table, lowest=max(0.2, 1.05 * table.smallest / table.full)),
+            model.search_space,
+            [ceiling(table, 0.6)],
+        )
+        assert "predicted" in routed.costs()[0]
+
+    def test_with_a_router_any_budget_goes_through_it(self, folder, trained):
+        model = ElasticModel.from_pretrained(folder)
+        for budget in ("0.6x", "5ms", "parameters=0.9x", "0.8x,kv=0.5x"):
+            routed = route(model, budget)
+            assert routed.router is not None
+            assert meets(routed.ceilings, routed.subnet), budget
+        assert route(model, "0.6x").subnet == trained.choose(route(model, "0.6x").ceilings)
+
+    def test_use_takes_a_budget(self, folder):
+        model = ElasticModel.from_pretrained(folder)
+        with model.use(budget="0.6x"):
+            assert model.subnet == route(model, "0.6x").subnet
+        assert model.subnet == model.search_space.full
+        with pytest.raises(ValueError, match="a sub-network or a budget"), model.use():
+            pass
+        with pytest.raises(ValueError, match="a sub-network or a budget"), model.use(model.subnet, budget="1ms"):
+            pass
+
+    def test_notes_of_a_budget_outside_the_range(self, folder, trained):
+        del trained
+        model = ElasticModel.from_pretrained(folder)
+        above = route(model, "1000ms")
+        assert above.subnet == model.search_space.full
+        assert "full model" in above.notes[0]
+        below = route(model, "0.4x")
+        assert "below the router's lowest budget (0.45x)" in below.notes[0]
+        assert meets(below.ceilings, below.subnet)
+
+    def test_impossible_budgets_and_missing_tables(self, folder, llama):
+        model = ElasticModel.from_pretrained(folder)
+        with pytest.raises(BudgetError, match="below the smallest"):
+            route(model, "0.01ms")
+        with pytest.raises(CostError, match=r"no latency table of prefill.*measure-latency"):
+            route(model, "ttft=100ms")
+        with pytest.raises(BudgetError, match="needs the folder"):
+            route(llama, "0.6x")
+        with pytest.raises(BudgetError, match="needs the router or the sensitivities"):
+            route(llama, "parameters=0.9x")
+
+    def test_contradictory_limits_name_the_impossible_one(self, folder):
+        with pytest.raises(BudgetError, match="parameters"):
+            route(ElasticModel.from_pretrained(folder), "0.9x,1k")

@@ -75,8 +75,12 @@ class Settings:
     """Sub-networks that the router measures; each search shares as many among all budgets."""
     timed_tokens: int = 512
     """Tokens of the prompt or context, where a latency table is measured."""
+    curve: int = 0
+    """Budgets over the router's range at which the order of its answers' losses and predicted times is checked."""
     rounds: int = 3
-    """Interleaved timings of each chosen sub-network."""
+    """Interleaved timings of each chosen sub-network; 0 leaves them to a later run, which takes up the rest."""
+    any_device: bool = False
+    """Use a latency table of another device or thread count, such as with one thread while losses are measured."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights."""
     device: str = "cpu"
@@ -125,7 +129,8 @@ def main(settings: Settings) -> None:
     model = ElasticModel.from_pretrained(settings.model, dtype=getattr(torch, settings.dtype), device=settings.device)
     table = _table(model, settings)
     print(f"{describe(table)}\n")
-    belongs_to = {**asdict(replace(settings, out=None, picture=None)), "model": model.fingerprint()}
+    same = replace(settings, out=None, picture=None, rounds=0, curve=0, any_device=False)
+    belongs_to = {**asdict(same), "model": model.fingerprint()}
     partial_file = None if settings.out is None else settings.out.with_suffix(".partial.json")
     kept = Kept(partial_file, {**belongs_to, "full_ms": table.full})
     chosen = _choose(model, table, settings, kept)
@@ -134,6 +139,13 @@ def main(settings: Settings) -> None:
         for text in settings.texts
     }
     losses = {text: _all_losses(model, chosen, text, settings, kept) for text in settings.texts}
+    if settings.curve:
+        _check_order(model, table, settings, kept)
+    if not settings.rounds:
+        for text in settings.texts:
+            _print_losses(text, losses[text], full[text][0], settings)
+            _print_differences(text, losses[text], settings)
+        return
     times = kept.once("times", lambda: _times(model, table, chosen, settings))
     conditions = _conditions(model, table, settings, kept)
     for text in settings.texts:
@@ -152,7 +164,9 @@ def main(settings: Settings) -> None:
 def _table(model: ElasticModel, settings: Settings) -> CostTable:
     """Beside the checkpoint, or measured now."""
     try:
-        return find_table(model, settings.model, PHASES[settings.phase], tokens=settings.timed_tokens)
+        return find_table(
+            model, settings.model, PHASES[settings.phase], tokens=settings.timed_tokens, foreign=settings.any_device
+        )
     except CostError as error:
         print(f"measuring a latency table: {error}", flush=True)
     table = measure_latency(model, phase=settings.phase, tokens=settings.timed_tokens, seed=settings.seed, show=True)
@@ -205,6 +219,7 @@ def _router(model: ElasticModel, table: CostTable, settings: Settings, kept: Kep
         tokens=settings.measure_tokens,
         text=settings.measure_on,
         seed=settings.seed,
+        any_device=settings.any_device,
         show=True,
     )
     seconds = kept.once("router training", lambda: time.perf_counter() - start)
@@ -287,6 +302,24 @@ def _times(model: ElasticModel, table: CostTable, chosen: Chosen, settings: Sett
     )
     ms = {subnet.to_json(): milliseconds for subnet, milliseconds in zip(distinct, timing.milliseconds, strict=True)}
     return {"ms": ms, "full_ms": timing.full_ms, "noise": timing.noise}
+
+
+def _check_order(model: ElasticModel, table: CostTable, settings: Settings, kept: Kept) -> None:
+    """Print whether losses fall and predicted times rise from budget to budget."""
+    router = Router.load(settings.model, table.metric, model)
+    budgets = [float(budget) for budget in np.linspace(router.net.lowest, 1, settings.curve)]
+    start = time.perf_counter()
+    subnets = [_routed(router, table, budget * table.full) for budget in budgets]
+    choosing_ms = 1000 * (time.perf_counter() - start) / len(budgets)
+    one_block_in_two = replace(settings, tokens=settings.tokens // 2)
+    found = _losses(model, subnets, settings.texts[0], one_block_in_two, kept, f"curve of {settings.curve}")
+    steps = -np.diff([evaluation["nats_per_token"] for evaluation in found])
+    prices = np.diff([table.price(subnet) for subnet in subnets])
+    print(
+        f"\n{settings.curve} budgets from {budgets[0]:.2f}x to 1x, {one_block_in_two.tokens} tokens of "
+        f"{settings.texts[0]}: the loss rises {(steps < 0).sum()} times, by {max(0, -steps.min()):.4f} nats at most; "
+        f"the predicted time falls {(prices < 0).sum()} times; choosing takes {choosing_ms:.1f} ms each"
+    )
 
 
 def _ms(times: dict[str, Any], subnet: Subnet) -> float:

@@ -9,15 +9,22 @@ from flextron import demo
 from flextron.config import QuickstartConfig
 from flextron.elastic import ElasticModel
 from flextron.errors import FlextronError
+from flextron.routers import surrogate, training
 from flextron.subnet import Subnet
 
 
 @pytest.fixture(scope="module")
 def config(checkpoint, tmp_path_factory):
     """Settings of a run that has ended."""
-    config = QuickstartConfig(out=tmp_path_factory.mktemp("run") / "out", model=str(checkpoint), tokens=2048)
-    demo.quickstart(config)
-    return config
+    config = QuickstartConfig(out=tmp_path_factory.mktemp("run") / "out", model=str(checkpoint), tokens=4096)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "PROMPT_TOKENS", 48)  # a tiny model has 64 positions
+        patch.setattr(training, "LARGEST_ERROR", 10)  # and losses that hardly depend on its widths
+        patch.setattr(training, "LOWEST_RANK", -1)
+        patch.setattr(training, "STEPS", 20)
+        patch.setattr(surrogate, "STEPS", 20)
+        demo.quickstart(config)
+        yield config
 
 
 def files(folder):
@@ -26,16 +33,17 @@ def files(folder):
 
 def test_writes_a_report_with_pictures_and_every_sub_network(config):
     report = (config.out / "report.md").read_text()
-    assert "![loss against cost](loss.png)" in report
+    assert "![loss against time](loss.png)" in report
     assert "![widths of each layer](widths.png)" in report
     assert all((config.out / name).read_bytes().startswith(b"\x89PNG") for name in ("loss.png", "widths.png"))
     rows = json.loads((config.out / "results.json").read_text())["rows"]
-    assert [row["method"] for row in rows] == ["greedy"] * 6 + ["equal widths"] * 5
-    for row, share in zip(rows, [*demo.SHARES, *demo.SHARES[1:]], strict=True):
-        assert row["share"] <= share
+    assert [row["method"] for row in rows] == ["full"] + ["greedy"] * 5 + ["equal widths"] * 5 + ["router"] * 5
+    for row, budget in zip(rows, [1, *demo.BUDGETS * 3], strict=True):
+        assert row["predicted_ms"] <= budget * rows[0]["predicted_ms"] * (1 + 1e-9)
         assert row["prefill_ms"] > 0
         assert row["tokens"] == 1022
         assert f"{row['nats_per_token']:.3f}" in report
+        assert ("completion" in row) == (row["method"] in ("full", "router"))
     model = ElasticModel.from_pretrained(config.out / "elastic")
     model.search_space.check(Subnet(**rows[5]["subnet"]))
 
@@ -58,7 +66,7 @@ def test_what_is_missing_is_made_again(config):
 
 
 def test_other_settings_in_the_same_folder_are_refused(config):
-    other = QuickstartConfig(out=config.out, model=config.model, tokens=4096)
+    other = QuickstartConfig(out=config.out, model=config.model, tokens=8192)
     with pytest.raises(FlextronError, match=r"other settings.*--fresh"):
         demo.quickstart(other)
 
@@ -78,7 +86,8 @@ def test_the_real_one_takes_less_than_ten_minutes(tmp_path):
     demo.quickstart(QuickstartConfig(out=tmp_path / "out"))
     assert time.monotonic() - start < 10 * 60
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
-    greedy, equal = rows[5], rows[10]
-    assert all(row["nats_per_token"] < row["before_training"] for row in rows)
-    assert rows[0]["nats_per_token"] < greedy["nats_per_token"] < equal["nats_per_token"]
-    assert greedy["prefill_ms"] < rows[0]["prefill_ms"]
+    full, greedy, equal, routed = rows[0], rows[5], rows[10], rows[15]
+    assert all(row["nats_per_token"] < row["before_training"] for row in rows[:11])
+    assert full["nats_per_token"] < routed["nats_per_token"] < equal["nats_per_token"]
+    assert routed["nats_per_token"] < greedy["nats_per_token"] + 0.05
+    assert routed["prefill_ms"] < 0.6 * full["prefill_ms"]

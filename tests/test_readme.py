@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from flextron import cli
+from flextron.routers import surrogate, training
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf8")
 
@@ -11,18 +12,24 @@ README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf8")
 def test_commands_and_code(checkpoint, tmp_path, monkeypatch, capsys):
     """With a tiny checkpoint where the README has the real one."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(training, "LARGEST_ERROR", 10)  # losses of a random model hardly depend on its widths
+    monkeypatch.setattr(training, "LOWEST_RANK", -1)
+    monkeypatch.setattr(training, "STEPS", 20)
+    monkeypatch.setattr(surrogate, "STEPS", 20)
     commands = re.findall(r"^flextron (.*)$", README, flags=re.MULTILINE)
-    assert [command.split()[0] for command in commands] == ["rank", "train", "evaluate", "generate", "export"]
+    verbs = ["rank", "train", "measure-latency", "train-router", "route", "evaluate", "generate", "export"]
+    assert [command.split()[0] for command in commands] == verbs
     for command in commands:
         words = re.sub(r"\s+#.*", "", command).replace("neurons=768", "neurons=20")
         words = words.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(checkpoint))
         arguments = [a or b for a, b in re.findall(r'"([^"]*)"|(\S+)', words)]
         sizes = {"rank": ["--tokens", "512", "--sensitivity-tokens", "256"], "evaluate": ["--tokens", "512"]}
+        sizes |= {"measure-latency": ["--tokens", "32"], "train-router": ["--evaluations", "160", "--tokens", "512"]}
         sizes["train"] = ["--tokens", "1024", "--block-tokens", "64", "--evaluate-tokens", "256"]
         assert cli.main([*arguments, *sizes.get(arguments[0], [])]) == 0, command
     (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    exec(code.replace("out/smollm2-60", "out/smollm2-60-again"), {})  # noqa: S102
-    assert (tmp_path / "out/smollm2-60-again/config.json").exists()
+    exec(code.replace("out/smollm2-fast", "out/smollm2-again"), {})  # noqa: S102
+    assert (tmp_path / "out/smollm2-again/config.json").exists()
     assert capsys.readouterr().out
 
 

@@ -1,6 +1,7 @@
 """From a budget to a sub-network: arrays, surrogate, nested answers within limits, training, and what is kept."""
 
 import json
+import shutil
 from dataclasses import replace
 from typing import ClassVar
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from flextron.config import TextOptions, TrainConfig, VisitOptions, WatchOptions
 from flextron.costs import linear_table
 from flextron.data import TokenBlocks
 from flextron.elastic import ElasticModel
@@ -25,17 +27,28 @@ from flextron.routing import route
 from flextron.sampling import even_sensitivity
 from flextron.subnet import AXES, Subnet
 from flextron.tables import save_table
+from flextron.training import train
+
+
+def in_nats(even):
+    """Even sensitivities, which are in weights, with increases of at most 1."""
+    biggest = max(max(map(max, rows)) for rows in even.increases.values())
+    return replace(
+        even,
+        increases={
+            axis: tuple(tuple(x / biggest for x in row) for row in rows) for axis, rows in even.increases.items()
+        },
+    )
 
 
 @pytest.fixture
 def sensitivity(llama):
     """Sub-layers worth more and less, so that widths differ from layer to layer."""
-    even = even_sensitivity(llama)
+    even = in_nats(even_sensitivity(llama))
     worth = {"neurons": (1.0, 0.4, 2.0), "kv_groups": (0.7, 1.5, 1.0)}
-    biggest = max(max(map(max, rows)) for rows in even.increases.values())
     increases = {
         axis: tuple(
-            tuple(increase * factor / biggest for increase in row)
+            tuple(increase * factor for increase in row)
             for row, factor in zip(even.increases[axis], worth[axis], strict=True)
         )
         for axis in AXES
@@ -304,21 +317,28 @@ class TestTraining:
 @pytest.fixture
 def folder(tmp_path, llama, sensitivity, table):
     """An elastic checkpoint with sensitivities and a table that names no device."""
-    llama.ranking = None
     llama.save_pretrained(tmp_path / "elastic")
     sensitivity.save(tmp_path / "elastic")
     save_table(tmp_path / "elastic", table)
     return tmp_path / "elastic"
 
 
+@pytest.fixture(scope="module")
+def routers():
+    """What training has given, once for all tests that only read it."""
+    return {}
+
+
 @pytest.fixture
-def trained(folder, sensitivity, table):
-    """The same with a router."""
-    meter = SyntheticMeter(sensitivity)
-    pairs = Pairs(folder / "routers" / "pairs.jsonl", {})
-    router = train_router(sensitivity, table, meter, pairs, evaluations=TestTraining.EVALUATIONS)
-    router.save(folder, ElasticModel.from_pretrained(folder))
-    return router
+def trained(folder, sensitivity, table, routers):
+    """The router of the folder, which lies there."""
+    if not routers:
+        pairs = Pairs(folder / "routers" / "pairs.jsonl", {})
+        routers["tpot"] = train_router(
+            sensitivity, table, SyntheticMeter(sensitivity), pairs, evaluations=training.LEAST_EVALUATIONS
+        )
+    routers["tpot"].save(folder, ElasticModel.from_pretrained(folder))
+    return routers["tpot"]
 
 
 class TestFolder:
@@ -424,3 +444,65 @@ class TestRoute:
     def test_contradictory_limits_name_the_impossible_one(self, folder):
         with pytest.raises(BudgetError, match="parameters"):
             route(ElasticModel.from_pretrained(folder), "0.9x,1k")
+
+
+class TestTogether:
+    """Weights and router in turn: the last stage of the method."""
+
+    @pytest.fixture
+    def ranked(self, checkpoint, tmp_path):
+        folder = tmp_path / "elastic"
+        shutil.copytree(checkpoint, folder)
+        model = ElasticModel.from_pretrained(folder)
+        sensitivity = in_nats(even_sensitivity(model))
+        sensitivity.save(folder)
+        space = model.search_space
+        table = linear_table(
+            space,
+            metric="tpot",
+            unit="ms",
+            fixed=2.0,
+            per_neuron=[0.05] * space.layers,
+            per_kv_group=[0.4] * space.layers,
+            conditions={},
+        )
+        save_table(folder, table)
+        meter = SyntheticMeter(sensitivity)
+        blocks = torch.zeros(2, 256, dtype=torch.long)
+        meter.blocks = TokenBlocks(blocks, torch.ones_like(blocks), "sample/train")
+        router = train_router(sensitivity, table, meter, Pairs(tmp_path / "p.jsonl", {}), evaluations=160)
+        router.save(folder, model)
+        return folder
+
+    def test_the_router_is_trained_on_for_the_new_weights(self, ranked, tmp_path, monkeypatch):
+        monkeypatch.setattr(training, "LARGEST_ERROR", 10)  # losses of a random model hardly depend on its widths
+        monkeypatch.setattr(training, "LOWEST_RANK", -1)
+        out = tmp_path / "trained"
+        config = TrainConfig(
+            str(ranked),
+            out,
+            text=TextOptions(tokens=512, block_tokens=64),
+            visit=VisitOptions(router="tpot", visits=(1, 0, 0, 3)),
+            watch=WatchOptions(evaluate_tokens=0),
+        )
+        train(config)
+        model = ElasticModel.from_pretrained(out)
+        assert model.fingerprint() != ElasticModel.from_pretrained(ranked).fingerprint()
+        router = Router.load(out, "tpot", model)
+        assert router.about.text == "sample/train"
+        assert route(model, "0.6x").router is not None
+        visits = [
+            visit
+            for line in (out / "metrics.jsonl").read_text().splitlines()
+            for visit in json.loads(line).get("visits", [])
+        ]
+        assert {visit["kind"] for visit in visits} == {"full", "random"}
+        saved = (out / "routers" / "tpot" / WEIGHTS).read_bytes()
+        train(config)  # done already
+        assert (out / "routers" / "tpot" / WEIGHTS).read_bytes() == saved
+
+    def test_a_router_that_is_not_there_is_an_error(self, ranked, tmp_path):
+        config = TrainConfig(str(ranked), tmp_path / "trained", visit=VisitOptions(router="ttft"))
+        with pytest.raises(RouterError, match="no router for ttft"):
+            train(config)
+        assert not (tmp_path / "trained").exists()

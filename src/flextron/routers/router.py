@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from flextron.elastic import ElasticModel
 from flextron.errors import RouterError
 from flextron.pricing import Ceiling
 from flextron.routers.answering import answer
-from flextron.routers.choices import to_indices
+from flextron.routers.choices import Floats, Indices, to_indices
 from flextron.routers.static import StaticRouter
 from flextron.routers.surrogate import Surrogate, SurrogateError
 from flextron.subnet import SearchSpace, Subnet
@@ -72,7 +73,11 @@ class Router:
 
     def choose(self, ceilings: Sequence[Ceiling]) -> Subnet:
         """The best sub-network that keeps all limits, which `pricing.check_possible` has passed."""
-        return route_along(self.net, self.search_space, ceilings)
+        return answer(self.search_space, *self._path_and_utilities, ceilings)
+
+    @cached_property
+    def _path_and_utilities(self) -> tuple[Indices, Floats]:
+        return path_and_utilities(self.net)
 
     def predicted_loss(self, subnet: Subnet) -> float:
         """What the surrogate expects, in nats per token of the text that it learnt from."""
@@ -138,6 +143,10 @@ def metrics_with_router(folder: str | Path) -> list[str]:
 
 def route_along(net: StaticRouter, space: SearchSpace, ceilings: Sequence[Ceiling]) -> Subnet:
     """The answer of a router, trained or not, to limits."""
-    with torch.no_grad():
-        utilities_SK = np.asarray(net.utilities_SK.double())
-    return answer(space, net.path(), utilities_SK, ceilings)
+    return answer(space, *path_and_utilities(net), ceilings)
+
+
+@torch.no_grad()
+def path_and_utilities(net: StaticRouter) -> tuple[Indices, Floats]:
+    """What the answers of a router are found by: its nested sub-networks [N, S], and utilities [S, K]."""
+    return net.path(), np.asarray(net.utilities_SK.double())

@@ -61,7 +61,9 @@ def train_router(
     seed: int = 0,
     show: bool = False,
 ) -> Router:
-    """A router for one cost table, from at most `evaluations` measured sub-networks; pairs that are there count.
+    """A router for one cost table, from `evaluations` measured sub-networks at most; pairs that are there count.
+
+    At least one round of new pairs is measured all the same: the error is told on what the surrogate has not seen.
 
     Args:
         meter: measures the loss of a sub-network.
@@ -118,18 +120,22 @@ class _Run:
     def learn(self, pairs: int, advance: Callable[[], None]) -> SurrogateError:
         """Measure, fit and optimise in turn until there are so many pairs; the error on the last new ones."""
         draw = np.random.default_rng([self.seed, len(self.pairs)])
-        error: SurrogateError | None = None
-        while len(self.pairs) < pairs or error is None:
+        predicted: list[float] = []
+        while len(self.pairs) < pairs or not predicted:
             fitted = len(self.pairs) >= FIRST_PAIRS
             if fitted and _accurate(self.fit()):
                 optimise(self.router, self.surrogate, seed=self.seed + len(self.pairs))
-            explored = self._explore(draw)
+            missing = pairs - len(self.pairs)
+            explored = self._explore(draw)[: missing if missing > 0 else ROUND_PAIRS]
             if not explored:  # a small space, of which all that the router may answer is measured
                 break
-            measured = self._measure(explored, advance)
+            self._measure(explored, advance)
             if fitted:
-                error = SurrogateError.of(self.surrogate.predict(self._indices(explored)), np.array(measured))
-        return error or self.fit()
+                predicted += self.surrogate.predict(self._indices(explored)).tolist()
+        last = min(len(predicted), ROUND_PAIRS)
+        return (
+            SurrogateError.of(np.array(predicted[-last:]), np.array(self.pairs.losses[-last:])) if last else self.fit()
+        )
 
     def fit(self) -> SurrogateError:
         """Fit the surrogate to all pairs; its error on pairs left out of the fit."""
@@ -162,7 +168,7 @@ class _Run:
             rows = _near_answers(self.router, places, np.resize(SPREADS, ROUND_PAIRS), draw)
             new = {to_subnet(space, row): None for row in rows}
             if found := [subnet for subnet in new if subnet not in known]:
-                return found
+                return [found[place] for place in draw.permutation(len(found))]
         return []
 
     def _measure(self, subnets: list[Subnet], advance: Callable[[], None]) -> list[float]:

@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -69,6 +70,17 @@ def test_other_settings_in_the_same_folder_are_refused(config):
     other = QuickstartConfig(out=config.out, model=config.model, tokens=8192)
     with pytest.raises(FlextronError, match=r"other settings.*--fresh"):
         demo.quickstart(other)
+
+
+def test_a_quickstart_of_an_older_version_is_refused_or_replaced(config, tmp_path):
+    settings = {**json.loads((config.out / "settings.json").read_text()), "quickstart": 2}
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "settings.json").write_text(json.dumps(settings))
+    old = replace(config, out=tmp_path / "old")
+    with pytest.raises(FlextronError, match=r"other settings.*--fresh"):
+        demo._prepare(old)
+    demo._prepare(replace(old, fresh=True))
+    assert json.loads((tmp_path / "old" / "settings.json").read_text())["quickstart"] == demo.VERSION
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):

@@ -25,7 +25,7 @@ from flextron.routers.surrogate import Surrogate, SurrogateError, cross_validate
 from flextron.routers.training import optimise, train_router
 from flextron.routing import route
 from flextron.sampling import even_sensitivity
-from flextron.subnet import AXES, Subnet
+from flextron.subnet import AXES, SearchSpace, Subnet
 from flextron.tables import save_table
 from flextron.training import train
 
@@ -210,6 +210,14 @@ class TestAnswers:
         assert meets(both, subnet)
         assert groups.price(subnet) == pytest.approx(0.5 * groups.full, abs=10)
 
+    def test_what_costs_nothing_is_kept(self, llama, net):
+        space = llama.search_space
+        groups = linear_table(
+            space, metric="kv", unit="bytes", fixed=0, per_neuron=[0] * 3, per_kv_group=[10] * 3, conditions={}
+        )
+        subnet = route_along(net, space, [Ceiling(groups, 0.5 * groups.full, "kv=0.5x")])
+        assert subnet.neurons == space.full.neurons
+
     def test_untrained_it_is_about_the_greedy_choice(self, llama, sensitivity, table):
         net = StaticRouter.of(sensitivity, table, lowest=0.4)
         increases = increase_matrix(sensitivity)
@@ -241,13 +249,21 @@ class TestPairs:
         again.add(llama.search_space.full, 3.1)
         assert len(Pairs(pairs.file, self.ABOUT)) == 3
 
-    def test_those_of_another_checkpoint_are_an_error(self, tmp_path):
-        Pairs(tmp_path / "pairs.jsonl", self.ABOUT)
-        with pytest.raises(RouterError, match=r"pairs of another fingerprint.*Delete it"):
-            Pairs(tmp_path / "pairs.jsonl", {**self.ABOUT, "fingerprint": "beef"})
+    def test_those_of_another_checkpoint_or_text_have_a_file_of_their_own(self, tmp_path, llama):
+        pairs = Pairs.beside(tmp_path, self.ABOUT)
+        pairs.add(llama.search_space.full, 3.0)
+        assert not len(Pairs.beside(tmp_path, {**self.ABOUT, "fingerprint": "beef"}))
+        assert len(Pairs.beside(tmp_path, self.ABOUT)) == 1
+        with pytest.raises(RouterError, match=r"pairs of another checkpoint or text.*Delete it"):
+            Pairs(pairs.file, {**self.ABOUT, "fingerprint": "beef"})
 
-    def test_a_file_that_is_no_pairs_is_an_error(self, tmp_path):
-        (tmp_path / "pairs.jsonl").write_text("hello\n")
+    @pytest.mark.parametrize("text", ["hello\n", "7\n", "", '{"version": 1}\n{"loss": 3}\n{"loss": 4}\n'])
+    def test_a_file_that_is_no_pairs_is_an_error(self, tmp_path, text):
+        (tmp_path / "pairs.jsonl").write_text(text)
+        if text.startswith("7"):
+            with pytest.raises(RouterError, match="of another checkpoint"):
+                Pairs(tmp_path / "pairs.jsonl", self.ABOUT)
+            return
         with pytest.raises(RouterError, match=r"cannot read the measured pairs in .*pairs\.jsonl"):
             Pairs(tmp_path / "pairs.jsonl", self.ABOUT)
 
@@ -357,6 +373,11 @@ class TestFolder:
         trained.save(folder, ElasticModel.from_pretrained(folder))
         assert metrics_with_router(folder) == ["tpot"]
 
+    def test_what_a_killed_save_left_is_no_router(self, folder, trained):
+        del trained
+        shutil.copytree(folder / "routers" / "tpot", folder / "routers" / ".tpot.partial-x")
+        assert metrics_with_router(folder) == ["tpot"]
+
     def test_it_serves_any_type_of_the_same_weights(self, folder, trained):
         del trained
         assert Router.load(folder, "tpot", ElasticModel.from_pretrained(folder, dtype="bfloat16"))
@@ -409,6 +430,34 @@ class TestRoute:
             assert routed.router is not None
             assert meets(routed.ceilings, routed.subnet), budget
         assert route(model, "0.6x").subnet == trained.choose(route(model, "0.6x").ceilings)
+
+    def test_choosing_leaves_the_generator_alone(self, folder):
+        model = ElasticModel.from_pretrained(folder)
+        state = torch.get_rng_state()
+        first = route(model, "0.6x").subnet
+        assert torch.equal(torch.get_rng_state(), state)
+        torch.manual_seed(99)
+        assert route(model, "0.6x").subnet == first
+
+    @pytest.mark.parametrize("routed", [False, True])
+    def test_several_limits_in_any_order(self, folder, request, routed):
+        if routed:
+            request.getfixturevalue("trained")
+        model = ElasticModel.from_pretrained(folder)
+        one, other = (route(model, budget) for budget in ("0.6x,kv=0.7x", "kv=0.7x,0.6x"))
+        assert one.subnet == other.subnet
+        assert meets(one.ceilings, one.subnet)
+        assert model.share(one.subnet) > 0.3
+
+    def test_sensitivities_of_another_search_space_are_refused(self, folder):
+        model = ElasticModel.from_pretrained(folder)
+        space = model.search_space
+        other = SearchSpace(space.layers, space.neurons[::2], space.kv_groups)
+        if other.neurons[-1] != space.neurons[-1]:
+            other = replace(other, neurons=(*other.neurons, space.neurons[-1]))
+        model = ElasticModel.from_pretrained(folder, search_space=other)
+        with pytest.raises(RouterError, match="another search space"):
+            route(model, "parameters=0.99x")
 
     def test_use_takes_a_budget(self, folder):
         model = ElasticModel.from_pretrained(folder)

@@ -35,9 +35,7 @@ from flextron.routers.choices import (
     to_indices,
     to_subnet,
 )
-from flextron.routers.router import route_along
-from flextron.routers.static import StaticRouter
-from flextron.routing import GREEDY_LOWEST
+from flextron.routing import greedy_answer
 from flextron.sensitivity import Sensitivity
 from flextron.subnet import Subnet
 
@@ -135,9 +133,7 @@ def _of_layers(table: CostTable, kept_L: NDArray[np.bool_]) -> Subnet:
 
 def greedy(sensitivity: Sensitivity, table: CostTable, limit: float) -> Subnet:
     """The untrained router's answer, as `flextron.route` gives it where there is no router: least increase per cost."""
-    ceiling = _possible(table, limit)
-    lowest = min(max(GREEDY_LOWEST, 1.05 * table.smallest / table.full), 0.99)
-    return route_along(StaticRouter.of(sensitivity, table, lowest=lowest), table.search_space, [ceiling])
+    return greedy_answer(sensitivity, [_possible(table, limit)])
 
 
 def knapsack(sensitivity: Sensitivity, table: CostTable, limit: float) -> Subnet:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -241,7 +242,7 @@ def _table_of_csv(config: MeasureLatencyConfig, file: Path) -> CostTable:
 
 def _train_router(config: TrainRouterConfig) -> None:
     from flextron.routers.making import describe_router, make_router
-    from flextron.routers.router import FOLDER
+    from flextron.routers.pairs import FOLDER
 
     started = time.monotonic()
     folder = _folder(config.model)
@@ -259,7 +260,8 @@ def _train_router(config: TrainRouterConfig) -> None:
     )
     print(describe_router(router))
     print(f"\nwrote {folder / FOLDER / router.about.metric} in {time.monotonic() - started:.0f} s.")
-    print(f"try: flextron route {folder} --budget {max(0.6, router.net.lowest):.2g}x")
+    budget = math.ceil(100 * max(0.6, router.net.lowest)) / 100
+    print(f"try: flextron route {folder} --budget {router.about.metric}={budget:g}x")
 
 
 def _route(config: RouteConfig) -> None:

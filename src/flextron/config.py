@@ -284,7 +284,7 @@ class TrainRouterConfig:
     evaluations: int = 256
     """Sub-networks whose loss is measured at most; those of an earlier run count."""
     tokens: int = 1024
-    """Tokens that each is measured on."""
+    """Tokens that each is measured on; the full model's predictions are kept for them (0.2 MB a token at 49,000 words)."""
     text: str = "sample/train"
     """Text to measure on; documents that the model was ranked on are left out where there are others."""
     lowest: float = 0.45
@@ -433,8 +433,8 @@ class ExportConfig:
     """With --budget, use a latency table of another device or version if there is no other."""
     dtype: Dtype = "auto"
     """Type of the weights; auto keeps the checkpoint's."""
-    device: str = "cpu"
-    """Where to check it, such as cpu or cuda:0."""
+    device: str = "auto"
+    """Where to check it, and whose latency table a budget means, such as cpu or cuda:0; auto takes a GPU if there is one."""
 
     def __post_init__(self) -> None:
         _check_one_choice(self.subnet, self.budget)

@@ -23,15 +23,15 @@ from flextron.costs import CostTable
 from flextron.data import TokenBlocks, load_blocks
 from flextron.elastic import ElasticModel
 from flextron.environment import describe_device, faster_dtype
-from flextron.errors import CostError, FlextronError
+from flextron.errors import CostError, FlextronError, RouterError
 from flextron.evaluation import evaluate
 from flextron.generation import generate
 from flextron.latency import REPEATS, measure_latency, time_interleaved, timed_run
+from flextron.pricing import Ceiling
 from flextron.progress import progress
 from flextron.ranking import rank
 from flextron.routers.making import describe_router, make_router
 from flextron.routers.router import Router, metrics_with_router
-from flextron.routing import route
 from flextron.sensitivity import Sensitivity, measure_sensitivity, sensitivity_blocks
 from flextron.subnet import Subnet
 from flextron.tables import describe, find_table, save_table
@@ -73,7 +73,8 @@ def quickstart(config: QuickstartConfig | None = None) -> Path:
     candidates = _losses_before(config, model, _baselines(sensitivity, table), blocks)
     trained = _trained_model(config)
     router = _router(config, trained, table)
-    results = _measure(config, trained, [*candidates, *_routed(trained, table)], blocks, router)
+    answers = [] if router is None else _routed(router, table)
+    results = _measure(config, trained, [*candidates, *answers], blocks, router)
     path = report.write(config.out, results)
     print((config.out / "report.md").read_text(encoding="utf8"))
     print(f"\nwrote {path} in {time.monotonic() - started:.0f} s; beside it elastic/, trained/ and two pictures.")
@@ -111,7 +112,7 @@ def _read_settings(file: Path) -> dict[str, Any]:
         settings = json.loads(file.read_text(encoding="utf8"))
     except (OSError, ValueError):
         return {}
-    return settings if isinstance(settings, dict) and settings.get("quickstart") == VERSION else {}
+    return settings if isinstance(settings, dict) and "quickstart" in settings else {}
 
 
 def _elastic_model(config: QuickstartConfig) -> tuple[ElasticModel, Sensitivity]:
@@ -170,9 +171,9 @@ def _baselines(sensitivity: Sensitivity, table: CostTable) -> list[_Candidate]:
     ]
 
 
-def _routed(model: ElasticModel, table: CostTable) -> list[_Candidate]:
+def _routed(router: Router, table: CostTable) -> list[_Candidate]:
     """The router's answer to each budget."""
-    subnets = [route(model, f"ttft={budget}x@{PROMPT_TOKENS}").subnet for budget in BUDGETS]
+    subnets = [router.choose([Ceiling(table, budget * table.full, f"ttft={budget}x")]) for budget in BUDGETS]
     return [
         _Candidate(f"{budget}x", "router", subnet, table.price(subnet))
         for budget, subnet in zip(BUDGETS, subnets, strict=True)
@@ -187,9 +188,10 @@ def _losses_before(
     if not file.is_file():
         _say(f"measuring {len(candidates)} sub-networks before training")
         evaluations = evaluate(model, [candidate.subnet for candidate in candidates], blocks, show=True)
-        write_text(file, json.dumps([evaluation.nats_per_token for evaluation in evaluations]) + "\n")
-    losses: list[float] = json.loads(file.read_text(encoding="utf8"))
-    return [replace(candidate, before_training=loss) for candidate, loss in zip(candidates, losses, strict=True)]
+        losses = {evaluation.subnet.to_json(): evaluation.nats_per_token for evaluation in evaluations}
+        write_text(file, json.dumps(losses, indent=1) + "\n")
+    before: dict[str, float] = json.loads(file.read_text(encoding="utf8"))
+    return [replace(candidate, before_training=before.get(candidate.subnet.to_json())) for candidate in candidates]
 
 
 def _trained_model(config: QuickstartConfig) -> ElasticModel:
@@ -212,23 +214,33 @@ def _trained_model(config: QuickstartConfig) -> ElasticModel:
     return ElasticModel.from_pretrained(folder, device=config.device)
 
 
-def _router(config: QuickstartConfig, model: ElasticModel, table: CostTable) -> Router:
-    """The router of the trained model, for the time of a prompt; measured losses are kept if it is interrupted."""
+def _router(config: QuickstartConfig, model: ElasticModel, table: CostTable) -> Router | None:
+    """The router of the trained model, for the time of a prompt; measured losses are kept if it is interrupted.
+
+    None where the surrogate cannot learn: the report then has the other methods.
+    """
     folder = config.out / "trained"
     save_table(folder, table)
     if "ttft" in metrics_with_router(folder):
         _say(f"reusing the router in {folder}")
         return Router.load(folder, "ttft", model)
     _say(f"training a router from the losses of {EVALUATIONS} sub-networks")
-    router = make_router(
-        model, folder, phase="prefill", evaluations=EVALUATIONS, tokens=config.rank_tokens // 16, show=True
-    )
+    tokens = max(256, config.rank_tokens // 16)
+    try:
+        router = make_router(model, folder, phase="prefill", evaluations=EVALUATIONS, tokens=tokens, show=True)
+    except RouterError as error:
+        _say(f"no router: {error}")
+        return None
     print(describe_router(router), flush=True)
     return router
 
 
 def _measure(
-    config: QuickstartConfig, model: ElasticModel, candidates: list[_Candidate], blocks: TokenBlocks, router: Router
+    config: QuickstartConfig,
+    model: ElasticModel,
+    candidates: list[_Candidate],
+    blocks: TokenBlocks,
+    router: Router | None,
 ) -> dict[str, Any]:
     file = config.out / "results.json"
     if file.is_file():
@@ -266,11 +278,13 @@ def _prefill_ms(model: ElasticModel, subnets: list[Subnet]) -> list[float]:
     return timing.milliseconds
 
 
-def _conditions(config: QuickstartConfig, model: ElasticModel, blocks: TokenBlocks, router: Router) -> dict[str, Any]:
+def _conditions(
+    config: QuickstartConfig, model: ElasticModel, blocks: TokenBlocks, router: Router | None
+) -> dict[str, Any]:
     return {
         "model": config.model,
         "training": f"{config.train_tokens} tokens of sample/train",
-        "router": f"{router.about.pairs} sub-networks measured on {router.about.tokens} tokens of {router.about.text}",
+        "router": router and f"{router.about.pairs} sub-networks, measured on {router.about.tokens} tokens each",
         "prompt": config.prompt,
         "device": describe_device(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),

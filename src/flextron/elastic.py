@@ -207,7 +207,7 @@ class ElasticModel:
         digest = hashlib.sha256(repr((self.config.model_type, self.search_space)).encode())
         for layer in (self.layers[0], self.layers[-1]):
             for sub in (layer.mlp, layer.attention):
-                digest.update((sub.closes.weight.detach() < 0).cpu().numpy().tobytes())
+                digest.update(sub.closes.weight.detach().signbit().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def share(self, subnet: Subnet) -> float:

@@ -106,7 +106,7 @@ def as_text(routed: Routed, explained: dict[str, Any], folder: str | Path) -> st
     else:
         about = routed.router.about
         expected = f"{explained['predicted_nats_per_token']:.3f} nats per token of {about.text}"
-        lines.append(f"chosen by the router for {about.metric}, which expects a loss of {expected}")
+        lines.append(f"chosen by the router for {about.metric}; it expects {expected}, half to the full model's words")
     return "\n".join([*lines, *(f"note: {note}" for note in explained["notes"])])
 
 

@@ -35,8 +35,10 @@ def _markdown(results: dict[str, Any]) -> str:
     lines = [
         f"# {conditions['model']}: one checkpoint, any latency",
         "",
-        f"Units are ranked, all sub-networks trained together on {conditions['training']}, and a router chooses the "
-        f"widths of every layer for a time to the first token. The router learnt from {conditions['router']}.",
+        f"Units are ranked, and all sub-networks trained together on {conditions['training']}.",
+        f"A router chooses every layer's widths for a time to the first token; it learnt from {conditions['router']}."
+        if conditions["router"]
+        else "No router: its surrogate could not predict losses well enough.",
         "",
         f"| {COLUMNS.replace(', ', ' | ')} |",
         "|---:|---|" + "---:|" * (COLUMNS.count(",") - 1),
@@ -52,7 +54,7 @@ def _markdown(results: dict[str, Any]) -> str:
         "",
         "![widths of each layer](widths.png)",
         "",
-        f"## What the router's answers write after “{conditions['prompt']}”",
+        f"## What the full model and the router's answers write after “{conditions['prompt']}”",
         "",
         *(
             f"- **{row['name']}**: {' '.join(row['completion'].split())}"
@@ -81,7 +83,7 @@ def _loss_figure(results: dict[str, Any]) -> Figure:
         times = [row["prefill_ms"] for row in rows]
         axes.plot(times, [row["nats_per_token"] for row in rows], style, color=color, label=method)
         before = [row["before_training"] for row in rows]
-        if None not in before:
+        if len(rows) > 1 and None not in before:
             axes.plot(times, before, ":", color=color, alpha=0.5, label=f"{method}, before training")
     conditions = results["conditions"]
     _label(axes, "measured time to the first token, ms", "nats per token")

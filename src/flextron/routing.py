@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 
 from flextron.budget import Budget
@@ -79,7 +80,7 @@ def route(
     notes = check_possible(limits)
     metric = _metric_with_router(budget, folder)
     if metric is None or folder is None:
-        return Routed(_greedy(model, limits, folder, sensitivity), limits, tuple(notes), None)
+        return Routed(_greedy(limits, folder, sensitivity), limits, tuple(notes), None)
     router = Router.load(folder, metric, model)
     notes += _clamped(router, limits)
     return Routed(router.choose(limits), limits, tuple(notes), router)
@@ -102,9 +103,7 @@ def _clamped(router: Router, limits: tuple[Ceiling, ...]) -> list[str]:
     ]
 
 
-def _greedy(
-    model: ElasticModel, limits: tuple[Ceiling, ...], folder: str | Path | None, sensitivity: Sensitivity | None
-) -> Subnet:
+def _greedy(limits: tuple[Ceiling, ...], folder: str | Path | None, sensitivity: Sensitivity | None) -> Subnet:
     if sensitivity is None:
         if folder is None or not Sensitivity.is_in(folder):
             raise BudgetError(
@@ -112,6 +111,16 @@ def _greedy(
                 "Make them with `flextron rank MODEL OUT` and `flextron train-router OUT`."
             )
         sensitivity = Sensitivity.load(folder)
-    table = limits[0].table
-    lowest = max(GREEDY_LOWEST, 1.05 * table.smallest / table.full)
-    return route_along(StaticRouter.of(sensitivity, table, lowest=min(lowest, 0.99)), model.search_space, limits)
+    return greedy_answer(sensitivity, limits)
+
+
+def greedy_answer(sensitivity: Sensitivity, limits: Sequence[Ceiling]) -> Subnet:
+    """The untrained router's answer: by sensitivities and costs, of several limits each cost as a part of its limit.
+
+    Raises:
+        RouterError: sensitivities of another search space than the tables'.
+    """
+    parts = [replace(limit.table.scaled(1 / limit.limit), unit="parts of the limit") for limit in limits]
+    table = reduce(lambda sum_, part: sum_.plus(part, metric="limits"), parts)
+    lowest = min(0.99, max(GREEDY_LOWEST, 1.05 * table.smallest / table.full))
+    return route_along(StaticRouter.of(sensitivity, table, lowest=lowest), table.search_space, limits)

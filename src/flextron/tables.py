@@ -69,7 +69,9 @@ def find_table(
     present = here(model)
 
     def distance(table: CostTable) -> tuple[list[bool], int, int]:
-        return [_differs(table, *item) for item in present.items()], _batch(table), abs(_length(table) - (tokens or 0))
+        differs = [_differs(table, *item) for item in present.items()]
+        nameless = "device" not in table.conditions  # of an outside engine: only where none was measured here
+        return [*differs, nameless], _batch(table), abs(_length(table) - (tokens or 0))
 
     nearest = min(tables, key=distance)
     differ = "; ".join(foreign_conditions(nearest, present))

@@ -66,9 +66,11 @@ def train(config: TrainConfig) -> Path:
         run.say(f"{config.out} is trained already; name another folder, or pass --resume never to train it again.")
     else:
         run.train()
-    if run.router is not None and run.is_first and run.router.about.metric not in metrics_with_router(config.out):
-        run.say("training the router on, for the new weights; interrupted, the same command goes on")
-        remake_router(config.out, run.router, config.model, device=str(run.device), show=True)
+    router, device, is_first = run.router, str(run.device), run.is_first
+    del run  # its weights, gradients and moments
+    if router is not None and is_first and router.about.metric not in metrics_with_router(config.out):
+        print("training the router on, for the new weights; interrupted, the same command goes on", file=sys.stderr)
+        remake_router(config.out, router, config.model, device=device, show=True)
     return config.out
 
 

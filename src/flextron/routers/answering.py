@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from flextron.pricing import Ceiling
-from flextron.routers.choices import Floats, Indices, cost_matrix, prices, to_subnet
+from flextron.routers.choices import Floats, Indices, choice_counts, cost_matrix, prices, to_subnet
 from flextron.subnet import SearchSpace, Subnet
 
 TOLERANCE = 1e-9
@@ -21,7 +21,7 @@ def answer(space: SearchSpace, path_NS: Indices, utilities_SK: Floats, ceilings:
 
     Costs rise along the path, so the last that fits is found at once; from there to the next one, sub-layers are
     widened in the order of utility gained per cost until one does not fit. A larger budget therefore never gives a
-    narrower sub-layer, and no limit is exceeded.
+    narrower sub-layer, and no limit is exceeded. What costs nothing more in any table is added.
 
     Args:
         path_NS: nested sub-networks from the smallest of the space to the full model.
@@ -37,8 +37,9 @@ def answer(space: SearchSpace, path_NS: Indices, utilities_SK: Floats, ceilings:
     last = int(np.flatnonzero(fits_N).max(initial=0))
     if last + 1 == len(path_NS):
         return to_subnet(space, path_NS[last])
+    for_free_SK = _widest_for_free(space, [costs_SK for costs_SK, _, _ in tables])
     current_S, next_S = path_NS[last].copy(), path_NS[last + 1]
-    costs_SK = tables[0][0]
+    costs_SK = np.sum([costs / limit for costs, _, limit in tables], axis=0)
     for layer in _by_gain(utilities_SK, costs_SK, current_S, next_S):
         for choice in range(next_S[layer], current_S[layer], -1):
             wider_S = current_S.copy()
@@ -48,7 +49,18 @@ def answer(space: SearchSpace, path_NS: Indices, utilities_SK: Floats, ceilings:
                 break
         if current_S[layer] < next_S[layer]:
             break
-    return to_subnet(space, current_S)
+    return to_subnet(space, for_free_SK[np.arange(len(current_S)), current_S])
+
+
+def _widest_for_free(space: SearchSpace, costs: Sequence[Floats]) -> Indices:
+    """For each choice the widest that costs the same in every table, [S, K]: an MLP costs nothing in a KV cache."""
+    counts_S = choice_counts(space)
+    widest_SK = np.tile(np.arange(counts_S.max()), (len(counts_S), 1))
+    for layer, count in enumerate(counts_S):
+        for choice in range(count - 2, -1, -1):
+            if all(costs_SK[layer, choice] == costs_SK[layer, choice + 1] for costs_SK in costs):
+                widest_SK[layer, choice] = widest_SK[layer, choice + 1]
+    return widest_SK
 
 
 def _by_gain(utilities_SK: Floats, costs_SK: Floats, current_S: Indices, next_S: Indices) -> list[int]:

@@ -15,8 +15,8 @@ from flextron.elastic import ElasticModel
 from flextron.environment import faster_dtype
 from flextron.errors import RouterError
 from flextron.latency import PHASES, measure_latency
-from flextron.routers.pairs import FILE, LossMeter, Pairs
-from flextron.routers.router import FOLDER, Router
+from flextron.routers.pairs import LossMeter, Pairs
+from flextron.routers.router import Router
 from flextron.routers.training import LEAST_EVALUATIONS, train_router
 from flextron.sensitivity import Sensitivity, sensitivity_blocks
 from flextron.tables import FOLDER as LATENCY_FOLDER
@@ -70,7 +70,7 @@ def make_router(
         "tokens": blocks.predicted_tokens,
         "documents_left_out": after,
     }
-    pairs = Pairs(Path(folder) / FOLDER / FILE, about)
+    pairs = Pairs.beside(folder, about)
     if len(pairs):
         say(f"going on from {len(pairs)} measured sub-networks in {pairs.file}")
     table = _table(model, folder, phase, any_device=any_device, show=show, say=say)
@@ -157,7 +157,8 @@ def describe_router(router: Router) -> str:
         f"surrogate where the router looked last: {about.error}",
         f"surrogate, cross-validated: {about.cross_validated}",
         "",
-        f"{'budget':<8}{'nats/token':>12}{'greedy':>12}",
+        "loss of its answers, half to the text and half to the full model's predictions, and of the greedy choice:",
+        f"{'budget':<8}{'router':>12}{'greedy':>12}",
         *(f"{f'{check.budget:.2f}x':<8}{check.loss:>12.4f}{check.greedy_loss:>12.4f}" for check in about.checks),
     ]
     return "\n".join(lines)

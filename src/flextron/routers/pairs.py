@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from flextron.atomic import write_text
 from flextron.data import TokenBlocks
 from flextron.elastic import ElasticModel
 from flextron.errors import RouterError
 from flextron.sensitivity import full_predictions, mixed_loss
 from flextron.subnet import Subnet
 
-FILE = "pairs.jsonl"
 VERSION = 1
+FOLDER = "routers"
+"""Beside a checkpoint."""
 
 
 class LossMeter:
@@ -53,7 +56,7 @@ class LossMeter:
         return sum(losses)
 
     def _autocast(self) -> torch.autocast:
-        enabled = self.arithmetic != self.model.dtype
+        enabled = self.arithmetic != self.model.dtype and self.arithmetic.itemsize == 2  # fp32 asks for nothing less
         return torch.autocast(self.model.device.type, dtype=self.arithmetic, enabled=enabled)
 
 
@@ -62,6 +65,12 @@ class Pairs:
 
     The first line says what they belong to; each further line is one pair. A line that a crash cut off is left out.
     """
+
+    @classmethod
+    def beside(cls, folder: str | Path, about: dict[str, Any]) -> Pairs:
+        """The pairs of a checkpoint's weights and of one text, in a file of their own."""
+        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
+        return cls(Path(folder) / FOLDER / f"pairs-{digest}.jsonl", about)
 
     def __init__(self, file: str | Path, about: dict[str, Any]) -> None:
         """Read the pairs that are there, or start a file.
@@ -77,28 +86,26 @@ class Pairs:
             self._read(header)
         else:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            self.file.write_text(json.dumps(header) + "\n", encoding="utf8")
+            write_text(self.file, json.dumps(header) + "\n")
 
     def _read(self, header: dict[str, Any]) -> None:
         try:
             lines = self.file.read_text(encoding="utf8").splitlines(keepends=True)
             found = json.loads(lines[0])
-        except (OSError, ValueError, IndexError) as error:
+            whole = [line for line in lines[1:] if line.endswith("\n")]
+            for pair in map(json.loads, whole):
+                self.subnets.append(Subnet(pair["neurons"], pair["kv_groups"]))
+                self.losses.append(float(pair["loss"]))
+        except (OSError, ValueError, IndexError, KeyError, TypeError) as error:
             raise RouterError(
                 f"cannot read the measured pairs in {self.file}: {error}. Delete it to start anew."
             ) from None
         if found != header:
-            differ = sorted(key for key in {*found, *header} if found.get(key) != header.get(key))
             raise RouterError(
-                f"{self.file} holds pairs of another {' and '.join(differ)}. Delete it, or measure as it was: {found}"
+                f"{self.file} holds pairs of another checkpoint or text: {found}. Delete it to start anew."
             )
-        whole = [line for line in lines[1:] if line.endswith("\n")]
-        for line in whole:
-            pair = json.loads(line)
-            self.subnets.append(Subnet(pair["neurons"], pair["kv_groups"]))
-            self.losses.append(float(pair["loss"]))
         if len(whole) < len(lines) - 1:
-            self.file.write_text("".join([lines[0], *whole]), encoding="utf8")
+            write_text(self.file, "".join([lines[0], *whole]))
 
     def __len__(self) -> int:
         return len(self.subnets)

@@ -20,11 +20,11 @@ from flextron.errors import RouterError
 from flextron.pricing import Ceiling
 from flextron.routers.answering import answer
 from flextron.routers.choices import Floats, Indices, to_indices
+from flextron.routers.pairs import FOLDER
 from flextron.routers.static import StaticRouter
 from flextron.routers.surrogate import Surrogate, SurrogateError
 from flextron.subnet import SearchSpace, Subnet
 
-FOLDER = "routers"
 VERSION = 1
 WEIGHTS = "router.safetensors"
 ABOUT = "router.json"
@@ -138,7 +138,8 @@ def _about(data: dict[str, Any]) -> RouterAbout:
 
 def metrics_with_router(folder: str | Path) -> list[str]:
     """Metrics for which there is a router beside a checkpoint."""
-    return sorted(file.parent.name for file in (Path(folder) / FOLDER).glob(f"*/{ABOUT}"))
+    found = (file.parent.name for file in (Path(folder) / FOLDER).glob(f"*/{ABOUT}"))
+    return sorted(name for name in found if not name.startswith("."))  # a killed save leaves .NAME.partial-*
 
 
 def route_along(net: StaticRouter, space: SearchSpace, ceilings: Sequence[Ceiling]) -> Subnet:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from flextron.costs import CostTable
+from flextron.errors import RouterError
 from flextron.routers.choices import Floats, Indices, Mask, allowed, cost_matrix, increase_matrix, prices
 from flextron.sensitivity import Sensitivity
 
@@ -48,9 +49,10 @@ class StaticRouter(nn.Module):
         knots = np.linspace(lowest, 1, KNOTS)
         log_prices = _log_prices(utilities_SK / scale, costs_SK, fixed, allowed_SK, knots)
         self.register_buffer("log_prices", torch.tensor(log_prices, dtype=torch.float32))
-        self.hidden = nn.Linear(1, HIDDEN)
-        self.out = nn.Linear(HIDDEN, len(costs_SK))
-        with torch.no_grad():
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(0)  # an untrained router is the same each time, and leaves the caller's generator alone
+            self.hidden = nn.Linear(1, HIDDEN)
+            self.out = nn.Linear(HIDDEN, len(costs_SK))
             self.hidden.weight.uniform_(0.5, 2)
             self.hidden.bias.uniform_(-1, 1)
             self.out.weight.fill_(-6.0)
@@ -58,9 +60,15 @@ class StaticRouter(nn.Module):
 
     @classmethod
     def of(cls, sensitivity: Sensitivity, table: CostTable, *, lowest: float) -> StaticRouter:
-        """An untrained router: the greedy choice by sensitivities at the table's costs, for any budget."""
+        """An untrained router: the greedy choice by sensitivities at the table's costs, for any budget.
+
+        Raises:
+            RouterError: sensitivities and table are of different search spaces.
+        """
         full = table.full
         space = table.search_space
+        if sensitivity.search_space != space:
+            raise RouterError("these sensitivities are of another search space than the cost table. Rank again.")
         return cls(-increase_matrix(sensitivity), cost_matrix(table) / full, table.fixed / full, allowed(space), lowest)
 
     @classmethod
@@ -70,6 +78,18 @@ class StaticRouter(nn.Module):
         router = cls(np.zeros_like(costs), costs, 0.0, allowed_SK, 0.5)
         router.load_state_dict(state)
         return router
+
+    def continue_from(self, other: StaticRouter) -> None:
+        """Take over what another router has learnt; costs and range stay.
+
+        Raises:
+            RouterError: it is of another search space.
+        """
+        if other.utilities_SK.shape != self.utilities_SK.shape:
+            raise RouterError("cannot go on from a router of another search space. Train a new one.")
+        with torch.no_grad():
+            for mine, learnt in zip(self.parameters(), other.parameters(), strict=True):
+                mine.copy_(learnt)
 
     @property
     def lowest(self) -> float:

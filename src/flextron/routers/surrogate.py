@@ -64,17 +64,19 @@ class Surrogate(nn.Module):
     increases_SK: torch.Tensor
     basis_SKP: torch.Tensor
 
-    def __init__(self, increases_SK: Floats, left_out_SK: Floats) -> None:
+    def __init__(self, increases_SK: Floats, left_out_SK: Floats, *, seed: int = 0) -> None:
         super().__init__()
         left_out = torch.tensor(left_out_SK, dtype=torch.float32)
         basis = torch.stack([left_out, left_out**2, left_out**4, (left_out == 1).float()], -1)
         self.register_buffer("increases_SK", torch.tensor(increases_SK, dtype=torch.float32))
         self.register_buffer("basis_SKP", basis)
         self.scales_S = nn.Parameter(torch.zeros(len(increases_SK)))
-        self.effects_SPE = nn.Parameter(0.05 * torch.randn(len(increases_SK), basis.shape[-1], EFFECTS))
         self.base = nn.Parameter(torch.zeros(2))
-        self.hidden = nn.Linear(1 + EFFECTS, HIDDEN)
-        self.out = nn.Linear(HIDDEN, 1)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.effects_SPE = nn.Parameter(0.05 * torch.randn(len(increases_SK), basis.shape[-1], EFFECTS))
+            self.hidden = nn.Linear(1 + EFFECTS, HIDDEN)
+            self.out = nn.Linear(HIDDEN, 1)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
@@ -90,8 +92,9 @@ class Surrogate(nn.Module):
         surrogate.load_state_dict(state)
         return surrogate
 
-    def _untrained(self) -> Surrogate:
-        return Surrogate(np.asarray(self.increases_SK.double()), np.asarray(self.basis_SKP[..., 0].double()))
+    def _untrained(self, seed: int) -> Surrogate:
+        left_out_SK = np.asarray(self.basis_SKP[..., 0].double())
+        return Surrogate(np.asarray(self.increases_SK.double()), left_out_SK, seed=seed)
 
     def forward(self, choices_NSK: torch.Tensor) -> torch.Tensor:
         """Predicted losses of choices, one-hot or relaxed, [N]."""
@@ -118,9 +121,8 @@ class Surrogate(nn.Module):
 
     def fit(self, indices_NS: Indices, losses_N: Sequence[float] | Floats, *, seed: int = 0) -> Surrogate:
         """Learn from measured pairs, anew from the sensitivities; returns itself."""
-        with one_thread(), torch.random.fork_rng(devices=[]), torch.enable_grad():
-            torch.manual_seed(seed)
-            self.load_state_dict(self._untrained().state_dict())
+        with one_thread(), torch.enable_grad():
+            self.load_state_dict(self._untrained(seed).state_dict())
             self._learn(self._features(indices_NS), torch.tensor(np.asarray(losses_N), dtype=torch.float32))
         return self
 
@@ -148,6 +150,6 @@ def cross_validated(
         out = order[fold::folds]
         rest = np.setdiff1d(order, out)
         predicted[out] = (
-            surrogate._untrained().fit(indices_NS[rest], losses_N[rest], seed=seed).predict(indices_NS[out])
+            surrogate._untrained(seed).fit(indices_NS[rest], losses_N[rest], seed=seed).predict(indices_NS[out])
         )
     return SurrogateError.of(predicted, losses_N)

@@ -82,7 +82,7 @@ def train_router(
         raise ValueError(f"lowest is {lowest}; it must be below 1, the full model's cost.")
     router, greedy = (StaticRouter.of(sensitivity, table, lowest=lowest) for _ in range(2))
     if start is not None:
-        router = StaticRouter.from_state(start.state_dict())
+        router.continue_from(start)
     run = _Run(table, router, Surrogate.of(sensitivity), meter, pairs, seed)
     with bar(evaluations, description="router", show=show) as advance:
         for _ in range(min(len(pairs), evaluations - 1)):

@@ -25,6 +25,8 @@ EFFECTS = 4
 HIDDEN = 32
 STEPS = 800
 LEARNING_RATE = 0.01
+NEAR_FULL = 0.3
+"""Nats above the least loss at which a pair weighs half as much as there: small budgets' errors matter less."""
 PULL_OF_SCALES = 0.01
 PULL_OF_EFFECTS = 0.1
 """How strongly what is learnt is drawn to the plain sum of sensitivities: of 0.03 to 1, 0.1 predicts best."""
@@ -131,8 +133,11 @@ class Surrogate(nn.Module):
             self.base[0] = losses_N.min()
         optimizer = torch.optim.Adam(self.parameters(), lr=LEARNING_RATE)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+        weights_N = 1 / (NEAR_FULL + losses_N - losses_N.min())
+        weights_N = weights_N / weights_N.mean()
         for _ in range(STEPS):
-            error = F.huber_loss(self._from_features(*features), losses_N, delta=0.1)
+            errors_N = F.huber_loss(self._from_features(*features), losses_N, delta=0.1, reduction="none")
+            error = (weights_N * errors_N).mean()
             pull = PULL_OF_SCALES * self.scales_S.square().sum() + PULL_OF_EFFECTS * self.effects_SPE.square().sum()
             optimizer.zero_grad()
             (error + pull).backward()  # type: ignore[no-untyped-call]

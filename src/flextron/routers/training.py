@@ -40,6 +40,8 @@ LARGEST_ERROR = 0.1
 """Mean absolute error of the surrogate, in nats, above which a router is not trained on it."""
 LOWEST_RANK = 0.8
 STEPS = 1000
+LAST_STEPS = 3
+"""Times as many in the last training, of which the answers are."""
 BATCH = 64
 LEARNING_RATE = 0.003
 """About 10 times that of the LLM's weights; ten times more loses 0.02 nats to the noise of the sampling."""
@@ -91,7 +93,8 @@ def train_router(
         if not _accurate(error):
             raise RouterError(_inaccurate(error, len(pairs)))
         validated = run.fit()
-        optimise(router, run.surrogate, seed=seed)
+        router.continue_from(start or greedy)  # what it learnt from poorer surrogates would stay
+        optimise(router, run.surrogate, seed=seed, steps=LAST_STEPS * STEPS)
         checks = run.check(greedy, advance)
     about = RouterAbout(
         metric=table.metric,

@@ -132,7 +132,7 @@ def _elastic_model(config: QuickstartConfig) -> tuple[ElasticModel, Sensitivity]
         _say("measuring what each part of each layer is worth")
         ranked_on = load_blocks(model.tokenizer, "sample/train", tokens=config.rank_tokens)
         blocks = sensitivity_blocks(
-            model.tokenizer, "sample/train", tokens=config.rank_tokens // 8, after=ranked_on.documents
+            model.tokenizer, "sample/train", tokens=max(256, config.rank_tokens // 16), after=ranked_on.documents
         )
         measure_sensitivity(model, blocks, show=True).save(folder)
     return model, Sensitivity.load(folder)

@@ -20,7 +20,7 @@ from flextron.environment import one_thread
 from flextron.errors import RouterError
 from flextron.pricing import Ceiling
 from flextron.progress import bar
-from flextron.routers.choices import Floats, Indices, to_indices, to_subnet
+from flextron.routers.choices import Floats, Indices, choice_counts, to_indices, to_subnet
 from flextron.routers.pairs import LossMeter, Pairs
 from flextron.routers.router import Check, Router, RouterAbout, route_along
 from flextron.routers.static import StaticRouter
@@ -166,9 +166,12 @@ class _Run:
     def _explore(self, draw: np.random.Generator) -> list[Subnet]:
         """New sub-networks near what the router answers now, one round of them."""
         known, space = set(self.pairs.subnets), self.table.search_space
-        for _ in range(ATTEMPTS):
+        counts_S = choice_counts(space)
+        for attempt in range(2 * ATTEMPTS):
             places = (np.arange(ROUND_PAIRS) + draw.random()) / ROUND_PAIRS
             rows = _near_answers(self.router, places, np.resize(SPREADS, ROUND_PAIRS), draw)
+            if attempt >= ATTEMPTS:  # a table that tells few choices apart: any sub-network teaches more than none
+                rows = (draw.random((ROUND_PAIRS, len(counts_S))) * counts_S).astype(np.int64)
             new = {to_subnet(space, row): None for row in rows}
             if found := [subnet for subnet in new if subnet not in known]:
                 return [found[place] for place in draw.permutation(len(found))]

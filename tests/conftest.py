@@ -9,15 +9,17 @@ import tiny
 from flextron.elastic import ElasticModel
 from flextron.families import FAMILIES
 
+ALL_THREADS = torch.get_num_threads()
+# Tiny models, of fixtures too, are many times faster in one thread than where threads wait for each other.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
-def one_thread(request):
-    """Tiny models are many times faster in one thread than where threads wait for each other; real ones use all."""
-    threads = torch.get_num_threads()
-    if request.node.get_closest_marker("real") is None:
-        torch.set_num_threads(1)
+def thread_count(request):
+    """Real models use all threads."""
+    torch.set_num_threads(1 if request.node.get_closest_marker("real") is None else ALL_THREADS)
     yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -94,7 +94,7 @@ def assert_close(logits, expected):
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_logits_are_those_of_transformers(model, threads):
-    torch.set_num_threads(threads)  # `one_thread` sets it back
+    torch.set_num_threads(threads)  # `thread_count` sets it back
     for subnet in subnets(model):
         decoder = Decoder(model, subnet, max_tokens=PROMPT + STEPS)
         assert_close(decoded_logits(decoder, text_tokens()), expected_logits(model, subnet, text_tokens()))

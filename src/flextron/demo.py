@@ -38,14 +38,15 @@ from flextron.tables import describe, find_table, save_table
 from flextron.training import train
 
 VERSION = 3
-BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5)
+BUDGETS = (0.9, 0.75, 0.6, 0.5)
 """Of the full model's time to the first token."""
 PROMPT_TOKENS = 512
-TIMING_ROUNDS = 3
+TIMING_ROUNDS = 2
 NEW_TOKENS = 32
 # A quick table and a quick router: fewer sub-networks than `measure-latency` and `train-router` measure by themselves.
 DESIGNS, HELD_OUT, DESIGN_ROUNDS = 16, 4, 1
-EVALUATIONS = 176
+EVALUATIONS = (160, 224)
+"""More where the surrogate has not learnt enough from the first ones."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def _elastic_model(config: QuickstartConfig) -> tuple[ElasticModel, Sensitivity]
         _say("measuring what each part of each layer is worth")
         ranked_on = load_blocks(model.tokenizer, "sample/train", tokens=config.rank_tokens)
         blocks = sensitivity_blocks(
-            model.tokenizer, "sample/train", tokens=max(256, config.rank_tokens // 16), after=ranked_on.documents
+            model.tokenizer, "sample/train", tokens=max(256, config.rank_tokens // 32), after=ranked_on.documents
         )
         measure_sensitivity(model, blocks, show=True).save(folder)
     return model, Sensitivity.load(folder)
@@ -224,15 +225,18 @@ def _router(config: QuickstartConfig, model: ElasticModel, table: CostTable) -> 
     if "ttft" in metrics_with_router(folder):
         _say(f"reusing the router in {folder}")
         return Router.load(folder, "ttft", model)
-    _say(f"training a router from the losses of {EVALUATIONS} sub-networks")
     tokens = max(256, config.rank_tokens // 16)
-    try:
-        router = make_router(model, folder, phase="prefill", evaluations=EVALUATIONS, tokens=tokens, show=True)
-    except RouterError as error:
-        _say(f"no router: {error}")
-        return None
-    print(describe_router(router), flush=True)
-    return router
+    for evaluations in EVALUATIONS:
+        _say(f"training a router from the losses of {evaluations} sub-networks")
+        options: dict[str, Any] = {"evaluations": evaluations, "tokens": tokens, "lowest": min(BUDGETS)}
+        try:
+            router = make_router(model, folder, phase="prefill", show=True, **options)
+        except RouterError as error:
+            _say(f"no router: {error}")
+        else:
+            print(describe_router(router), flush=True)
+            return router
+    return None
 
 
 def _measure(

@@ -42,6 +42,11 @@ def llama(plain_llama) -> ElasticModel:
     return ElasticModel(copy.deepcopy(plain_llama))
 
 
+@pytest.fixture
+def sensitivity(llama):
+    return tiny.uneven_sensitivity(llama)
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """Folder of a tiny llama with a tokenizer, not ranked; to read, never to change."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import tiny
 from flextron.config import TextOptions, TrainConfig, VisitOptions, WatchOptions
 from flextron.costs import linear_table
 from flextron.data import TokenBlocks
@@ -28,32 +29,6 @@ from flextron.sampling import even_sensitivity
 from flextron.subnet import AXES, SearchSpace, Subnet
 from flextron.tables import save_table
 from flextron.training import train
-
-
-def in_nats(even):
-    """Even sensitivities, which are in weights, with increases of at most 1."""
-    biggest = max(max(map(max, rows)) for rows in even.increases.values())
-    return replace(
-        even,
-        increases={
-            axis: tuple(tuple(x / biggest for x in row) for row in rows) for axis, rows in even.increases.items()
-        },
-    )
-
-
-@pytest.fixture
-def sensitivity(llama):
-    """Sub-layers worth more and less, so that widths differ from layer to layer."""
-    even = in_nats(even_sensitivity(llama))
-    worth = {"neurons": (1.0, 0.4, 2.0), "kv_groups": (0.7, 1.5, 1.0)}
-    increases = {
-        axis: tuple(
-            tuple(increase * factor for increase in row)
-            for row, factor in zip(even.increases[axis], worth[axis], strict=True)
-        )
-        for axis in AXES
-    }
-    return replace(even, increases=increases)
 
 
 @pytest.fixture
@@ -503,7 +478,7 @@ class TestTogether:
         folder = tmp_path / "elastic"
         shutil.copytree(checkpoint, folder)
         model = ElasticModel.from_pretrained(folder)
-        sensitivity = in_nats(even_sensitivity(model))
+        sensitivity = tiny.in_nats(even_sensitivity(model))
         sensitivity.save(folder)
         space = model.search_space
         table = linear_table(

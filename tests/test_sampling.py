@@ -1,7 +1,6 @@
 """The sequence of visited sub-networks: exact proportions, even shares, and a state that goes on where it stood."""
 
 import json
-from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -10,21 +9,6 @@ import pytest
 from flextron.sampling import KINDS, SubnetSampler, Visit, even_sensitivity
 from flextron.sensitivity import Sensitivity
 from flextron.subnet import AXES
-
-
-@pytest.fixture
-def sensitivity(llama) -> Sensitivity:
-    """Sub-layers worth more and less, so that the greedy choice differs from layer to layer."""
-    even = even_sensitivity(llama)
-    worth = {"neurons": (1.0, 0.4, 2.0), "kv_groups": (0.7, 1.5, 1.0)}
-    increases = {
-        axis: tuple(
-            tuple(increase * factor for increase in row)
-            for row, factor in zip(even.increases[axis], worth[axis], strict=True)
-        )
-        for axis in AXES
-    }
-    return replace(even, increases=increases)
 
 
 def sampler(sensitivity: Sensitivity, smallest: float = 0.5, **options) -> SubnetSampler:

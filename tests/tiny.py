@@ -1,6 +1,7 @@
 """Tiny seeded models, tokenizers and texts, and the masked model that defines what a sub-network computes."""
 
 import copy
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -10,7 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from flextron.checkpoint import Ranking
 from flextron.data import TokenBlocks
 from flextron.families import FAMILIES, Family
-from flextron.subnet import SearchSpace, Subnet
+from flextron.sampling import even_sensitivity
+from flextron.sensitivity import Sensitivity
+from flextron.subnet import AXES, SearchSpace, Subnet
 
 LAYERS = 3
 HIDDEN = 48
@@ -122,6 +125,31 @@ def ranking_for(model, seed: int = 0) -> Ranking:
     first = model.layers[0]
     sizes = (first.mlp.width.full, first.attention.width.full, first.attention.heads_per_unit)
     return random_ranking(*sizes, seed=seed, layers=len(model.layers))
+
+
+def in_nats(even: Sensitivity) -> Sensitivity:
+    """Even sensitivities, which are in weights, with increases of at most 1."""
+    biggest = max(max(map(max, rows)) for rows in even.increases.values())
+    return replace(
+        even,
+        increases={
+            axis: tuple(tuple(x / biggest for x in row) for row in rows) for axis, rows in even.increases.items()
+        },
+    )
+
+
+def uneven_sensitivity(model) -> Sensitivity:
+    """Sub-layers worth more and less, so that the greedy choice differs from layer to layer."""
+    even = in_nats(even_sensitivity(model))
+    worth = {"neurons": (1.0, 0.4, 2.0), "kv_groups": (0.7, 1.5, 1.0)}
+    increases = {
+        axis: tuple(
+            tuple(increase * factor for increase in row)
+            for row, factor in zip(even.increases[axis], worth[axis], strict=True)
+        )
+        for axis in AXES
+    }
+    return replace(even, increases=increases)
 
 
 def closing_matrix(lm, family: Family, layer: int, axis: str) -> torch.Tensor:

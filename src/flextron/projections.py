@@ -5,6 +5,7 @@ Shapes: B batch, T time, D model, K units kept x rows per unit. Linear weights a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, cast
 
@@ -18,15 +19,30 @@ from transformers.pytorch_utils import Conv1D
 class Width:
     """How many units of one sub-layer run: the one thing that choosing a sub-network sets, shared by its modules."""
 
-    __slots__ = ("full", "kept")
+    __slots__ = ("first", "full", "kept", "mask", "run")
 
     def __init__(self, full: int) -> None:
         self.full = full
         self.kept = full
+        self.first = 0
+        """The first unit that runs; above 0 only while `per_token` adds up blocks of units."""
+        self.mask: torch.Tensor | None = None
+        """What each part of the closing projection's input is multiplied by, [..., parts]; set by `per_token`."""
+        self.run: Callable[..., Any] | None = None
+        """What runs the sub-layer where its tokens differ in width, given its own forward and what that takes."""
 
     def of(self, size: int) -> int:
         """The part of `size` rows or columns that the kept units own."""
         return size // self.full * self.kept
+
+    def span(self, size: int) -> slice:
+        """Those of `size` rows or columns that run."""
+        return slice(size // self.full * self.first, self.of(size))
+
+    @property
+    def is_full(self) -> bool:
+        """Whether all units run, for all tokens."""
+        return self.kept == self.full and not self.first and self.mask is None
 
 
 class Projection(nn.Module):
@@ -47,26 +63,29 @@ class _Opening(Projection):
     """Keeps the first rows: [B, T, D] -> [B, T, stacked * K]."""
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        if self.width.kept == self.width.full:
+        if self.width.is_full:
             return super().forward(x_BTD)  # type: ignore[no-any-return]
         weights = self.matrix().chunk(self.stacked)
         biases = (None,) * self.stacked if self.bias is None else self.bias.chunk(self.stacked)
-        rows = self.width.of(weights[0].shape[0])
+        rows = self.width.span(weights[0].shape[0])
         parts = [
-            F.linear(x_BTD, weight[:rows], None if bias is None else bias[:rows])
+            F.linear(x_BTD, weight[rows], None if bias is None else bias[rows])
             for weight, bias in zip(weights, biases, strict=True)
         ]
         return parts[0] if self.stacked == 1 else torch.cat(parts, dim=-1)
 
 
 class _Closing(Projection):
-    """Keeps the first columns, and the whole bias: [B, T, K] -> [B, T, D]."""
+    """Keeps the first columns, and the whole bias: [B, T, K] -> [B, T, D]; a block of columns after the first, none."""
 
     def forward(self, x_BTK: torch.Tensor) -> torch.Tensor:
-        if self.width.kept == self.width.full:
+        if self.width.is_full:
             return super().forward(x_BTK)  # type: ignore[no-any-return]
+        if (mask := self.width.mask) is not None:
+            parts = x_BTK.view(*x_BTK.shape[:-1], mask.shape[-1], -1)
+            x_BTK = (parts * mask[..., None].to(x_BTK.dtype)).flatten(-2)
         matrix = self.matrix()
-        return F.linear(x_BTK, matrix[:, : self.width.of(matrix.shape[1])], self.bias)
+        return F.linear(x_BTK, matrix[:, self.width.span(matrix.shape[1])], None if self.width.first else self.bias)
 
 
 class OpeningLinear(_Opening, nn.Linear):
@@ -149,6 +168,11 @@ class _Skippable(nn.Module):
     layer_idx: int
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.width.run is not None:
+            return self.width.run(self._forward, hidden_states, *args, **kwargs)
+        return self._forward(hidden_states, *args, **kwargs)
+
+    def _forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.width.kept:
             return super().forward(hidden_states, *args, **kwargs)
         nothing = torch.zeros_like(hidden_states)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from flextron.adapters import merge_adapters
 from flextron.choice import choose
-from flextron.config import OptimizerOptions, TrainConfig
+from flextron.config import TrainConfig
 from flextron.corpus import Corpus
 from flextron.data import TokenBlocks, load_blocks
 from flextron.distillation import make_distiller
@@ -33,6 +33,7 @@ from flextron.elastic import ElasticModel
 from flextron.environment import arithmetic_dtype, describe_device
 from flextron.errors import FlextronError, TrainingError
 from flextron.estimate import check_processes
+from flextron.optimizer import adamw, schedule
 from flextron.routers.making import remake_router
 from flextron.routers.router import Router, metrics_with_router
 from flextron.run_folder import RunFolder
@@ -107,7 +108,7 @@ class TrainingRun:
         if accelerator.num_processes > 1:
             shard(self.distiller, self.dtype)
         self.parameters = [p for p in self.distiller.parameters() if p.requires_grad]
-        self.optimizer = _adamw(self.parameters, config.optimizer)
+        self.optimizer = adamw(self.parameters, config.optimizer)
         self.tokens_per_step, self.steps = config.tokens_per_step, config.steps
         self.before: dict[str, float] = {}
         self.step = 0
@@ -397,24 +398,9 @@ class TrainingRun:
         return choose(self.model, wish, sensitivity=self._sensitivity or even_sensitivity(self.model))
 
 
-def schedule(step: int, steps: int, warmup: float) -> float:
-    """Part of the highest learning rate in a step from 0: up over the first `warmup` of the steps, then down to 0."""
-    rise = max(1, round(warmup * steps))
-    return min((step + 1) / rise, (steps - step) / max(1, steps - rise + 1))
-
-
 def _check_vocabulary(model: ElasticModel) -> None:
     if model.tokenizer is not None and len(model.tokenizer) > model.config.vocab_size:
         raise FlextronError(
             f"the tokenizer has {len(model.tokenizer)} tokens, the model's vocabulary {model.config.vocab_size}: "
             "it belongs to another model. Put the model's own tokenizer files into its folder."
         )
-
-
-def _adamw(parameters: list[nn.Parameter], options: OptimizerOptions) -> torch.optim.AdamW:
-    """AdamW; weights decay in matrices only."""
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": options.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.95), fused=True)

@@ -108,6 +108,14 @@ class StaticRouter(nn.Module):
             budgets_B: shares of the full model's cost; clamped to [lowest, 1].
             beyond_B: what to add to the logarithm of all prices, for budgets below the lowest.
         """
+        prices_BS = self.log_prices_of(budgets_B)
+        if beyond_B is not None:
+            prices_BS = prices_BS + beyond_B[:, None]
+        logits_BSK = self.utilities_SK - prices_BS.exp()[..., None] * self.costs_SK
+        return logits_BSK.masked_fill(~self.allowed_SK, -torch.inf)
+
+    def log_prices_of(self, budgets_B: torch.Tensor) -> torch.Tensor:
+        """Logarithm of what a unit of cost is charged in each sub-layer, [B, S]; budgets as for `forward`."""
         budgets_B = budgets_B.clamp(self.lowest, 1)
         place_B = (budgets_B - self.lowest) / (1 - self.lowest)
         hidden_BH = F.linear(place_B[:, None] * 2 - 1, self.hidden.weight.abs(), self.hidden.bias)
@@ -116,11 +124,7 @@ class StaticRouter(nn.Module):
             [F.leaky_relu(rising), -F.leaky_relu(-falling)], 1
         )  # both convex and concave in the budget
         cheaper_BS = F.linear(hidden_BH, F.softplus(self.out.weight), self.out.bias)
-        prices_BS = (self._first_log_price(place_B)[:, None] - cheaper_BS).clamp(-20, 20)
-        if beyond_B is not None:
-            prices_BS = prices_BS + beyond_B[:, None]
-        logits_BSK = self.utilities_SK - prices_BS.exp()[..., None] * self.costs_SK
-        return logits_BSK.masked_fill(~self.allowed_SK, -torch.inf)
+        return (self._first_log_price(place_B)[:, None] - cheaper_BS).clamp(-20, 20)
 
     def _first_log_price(self, place_B: torch.Tensor) -> torch.Tensor:
         """Interpolated between knots, [B]."""

@@ -1,0 +1,52 @@
+"""Types of the fields that several commands share, and what is checked of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from flextron.budget import FORMS, Budget
+
+ModelArgument = Annotated[Positional[str], arg(metavar="MODEL")]
+OutArgument = Annotated[Positional[Path], arg(metavar="OUT")]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Score = Literal["reconstruction", "absolute", "absolute_weight", "rms", "rms_weight"]
+Phase = Literal["prefill", "decode"]
+BudgetArgument = Annotated[
+    str | None, arg(help=f"Instead of --subnet, what it may cost; the best sub-network within it is taken: {FORMS}.")
+]
+BudgetsArgument = Annotated[
+    tuple[str, ...], arg(help=f"Further sub-networks, the best within what each may cost, such as 0.9x 0.6x: {FORMS}.")
+]
+RouteArgument = Annotated[str, arg(help=f"What the sub-network may cost: {FORMS}.")]
+
+
+def check_at_least(name: str, value: float, limit: float) -> None:
+    """Raise a ValueError below the limit."""
+    if not value >= limit:
+        raise ValueError(f"{name} is {value}; it must be at least {limit}.")
+
+
+def check_between(name: str, value: float, low: float, high: float) -> None:
+    """Raise a ValueError outside the limits, which count as inside."""
+    if not low <= value <= high:
+        raise ValueError(f"{name} is {value}; it must lie between {low} and {high}.")
+
+
+def check_ending(name: str, file: Path | None, endings: tuple[str, ...]) -> None:
+    """Raise a ValueError if the file's name has none of these endings."""
+    if file is not None and file.suffix not in endings:
+        raise ValueError(f"{name} is {file}; its name must end in {' or '.join(endings)}.")
+
+
+def check_one_choice(subnet: str, budget: str | None) -> None:
+    """Either names the sub-network; a budget that cannot be read is found before a model is loaded."""
+    if budget is None:
+        return
+    if subnet != "full":
+        raise ValueError(
+            f"subnet ({subnet}) and budget ({budget}) exclude each other: a budget chooses the sub-network. Keep one."
+        )
+    Budget.parse(budget)

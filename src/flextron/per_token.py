@@ -1,0 +1,206 @@
+"""Sub-networks that differ from token to token: what they compute, and how, in time that follows their widths.
+
+Flextron (Cai et al., ICML 2024), section 4: input-adaptive widths. The definition is the masked one: a token of width d
+in a layer uses the first d neurons; a token with g KV groups and h query heads the first h query heads of each of the
+first g groups. K and V of all groups that a batch uses are written for every token, so that the KV cache has no holes.
+Width 0 leaves the sub-layer out for that token, its closing bias too.
+
+An MLP is a sum over blocks of neurons: tokens are sorted by width, the widest first, and block k runs on the first n_k
+of them, by the family's own code (docs/decisions/0010-per-token.md).
+
+Shapes: L layers, B batch, T time, N tokens, D model, U parts of a sub-layer (neurons, or query heads).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from flextron.elastic import ElasticModel, SubLayer
+from flextron.subnet import AXES, Subnet
+
+Forward = Callable[..., Any]
+"""What runs a sub-layer: given its own forward pass, the hidden states [B, T, D], and what else that takes."""
+Choose = Callable[[torch.Tensor], torch.Tensor]
+"""Widths [B, T] of the tokens that enter a sub-layer, [B, T, D]."""
+
+
+@dataclass(frozen=True)
+class TokenWidths:
+    """Widths of every token in every layer, each [L, B, T]; B or T may be 1 where they do not differ.
+
+    `query_heads` is of each KV group.
+    """
+
+    neurons: torch.Tensor
+    kv_groups: torch.Tensor
+    query_heads: torch.Tensor
+
+    @classmethod
+    def of_rows(cls, model: ElasticModel, subnets: Sequence[Subnet]) -> TokenWidths:
+        """A sub-network for each row of a batch, such as of requests with different budgets.
+
+        Raises:
+            SubnetError: one is not in the model's search space.
+        """
+        for subnet in subnets:
+            model.search_space.check(subnet)
+        neurons, kv_groups = (torch.tensor([getattr(subnet, axis) for subnet in subnets]).T[..., None] for axis in AXES)
+        return cls(neurons, kv_groups, torch.full_like(kv_groups, model.layers[0].attention.heads_per_unit))
+
+    def check(self, model: ElasticModel) -> None:
+        """Pass if these are widths of this model.
+
+        Raises:
+            ValueError: another number of layers, or a width below 0 or above the full model's.
+        """
+        first = model.layers[0]
+        most = {
+            "neurons": first.mlp.width.full,
+            "kv_groups": first.attention.width.full,
+            "query_heads": first.attention.heads_per_unit,
+        }
+        for name, limit in most.items():
+            widths: torch.Tensor = getattr(self, name)
+            if widths.dim() != 3 or len(widths) != len(model.layers):
+                raise ValueError(f"{name} has the shape {list(widths.shape)}; it must be [{len(model.layers)}, B, T].")
+            if widths.numel() and not 0 <= int(widths.min()) <= int(widths.max()) <= limit:
+                raise ValueError(
+                    f"{name} are {int(widths.min())} to {int(widths.max())}; a layer of this model has {limit}."
+                )
+
+
+@contextmanager
+def use_token_widths(model: ElasticModel, widths: TokenWidths, *, masked: bool = False) -> Iterator[ElasticModel]:
+    """Run every token with its own widths inside the block.
+
+    Args:
+        masked: compute by the definition, at the full model's cost; equal within rounding.
+
+    Raises:
+        ValueError: not widths of this model.
+    """
+    widths.check(model)
+    runs = [
+        (_with_widths(layer.mlp, neurons_BT, masked=masked), rows_of_attention(layer.attention, groups_BT, heads_BT))
+        for layer, neurons_BT, groups_BT, heads_BT in zip(
+            model.layers, widths.neurons, widths.kv_groups, widths.query_heads, strict=True
+        )
+    ]
+    with running(model, runs):
+        yield model
+
+
+@contextmanager
+def running(model: ElasticModel, runs: Sequence[tuple[Forward, Forward]]) -> Iterator[None]:
+    """Let the MLP and the attention of every layer be run by these inside the block."""
+    widths = [sub.width for layer in model.layers for sub in (layer.mlp, layer.attention)]
+    before = [width.run for width in widths]
+    for width, run in zip(widths, (run for pair in runs for run in pair), strict=True):
+        width.run = run
+    try:
+        yield
+    finally:
+        for width, run_before in zip(widths, before, strict=True):
+            width.run = run_before
+
+
+def _with_widths(sub: SubLayer, widths_BT: torch.Tensor, *, masked: bool) -> Forward:
+    compute = masked_mlp if masked else mlp
+
+    def run(forward: Forward, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        return compute(sub, forward, hidden_BTD, widths_BT.to(hidden_BTD.device).expand(hidden_BTD.shape[:2]))
+
+    return run
+
+
+def masked_mlp(sub: SubLayer, forward: Forward, hidden_BTD: torch.Tensor, widths_BT: torch.Tensor) -> torch.Tensor:
+    """The definition: all neurons run, and those beyond a token's width count for nothing."""
+    neurons_U = torch.arange(sub.width.full, device=widths_BT.device)
+    output_BTD: torch.Tensor = masked(sub, forward, neurons_U < widths_BT[..., None], hidden_BTD)
+    return output_BTD
+
+
+def masked(sub: SubLayer, forward: Forward, mask_BTU: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """A sub-layer of which each part is multiplied by a mask, soft or hard, before the closing projection."""
+    sub.width.mask = mask_BTU
+    try:
+        result = forward(*args, **kwargs)
+    finally:
+        sub.width.mask = None
+    if sub.closes.bias is None:
+        return result
+    used_BT1 = (mask_BTU != 0).any(-1, keepdim=True)
+    return (result[0] * used_BT1, *result[1:]) if isinstance(result, tuple) else result * used_BT1
+
+
+def mlp(sub: SubLayer, forward: Forward, hidden_BTD: torch.Tensor, widths_BT: torch.Tensor) -> torch.Tensor:
+    """As `masked_mlp`, in time that follows the widths."""
+    widths_N = widths_BT.flatten()
+    blocks = _blocks(widths_N)
+    with _span_kept(sub):
+        if not blocks or (len(blocks) == 1 and blocks[0][1] == len(widths_N)):
+            sub.width.kept = blocks[0][0] if blocks else 0
+            return forward(hidden_BTD)  # type: ignore[no-any-return]
+        order_N = widths_N.argsort(descending=True)[: blocks[0][1]]
+        summed_ND = _sum_of_blocks(sub, forward, hidden_BTD.flatten(0, 1)[order_N], blocks)
+    output_ND = torch.zeros_like(hidden_BTD).flatten(0, 1)
+    return output_ND.index_copy(0, order_N, summed_ND.to(output_ND.dtype)).view(hidden_BTD.shape)
+
+
+def _blocks(widths_N: torch.Tensor) -> list[tuple[int, int]]:
+    """Where each block of units ends, and how many tokens need it."""
+    counts = torch.bincount(widths_N)
+    ends = counts.nonzero()[:, 0]
+    needing = counts[ends].flip(0).cumsum(0).flip(0)
+    return [(end, tokens) for end, tokens in zip(ends.tolist(), needing.tolist(), strict=True) if end]
+
+
+def _sum_of_blocks(
+    sub: SubLayer, forward: Forward, sorted_ND: torch.Tensor, blocks: Sequence[tuple[int, int]]
+) -> torch.Tensor:
+    """Output of the tokens that need the first block; each further block adds to the first ones of those before."""
+    summed_ND = sorted_ND
+    for end, tokens in blocks:
+        sub.width.kept = end
+        part_ND = forward(sorted_ND[None, :tokens])[0]
+        if sub.width.first:
+            summed_ND[:tokens] += part_ND
+        else:
+            summed_ND = part_ND
+        sub.width.first = end
+    return summed_ND
+
+
+@contextmanager
+def _span_kept(sub: SubLayer) -> Iterator[None]:
+    """The sub-layer's own span of units comes back."""
+    first, kept = sub.width.first, sub.width.kept
+    try:
+        yield
+    finally:
+        sub.width.first = first
+        sub.keep(kept)
+
+
+def rows_of_attention(sub: SubLayer, groups_BT: torch.Tensor, heads_BT: torch.Tensor) -> Forward:
+    """An attention of which tokens use different groups and heads: at the largest number of groups, masked."""
+    most = int(groups_BT.max()) if groups_BT.numel() else 0
+    heads = sub.heads_per_unit
+    groups_mask = torch.arange(most, device=groups_BT.device) < groups_BT[..., None]
+    heads_mask = torch.arange(heads, device=heads_BT.device) < heads_BT[..., None]
+    mask_BTU = (groups_mask[..., :, None] & heads_mask[..., None, :]).flatten(-2)
+    same = bool(mask_BTU.all())
+
+    def run(forward: Forward, hidden_BTD: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        with _span_kept(sub):
+            sub.keep(most)
+            if same:
+                return forward(hidden_BTD, *args, **kwargs)
+            return masked(sub, forward, mask_BTU.to(hidden_BTD.device), hidden_BTD, *args, **kwargs)
+
+    return run

@@ -124,11 +124,15 @@ def test_below_the_smallest(method):
 # ------------------------------------------------------------------ without a measurement
 
 
-def test_equal_widths_takes_as_much_attention_then_neurons_as_fit():
+def test_equal_widths_keeps_the_same_part_of_both_axes():
     table = table_of(LARGE)
-    assert equal_widths(table, 0.7 * table.full) == LARGE.uniform(4, 2)
-    assert equal_widths(table, table.price(LARGE.uniform(0, 2)) - 0.1) == LARGE.uniform(0, 1)
-    assert equal_widths(table, table.price(LARGE.uniform(2, 1))) == LARGE.uniform(0, 2)
+    for limit in np.linspace(table.smallest, table.full, 20):
+        found = equal_widths(table, limit)
+        assert found.is_uniform
+        least = min(found.neurons[0] / LARGE.neurons[-1], found.kv_groups[0] / LARGE.kv_groups[-1])
+        for neurons, kv_groups in itertools.product(LARGE.neurons, LARGE.kv_groups):
+            if table.price(LARGE.uniform(neurons, kv_groups)) <= limit:
+                assert min(neurons / LARGE.neurons[-1], kv_groups / LARGE.kv_groups[-1]) <= least
 
 
 @pytest.mark.parametrize("seed", range(3))

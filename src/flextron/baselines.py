@@ -58,7 +58,7 @@ Meter = Callable[[Subnet], float]
 
 
 def equal_widths(table: CostTable, limit: float) -> Subnet:
-    """The same widths in every layer: as many KV groups, then neurons, as fit.
+    """The same widths in every layer, and about the same part of both axes: as much as fits of the one kept least.
 
     MatFormer (Devvrit et al., 2023, arXiv 2310.07707), whose named sub-models have one width in all layers.
 
@@ -69,9 +69,14 @@ def equal_widths(table: CostTable, limit: float) -> Subnet:
         BudgetError: a limit below the smallest sub-network; so for all functions here.
     """
     ceiling, space = _possible(table, limit), table.search_space
-    sizes = sorted(product(space.kv_groups, space.neurons), reverse=True)
-    subnets = (space.uniform(neurons, kv_groups) for kv_groups, neurons in sizes)
-    return next(subnet for subnet in subnets if meets([ceiling], subnet))
+
+    def parts(widths: tuple[int, int]) -> list[float]:
+        return sorted(
+            width / choices[-1] for width, choices in zip(widths, (space.neurons, space.kv_groups), strict=True)
+        )
+
+    sizes = sorted(product(space.neurons, space.kv_groups), key=parts, reverse=True)
+    return next(subnet for subnet in (space.uniform(*size) for size in sizes) if meets([ceiling], subnet))
 
 
 @torch.inference_mode()

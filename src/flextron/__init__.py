@@ -23,10 +23,13 @@ if TYPE_CHECKING:
     from flextron.exporting import ExportReport, export
     from flextron.generation import generate
     from flextron.latency import measure_latency
+    from flextron.per_token import TokenWidths, use_token_widths
     from flextron.ranking import rank
     from flextron.routers.router import Router
+    from flextron.routers.token_making import make_token_router
+    from flextron.routers.token_routing import TokenRouting
     from flextron.routers.training import train_router
-    from flextron.routing import Routed, route
+    from flextron.routing import Routed, route, route_tokens
     from flextron.sensitivity import Sensitivity, measure_sensitivity
     from flextron.subnet import SearchSpace, Subnet
     from flextron.training import train
@@ -47,6 +50,8 @@ __all__ = [
     "Subnet",
     "TextOptions",
     "TokenBlocks",
+    "TokenRouting",
+    "TokenWidths",
     "TrainConfig",
     "VisitOptions",
     "WatchOptions",
@@ -55,13 +60,16 @@ __all__ = [
     "export",
     "generate",
     "load_blocks",
+    "make_token_router",
     "measure_latency",
     "measure_sensitivity",
     "quickstart",
     "rank",
     "route",
+    "route_tokens",
     "train",
     "train_router",
+    "use_token_widths",
 ]
 
 _HOMES = {
@@ -89,6 +97,11 @@ _HOMES = {
     "train_router": "routers.training",
     "Routed": "routing",
     "route": "routing",
+    "TokenWidths": "per_token",
+    "use_token_widths": "per_token",
+    "make_token_router": "routers.token_making",
+    "TokenRouting": "routers.token_routing",
+    "route_tokens": "routing",
     "choose": "choice",
     "generate": "generation",
     "ExportReport": "exporting",

@@ -35,6 +35,7 @@ from flextron.errors import CheckpointError, FlextronError
 if TYPE_CHECKING:
     from flextron.costs import CostTable
     from flextron.elastic import ElasticModel
+    from flextron.routers.token_routing import TokenRouting
     from flextron.subnet import Subnet
 
 DESCRIPTION = "One checkpoint, every latency: nested sub-networks of any Hugging Face LLM. Also: flextron --version."
@@ -144,6 +145,24 @@ def _chosen(model: ElasticModel, config: GenerateConfig | ExportConfig) -> Subne
     return _within(model, config.budget, config)
 
 
+def _tokens_within(model: ElasticModel, budget: str, config: GenerateConfig | EvaluateConfig) -> TokenRouting:
+    """How tokens are routed within a budget."""
+    from flextron.routing import route_tokens
+
+    hard = isinstance(config, GenerateConfig) and config.hard
+    return route_tokens(model, budget, config.model, hard=hard, any_device=config.any_device, warn=_note)
+
+
+def _show_usage(model: ElasticModel, routing: TokenRouting, text: str, budget: str, file: Path) -> None:
+    """Say what the tokens of a text use, and write a picture of it."""
+    from flextron.explaining import save_usage, usage_of
+    from flextron.token_usage import usage_text
+
+    usage = usage_of(model, routing, text, budget)
+    save_usage(usage, file)
+    print(f"\n{usage_text(usage)}\nwrote {file}", file=sys.stderr)
+
+
 def _within(model: ElasticModel, budget: str, config: GenerateConfig | ExportConfig | EvaluateConfig) -> Subnet:
     """The best sub-network within a budget; notes go to standard error."""
     from flextron.routing import route
@@ -246,6 +265,9 @@ def _train_router(config: TrainRouterConfig) -> None:
 
     started = time.monotonic()
     folder = _folder(config.model)
+    if config.per_token:
+        _train_token_router(config, folder)
+        return
     router = make_router(
         _load(config),
         folder,
@@ -262,6 +284,32 @@ def _train_router(config: TrainRouterConfig) -> None:
     print(f"\nwrote {folder / FOLDER / router.about.metric} in {time.monotonic() - started:.0f} s.")
     budget = math.ceil(100 * max(0.6, router.net.lowest)) / 100
     print(f"try: flextron route {folder} --budget {router.about.metric}={budget:g}x")
+
+
+def _train_token_router(config: TrainRouterConfig, folder: Path) -> None:
+    from flextron.latency import PHASES
+    from flextron.routers.pairs import FOLDER
+    from flextron.routers.router import metrics_with_router
+    from flextron.routers.token_making import describe_token_router, make_token_router
+
+    metric = PHASES[config.phase]
+    if metric not in metrics_with_router(folder):
+        print(f"{folder} has no router for {metric}, which a token router starts from; training it first")
+        _train_router(replace(config, per_token=False))
+    started = time.monotonic()
+    router, about = make_token_router(
+        _load(config),
+        folder,
+        phase=config.phase,
+        tokens=config.token_tokens,
+        text=config.token_text or config.text,
+        seed=config.seed,
+        any_device=config.any_device,
+        show=True,
+    )
+    print(describe_token_router(router, about))
+    print(f"\nwrote {folder / FOLDER / f'{metric}-per-token'} in {time.monotonic() - started:.0f} s.")
+    print(f"try: flextron evaluate {folder} --budget {metric}=0.6x --per-token --picture tokens.html")
 
 
 def _route(config: RouteConfig) -> None:
@@ -296,10 +344,16 @@ def _evaluate(config: EvaluateConfig) -> None:
     subnets = [choose(model, wish, config.model) for wish in config.subnet]
     subnets += [_within(model, budget, config) for budget in config.budget]
     names = [*config.subnet, *config.budget]
+    routings = [_tokens_within(model, budget, config) for budget in config.budget if config.per_token]
+    names += [f"{budget} per token" for budget in config.budget if config.per_token]
     blocks = load_blocks(model.tokenizer, config.text, tokens=config.tokens, block_tokens=config.block_tokens)
-    results = evaluate(model, subnets, blocks, show=True)
+    results = evaluate(model, [*subnets, *routings], blocks, show=True)
+    costs = [None] * len(subnets) + [routing.average_cost for routing in routings]
     if config.json:
-        rows = [{"name": name, **asdict(result)} for name, result in zip(names, results, strict=True)]
+        rows = [
+            {"name": name, "cost": cost, **asdict(result)}
+            for name, cost, result in zip(names, costs, results, strict=True)
+        ]
         numbers = [{key: None if value != value else value for key, value in row.items()} for row in rows]  # no NaN
         print(json.dumps(numbers, indent=1, allow_nan=False))
         return
@@ -309,23 +363,34 @@ def _evaluate(config: EvaluateConfig) -> None:
         loss = f"{result.nats_per_token:.4f} ±{result.standard_error:.4f}"
         above = f"{result.difference:+.4f} ±{result.difference_standard_error:.4f}"
         print(f"{name:<28}{result.share:>7.1%}{loss:>18}{result.bits_per_byte:>11.4f}   {above}")
+    for name, cost in zip(names, costs, strict=True):
+        if cost is not None:
+            print(f"{name}: its tokens cost {cost:.3f}x of the full model on average, by the latency table")
+    if config.picture is not None:
+        text = model.tokenizer.decode(blocks.tokens[0])  # type: ignore[union-attr]
+        _show_usage(model, routings[-1], text, config.budget[-1], config.picture)
 
 
 def _generate(config: GenerateConfig) -> None:
     from flextron.generation import generate
 
     model = _load(config)
-    subnet = _chosen(model, config)
-    generate(
+    routing = _tokens_within(model, str(config.budget), config) if config.per_token else None
+    written = generate(
         model,
         config.prompt,
-        subnet=subnet,
+        subnet=None if routing else _chosen(model, config),
+        routing=routing,
         max_new_tokens=config.max_new_tokens,
         chat=config.chat,
         temperature=config.temperature,
         seed=config.seed,
         stream=True,
     )
+    if routing is not None:
+        _note(f"tokens cost {routing.average_cost:.3f}x of the full model on average, by the latency table")
+    if routing is not None and config.picture is not None:
+        _show_usage(model, routing, config.prompt + written, str(config.budget), config.picture)
 
 
 def _export(config: ExportConfig) -> None:

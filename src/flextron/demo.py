@@ -189,7 +189,10 @@ def _losses_before(
     if not file.is_file():
         _say(f"measuring {len(candidates)} sub-networks before training")
         evaluations = evaluate(model, [candidate.subnet for candidate in candidates], blocks, show=True)
-        losses = {evaluation.subnet.to_json(): evaluation.nats_per_token for evaluation in evaluations}
+        losses = {
+            candidate.subnet.to_json(): evaluation.nats_per_token
+            for candidate, evaluation in zip(candidates, evaluations, strict=True)
+        }
         write_text(file, json.dumps(losses, indent=1) + "\n")
     before: dict[str, float] = json.loads(file.read_text(encoding="utf8"))
     return [replace(candidate, before_training=before.get(candidate.subnet.to_json())) for candidate in candidates]

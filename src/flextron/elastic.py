@@ -7,7 +7,7 @@ Ours: KV groups with their query heads instead of heads, and width 0 for depth.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -161,7 +161,9 @@ class ElasticModel:
         return self._subnet
 
     @contextmanager
-    def use(self, subnet: Subnet | None = None, *, budget: str | None = None) -> Iterator[ElasticModel]:
+    def use(
+        self, subnet: Subnet | None = None, *, budget: str | Sequence[str] | None = None, per_token: bool = False
+    ) -> Iterator[ElasticModel]:
         """Run as `subnet` inside the block, then as before; views of the shared weights, nothing is copied.
 
         In training, call `backward` inside the block too: gradient checkpointing runs the forward pass again there.
@@ -169,21 +171,27 @@ class ElasticModel:
         Args:
             budget: instead of a sub-network, such as "12ms" or "0.6x": `flextron.route` chooses the best one, by the
                 latency tables and the router in the folder that the model was loaded from.
+            per_token: with a budget, every token gets a sub-network of its own (`flextron.route_tokens`) and the
+                budget holds on average; then there may also be a budget for each row of a batch.
 
         Raises:
             SubnetError: not in the search space of this model.
-            FlextronError: as `flextron.route`.
-            ValueError: neither or both of `subnet` and `budget`.
+            FlextronError: as `flextron.route`, or `flextron.route_tokens`.
+            ValueError: neither or both of `subnet` and `budget`, or several budgets without `per_token`.
         """
-        if (subnet is None) == (budget is None):
+        if (subnet is None) == (budget is None) or (per_token and budget is None):
             raise ValueError('name a sub-network or a budget, such as use(subnet) or use(budget="12ms").')
-        chosen = subnet
-        if chosen is None:
-            routing = import_module("flextron.routing")  # which stands above this module
-            chosen = routing.route(self, str(budget)).subnet
-        self.search_space.check(chosen)
+        if per_token:
+            with import_module("flextron.routing").route_tokens(self, budget).use():
+                yield self
+            return
+        if subnet is None:
+            if not isinstance(budget, str):
+                raise ValueError("a budget for each row of a batch needs per_token=True.")
+            subnet = import_module("flextron.routing").route(self, budget).subnet  # which stands above this module
+        self.search_space.check(subnet)
         before = self._subnet
-        self._choose(chosen)
+        self._choose(subnet)
         try:
             yield self
         finally:

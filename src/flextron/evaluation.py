@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +20,25 @@ from flextron.progress import progress
 from flextron.subnet import Subnet
 
 
+class TokenRun(Protocol):
+    """What chooses a sub-network for every token, such as `routers.token_routing.TokenRouting`."""
+
+    def use(self) -> AbstractContextManager[Any]:
+        """Run the model so inside the block."""
+
+    @property
+    def share(self) -> float:
+        """Share of the layers' weights that a token has used on average."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Loss of one sub-network on one text; standard errors take blocks as independent, not tokens."""
 
-    subnet: Subnet
+    subnet: Subnet | None
+    """None where every token had its own."""
     share: float
-    """Share of the layers' weights that it keeps."""
+    """Share of the layers' weights that it keeps, or that its tokens used on average."""
     nats_per_token: float
     standard_error: float
     bits_per_byte: float
@@ -37,23 +51,24 @@ class Evaluation:
 
 
 def evaluate(
-    model: ElasticModel, subnets: Sequence[Subnet], blocks: TokenBlocks, *, show: bool = False
+    model: ElasticModel, runs: Sequence[Subnet | TokenRun], blocks: TokenBlocks, *, show: bool = False
 ) -> list[Evaluation]:
-    """Loss of each sub-network on the same tokens, compared with the first of them.
+    """Loss of each sub-network, or run with one for every token, on the same tokens, compared with the first of them.
 
     Raises:
         SubnetError: a sub-network that is not in the model's search space; before anything is computed.
     """
-    for subnet in subnets:
-        model.search_space.check(subnet)
+    for run in runs:
+        if isinstance(run, Subnet):
+            model.search_space.check(run)
     tokens_per_byte = blocks.predicted_tokens / blocks.predicted_bytes if blocks.predicted_bytes else math.nan
-    work = [(subnet, tokens_BT) for subnet in subnets for tokens_BT in blocks.batches(BATCH_TOKENS)]
+    work = [(run, tokens_BT) for run in runs for tokens_BT in blocks.batches(BATCH_TOKENS)]
     losses = [_losses(model, *item) for item in (progress(work, "evaluate") if show else work)]
-    losses_SN = torch.cat(losses).view(len(subnets), -1)
+    losses_SN = torch.cat(losses).view(len(runs), -1)
     return [
         Evaluation(
-            subnet=subnet,
-            share=model.share(subnet),
+            subnet=run if isinstance(run, Subnet) else None,
+            share=model.share(run) if isinstance(run, Subnet) else run.share,
             nats_per_token=loss_N.mean().item(),
             standard_error=_standard_error(loss_N),
             bits_per_byte=loss_N.mean().item() / math.log(2) * tokens_per_byte,
@@ -62,15 +77,15 @@ def evaluate(
             tokens=blocks.predicted_tokens,
             text=blocks.text,
         )
-        for subnet, loss_N in zip(subnets, losses_SN, strict=True)
+        for run, loss_N in zip(runs, losses_SN, strict=True)
     ]
 
 
 @torch.inference_mode()
-def _losses(model: ElasticModel, subnet: Subnet, tokens_BT: torch.Tensor) -> torch.Tensor:
+def _losses(model: ElasticModel, run: Subnet | TokenRun, tokens_BT: torch.Tensor) -> torch.Tensor:
     """Mean loss of every row in nats per token, [B] in float64."""
     tokens_BT = tokens_BT.to(model.device)
-    with model.use(subnet):
+    with model.use(run) if isinstance(run, Subnet) else run.use():
         logits_BTV = model(tokens_BT, use_cache=False).logits
     rows = [
         F.cross_entropy(logits_TV[:-1].float(), tokens_T[1:])

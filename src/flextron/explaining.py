@@ -9,15 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from flextron.atomic import write_text
 from flextron.budget import Budget
-from flextron.drawing import text_drawing
+from flextron.drawing import save_figure, text_drawing
 from flextron.elastic import ElasticModel
+from flextron.errors import FlextronError
 from flextron.latency import REPEATS, TOKENS, here, time_interleaved, timed_run
 from flextron.pricing import Ceiling, format_cost
+from flextron.routers.token_routing import TokenRouting
 from flextron.routing import Routed
 from flextron.subnet import Subnet
 from flextron.tables import find_table, foreign_conditions
+from flextron.token_usage import TokenUsage, usage_figure, usage_html
 
 ROUNDS = 3
 """Timings of the sub-network and the full model, in turn."""
@@ -113,3 +118,42 @@ def as_text(routed: Routed, explained: dict[str, Any], folder: str | Path) -> st
 def as_json(budget: str, explained: dict[str, Any]) -> str:
     """What `explain` gave, for programs."""
     return json.dumps({"budget": budget, **explained}, indent=1, allow_nan=False)
+
+
+@torch.inference_mode()
+def usage_of(model: ElasticModel, routing: TokenRouting, text: str, budget: str) -> TokenUsage:
+    """What every token of a text uses within a budget, from one forward pass.
+
+    Raises:
+        FlextronError: no tokenizer, or an empty text.
+    """
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        raise FlextronError("this checkpoint has no tokenizer; put its tokenizer files into the same folder.")
+    tokens_BT: torch.Tensor = tokenizer(text, return_tensors="pt")["input_ids"]
+    if not tokens_BT.numel():
+        raise FlextronError("the text is empty; give some text to look at.")
+    neurons: dict[int, torch.Tensor] = {}
+    routing.forget()
+    routing.seen = lambda layer, widths_BT: neurons.update({layer: widths_BT[0].cpu()})
+    try:
+        with routing.use():
+            model.lm.base_model(input_ids=tokens_BT.to(model.device), use_cache=False)
+    finally:
+        routing.seen = None
+    return TokenUsage(
+        tokens=tuple(tokenizer.batch_decode(tokens_BT[0, :, None], clean_up_tokenization_spaces=False)),
+        neurons_LT=torch.stack([neurons[layer] for layer in range(len(model.layers))]).numpy(),
+        space=model.search_space,
+        budget=budget,
+        cost=routing.average_cost,
+    )
+
+
+def save_usage(usage: TokenUsage, file: Path) -> None:
+    """Write a picture of what tokens used: a page that shows all of it (.html), or a figure."""
+    if file.suffix != ".html":
+        save_figure(usage_figure(usage), file)
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, usage_html(usage))

@@ -17,6 +17,7 @@ from transformers import (
 from flextron.decoding import Decoder, supports
 from flextron.elastic import ElasticModel
 from flextron.errors import FlextronError
+from flextron.routers.token_routing import TokenRouting
 from flextron.routing import route
 from flextron.subnet import Subnet
 
@@ -40,6 +41,7 @@ def generate(
     *,
     subnet: Subnet | None = None,
     budget: str | None = None,
+    routing: TokenRouting | None = None,
     max_new_tokens: int = 64,
     chat: bool = False,
     temperature: float = 0.0,
@@ -52,6 +54,7 @@ def generate(
     Args:
         subnet: by default the one in use.
         budget: instead of a sub-network, such as "12ms" a token or "0.6x"; `flextron.route` chooses the best one.
+        routing: instead of both, every token gets a sub-network of its own (`flextron.route_tokens`).
         chat: put the prompt into the model's chat template, as a user's message.
         temperature: 0 takes the likeliest token each time; above 0 samples.
         seed: of torch's global generator, which the sampling uses; by default it goes on from where it is.
@@ -62,20 +65,26 @@ def generate(
         SubnetError: a sub-network that is not in the model's search space.
         FlextronError: an empty prompt, no tokenizer, no chat template where one is asked for, or a budget that
             `flextron.route` cannot meet.
-        ValueError: both a sub-network and a budget.
+        ValueError: more than one of sub-network, budget and routing.
     """
-    if subnet is not None and budget is not None:
-        raise ValueError("name a sub-network or a budget, not both.")
+    if sum(wish is not None for wish in (subnet, budget, routing)) > 1:
+        raise ValueError("name a sub-network, a budget or a routing of tokens, only one of them.")
     if budget is not None:
         subnet = route(model, budget).subnet
     prompt_BT = _encode(model, prompt, chat=chat)
     tokenizer = model.tokenizer
     if seed is not None:
         torch.manual_seed(seed)
-    tokens = _new_tokens if fast and can_stream(model) else _new_tokens_of_transformers
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "stream": stream}
     with torch.inference_mode():
-        written = tokens(model, subnet or model.subnet, prompt_BT, **options)
+        if routing is not None:
+            with routing.use():
+                written = _new_tokens_of_transformers(model, prompt_BT, **options)
+        elif fast and can_stream(model):
+            written = _new_tokens(model, subnet or model.subnet, prompt_BT, **options)
+        else:
+            with model.use(subnet or model.subnet):
+                written = _new_tokens_of_transformers(model, prompt_BT, **options)
     return str(tokenizer.decode(written, skip_special_tokens=True))  # type: ignore[union-attr]
 
 
@@ -113,12 +122,11 @@ def _new_tokens(
 
 
 def _new_tokens_of_transformers(
-    model: ElasticModel, subnet: Subnet, prompt_BT: torch.Tensor, *, stream: bool, temperature: float, **options: Any
+    model: ElasticModel, prompt_BT: torch.Tensor, *, stream: bool, temperature: float, **options: Any
 ) -> list[int]:
     streamer = TextStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     options |= {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    with model.use(subnet):
-        output_BT = model.generate(prompt_BT, attention_mask=torch.ones_like(prompt_BT), streamer=streamer, **options)
+    output_BT = model.generate(prompt_BT, attention_mask=torch.ones_like(prompt_BT), streamer=streamer, **options)
     tokens: list[int] = output_BT[0, prompt_BT.shape[1] :].tolist()
     return tokens
 

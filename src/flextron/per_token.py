@@ -19,14 +19,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from flextron.elastic import ElasticModel, SubLayer
+from flextron.routed_kernel import Activation, available, routed_mlp
 from flextron.subnet import AXES, Subnet
 
 Forward = Callable[..., Any]
 """What runs a sub-layer: given its own forward pass, the hidden states [B, T, D], and what else that takes."""
-Choose = Callable[[torch.Tensor], torch.Tensor]
-"""Widths [B, T] of the tokens that enter a sub-layer, [B, T, D]."""
+_KERNEL_ACTIVATIONS: dict[str, Activation] = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu_tanh"}
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,16 @@ def masked(sub: SubLayer, forward: Forward, mask_BTU: torch.Tensor, *args: Any, 
 
 
 def mlp(sub: SubLayer, forward: Forward, hidden_BTD: torch.Tensor, widths_BT: torch.Tensor) -> torch.Tensor:
-    """As `masked_mlp`, in time that follows the widths."""
+    """As `masked_mlp`, in time that follows the widths: here an implementation is chosen.
+
+    The kernel where it runs and computes this MLP; a narrowed MLP where all tokens have one width; else blocks.
+    """
+    activation = _activation_of_kernel(sub, forward, hidden_BTD)
+    if activation is not None:
+        gate_FD, up_FD, down_DF = (projection.weight for projection in (*sub.opens, sub.closes))
+        tokens_ND, widths_N = hidden_BTD.flatten(0, 1), widths_BT.flatten()
+        y_ND = routed_mlp(tokens_ND, gate_FD, up_FD, down_DF, widths_N, activation=activation)
+        return y_ND.view(hidden_BTD.shape)
     widths_N = widths_BT.flatten()
     blocks = _blocks(widths_N)
     with _span_kept(sub):
@@ -152,8 +162,21 @@ def mlp(sub: SubLayer, forward: Forward, hidden_BTD: torch.Tensor, widths_BT: to
     return output_ND.index_copy(0, order_N, summed_ND.to(output_ND.dtype)).view(hidden_BTD.shape)
 
 
+def _activation_of_kernel(sub: SubLayer, forward: Forward, hidden_BTD: torch.Tensor) -> Activation | None:
+    """The activation of an MLP that `routed_kernel` computes where these hidden states are; None for any other."""
+    projections = (*sub.opens, sub.closes)
+    if not available(hidden_BTD.device) or torch.is_autocast_enabled(hidden_BTD.device.type) or len(projections) != 3:
+        return None
+    plain = all(isinstance(p, nn.Linear) and p.bias is None and p.weight.dtype == hidden_BTD.dtype for p in projections)
+    module = getattr(forward, "__self__", None)
+    return _KERNEL_ACTIVATIONS.get(type(getattr(module, "act_fn", None)).__name__) if plain else None
+
+
 def _blocks(widths_N: torch.Tensor) -> list[tuple[int, int]]:
     """Where each block of units ends, and how many tokens need it."""
+    if len(widths_N) == 1:  # one token: no sorting, and one wait for the device
+        width = int(widths_N)
+        return [(width, 1)] if width else []
     counts = torch.bincount(widths_N)
     ends = counts.nonzero()[:, 0]
     needing = counts[ends].flip(0).cumsum(0).flip(0)

@@ -82,7 +82,7 @@ class _Closing(Projection):
         if self.width.is_full:
             return super().forward(x_BTK)  # type: ignore[no-any-return]
         if (mask := self.width.mask) is not None:
-            parts = x_BTK.view(*x_BTK.shape[:-1], mask.shape[-1], -1)
+            parts = x_BTK.view(*x_BTK.shape[:-1], mask.shape[-1], x_BTK.shape[-1] // mask.shape[-1])
             x_BTK = (parts * mask[..., None].to(x_BTK.dtype)).flatten(-2)
         matrix = self.matrix()
         return F.linear(x_BTK, matrix[:, self.width.span(matrix.shape[1])], None if self.width.first else self.bias)

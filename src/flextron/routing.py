@@ -14,6 +14,8 @@ from flextron.errors import BudgetError
 from flextron.pricing import Ceiling, ceilings, check_possible, format_cost
 from flextron.routers.router import Router, metrics_with_router, route_along
 from flextron.routers.static import StaticRouter
+from flextron.routers.token_making import load_token_router
+from flextron.routers.token_routing import TokenRouting
 from flextron.sensitivity import Sensitivity
 from flextron.subnet import Subnet
 from flextron.tables import find_table
@@ -84,6 +86,71 @@ def route(
     router = Router.load(folder, metric, model)
     notes += _clamped(router, limits)
     return Routed(router.choose(limits), limits, tuple(notes), router)
+
+
+def route_tokens(
+    model: ElasticModel,
+    budgets: str | Sequence[str],
+    folder: str | Path | None = None,
+    *,
+    hard: bool = False,
+    any_device: bool = False,
+    warn: Callable[[str], None] = lambda _: None,
+) -> TokenRouting:
+    """How every token gets a sub-network of its own, each budget kept on average over tokens.
+
+        with flextron.route_tokens(model, "0.6x").use():
+            text = model.generate(input_ids)
+
+    By the token router of the budgets' metric (`flextron train-router --per-token`). Above the full model's cost, all
+    runs. Requests with different budgets share a batch: name one for each row.
+
+    Args:
+        hard: no forward pass costs more than the budgets of its rows together, by the table's prediction.
+
+    Raises:
+        BudgetError: a budget that cannot be read, is below the router's range, or has several limits or other metrics.
+        CostError: no latency table for it.
+        RouterError: no token router, or one that is damaged or of another checkpoint.
+        ValueError: no budget.
+    """
+    folder = model.folder if folder is None else folder
+    wishes = [budgets] if isinstance(budgets, str) else list(budgets)
+    if folder is None or not wishes:
+        raise ValueError("routing tokens needs a budget, and a model from a folder with a token router.")
+
+    def latency(metric: str, tokens: int | None) -> CostTable:
+        return find_table(model, folder, metric, tokens=tokens, foreign=any_device, warn=warn)
+
+    limits = [_only_limit(model, wish, latency) for wish in wishes]
+    metrics = {limit.table.metric for limit in limits}
+    if len(metrics) > 1:
+        raise BudgetError(f"one batch has budgets of {' and '.join(sorted(metrics))}; name budgets of one metric.")
+    router, _ = load_token_router(folder, metrics.pop(), model)
+    shares = [min(1.0, limit.limit / limit.table.full) for limit in limits]
+    for limit, share in zip(limits, shares, strict=True):
+        if share < router.static.lowest * (1 - 1e-6):
+            raise BudgetError(
+                f"{limit.text} is {share:.2f}x of the full model, below the token router's lowest budget "
+                f"({router.static.lowest:.2f}x). Raise the budget, or route without per-token."
+            )
+    subnets = [
+        route_along(router.static, model.search_space, [replace(limit, limit=share * limit.table.full)])
+        for limit, share in zip(limits, shares, strict=True)
+    ]
+    return TokenRouting(model, router, shares, subnets, hard=hard)
+
+
+def _only_limit(model: ElasticModel, wish: str, latency: Callable[[str, int | None], CostTable]) -> Ceiling:
+    """The one limit of a budget.
+
+    Raises:
+        BudgetError: several.
+    """
+    limits = ceilings(model, Budget.parse(wish), latency)
+    if len(limits) > 1:
+        raise BudgetError(f"{wish} has {len(limits)} limits; tokens are routed within one, which holds on average.")
+    return limits[0]
 
 
 def _metric_with_router(budget: Budget, folder: str | Path | None) -> str | None:

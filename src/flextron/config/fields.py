@@ -50,3 +50,10 @@ def check_one_choice(subnet: str, budget: str | None) -> None:
             f"subnet ({subnet}) and budget ({budget}) exclude each other: a budget chooses the sub-network. Keep one."
         )
     Budget.parse(budget)
+
+
+def check_usage_picture(file: Path | None, *, per_token: bool) -> None:
+    """Raise a ValueError for a picture of what tokens used where they use the same, or in an unknown format."""
+    if file is not None and not per_token:
+        raise ValueError(f"picture is {file}; it is of --per-token.")
+    check_ending("picture", file, (".html", ".png", ".svg", ".pdf"))

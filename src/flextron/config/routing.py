@@ -17,6 +17,8 @@ from flextron.config.fields import (
 
 LEAST_EVALUATIONS = 160
 """What `routers.training` needs to train a router at all (a test compares)."""
+LEAST_TOKENS = 6144
+"""What `routers.token_making` needs to train a token router at all (a test compares)."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,12 @@ class TrainRouterConfig:
     """Lowest budget to train for, as a part of the full model's time."""
     seed: int = 0
     """Seed of the sub-networks that are tried, and of the training."""
+    per_token: bool = False
+    """Then train a token router on top, which gives every token widths of its own; after a router that is there, only that."""
+    token_text: str | None = None
+    """Text for the token router; by default that of --text."""
+    token_tokens: int = 12288
+    """Tokens that the token router learns from."""
     any_device: bool = False
     """Use a latency table of another device or version if there is no other."""
     dtype: Dtype = "auto"
@@ -98,6 +106,7 @@ class TrainRouterConfig:
         check_at_least("evaluations", self.evaluations, LEAST_EVALUATIONS)
         check_at_least("tokens", self.tokens, 256)
         check_at_least("seed", self.seed, 0)
+        check_at_least("token_tokens", self.token_tokens, LEAST_TOKENS)
         if not 0 < self.lowest < 1:
             raise ValueError(f"lowest is {self.lowest}; it must lie between 0 and 1, the full model's time.")
 

@@ -17,6 +17,7 @@ from flextron.config.fields import (
     OutArgument,
     check_at_least,
     check_one_choice,
+    check_usage_picture,
 )
 
 
@@ -32,6 +33,10 @@ class EvaluateConfig:
     subnet: tuple[str, ...] = ("full",)
     """Sub-networks: full; a share of the layers' weights such as 60%; equal widths such as neurons=768,kv_groups=2; or a Subnet's JSON file."""
     budget: BudgetsArgument = ()
+    per_token: bool = False
+    """With --budget, also let every token have widths of its own: a second line for each budget, which holds on average."""
+    picture: Path | None = None
+    """With --per-token, a file for a picture of the first block at the last budget, coloured by compute: .html, .png, .svg or .pdf."""
     text: str = "sample/validation"
     """Text to measure on: a .jsonl or .txt file, also .xz or .gz, or a sample that comes with flextron."""
     tokens: int = 8192
@@ -52,6 +57,9 @@ class EvaluateConfig:
         check_at_least("tokens", self.tokens, self.block_tokens)
         if not self.subnet:
             raise ValueError("name at least one sub-network, such as --subnet full.")
+        if self.per_token and not self.budget:
+            raise ValueError("--per-token needs a budget, such as --budget 0.6x.")
+        check_usage_picture(self.picture, per_token=self.per_token)
         for budget in self.budget:
             Budget.parse(budget)
 
@@ -70,6 +78,12 @@ class GenerateConfig:
     subnet: str = "full"
     """Sub-network: full; a share of the layers' weights such as 60%; equal widths such as neurons=768,kv_groups=2; or a Subnet's JSON file."""
     budget: BudgetArgument = None
+    per_token: bool = False
+    """With --budget, let every token have widths of its own; the budget holds on average."""
+    hard: bool = False
+    """With --per-token, let no forward pass exceed the budget."""
+    picture: Path | None = None
+    """With --per-token, a file for a picture of the text, coloured by compute: .html, .png, .svg or .pdf."""
     max_new_tokens: int = 64
     """Tokens to generate at most."""
     chat: bool = False
@@ -89,6 +103,11 @@ class GenerateConfig:
         check_at_least("max_new_tokens", self.max_new_tokens, 1)
         check_at_least("temperature", self.temperature, 0)
         check_one_choice(self.subnet, self.budget)
+        if self.per_token and self.budget is None:
+            raise ValueError("--per-token needs a budget, such as --budget 0.6x.")
+        if self.hard and not self.per_token:
+            raise ValueError("--hard is of --per-token.")
+        check_usage_picture(self.picture, per_token=self.per_token)
 
 
 @dataclass(frozen=True)

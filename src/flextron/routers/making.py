@@ -62,7 +62,7 @@ def make_router(
     if phase not in PHASES:
         raise ValueError(f"phase is {phase!r}; it must be one of: {', '.join(PHASES)}.")
     say: Say = partial(print, file=sys.stderr) if show else lambda _: None
-    sensitivity = _sensitivity(model, folder)
+    sensitivity = sensitivity_of(model, folder)
     blocks, after = unused_blocks(model, sensitivity, text, tokens=tokens)
     about = {
         "fingerprint": model.fingerprint(),
@@ -82,7 +82,12 @@ def make_router(
     return router
 
 
-def _sensitivity(model: ElasticModel, folder: str | Path) -> Sensitivity:
+def sensitivity_of(model: ElasticModel, folder: str | Path) -> Sensitivity:
+    """The sensitivities beside a checkpoint.
+
+    Raises:
+        RouterError: none there, or of another search space.
+    """
     way_out = "Measure them: flextron rank MODEL OUT"
     if not Sensitivity.is_in(folder):
         raise RouterError(f"{folder} has no sensitivities, which a router starts from. {way_out}")

@@ -1,0 +1,136 @@
+"""The token router of a checkpoint: made from its folder, and kept there beside the static one that it starts from."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from flextron.atomic import new_folder
+from flextron.elastic import ElasticModel
+from flextron.environment import faster_dtype
+from flextron.errors import RouterError
+from flextron.latency import PHASES
+from flextron.routers.making import sensitivity_of, unused_blocks
+from flextron.routers.pairs import FOLDER
+from flextron.routers.router import Router
+from flextron.routers.static import StaticRouter
+from flextron.routers.token import TokenRouter
+from flextron.routers.token_training import ROUNDS, TokenRouterAbout, train_token_router
+from flextron.sensitivity import sensitivity_blocks
+from flextron.tables import find_table
+
+VERSION = 1
+WEIGHTS = "token_router.safetensors"
+ABOUT = "token_router.json"
+BLOCK_TOKENS = 256
+CALIBRATION_TOKENS = 4096
+LEAST_TOKENS = 8 * ROUNDS * BLOCK_TOKENS
+
+
+def make_token_router(
+    model: ElasticModel,
+    folder: str | Path,
+    *,
+    phase: str = "decode",
+    tokens: int = 12288,
+    text: str = "sample/train",
+    seed: int = 0,
+    any_device: bool = False,
+    show: bool = False,
+) -> tuple[TokenRouter, TokenRouterAbout]:
+    """Train a token router on top of the static router for one phase and save it in `folder`.
+
+    Args:
+        folder: the elastic checkpoint that `model` was loaded from.
+        tokens: of `text` to learn from; documents that the model was ranked on are left out. It is calibrated on the
+            documents that follow.
+        any_device: use a latency table of another device or version.
+        show: tell on standard error what goes on, with bars.
+
+    Raises:
+        ValueError: another phase, or fewer tokens than it takes.
+        RouterError: no static router for this phase, or as `train_token_router`.
+        CostError: no latency table of this device and version, and `any_device` is false.
+    """
+    if phase not in PHASES:
+        raise ValueError(f"phase is {phase!r}; it must be one of: {', '.join(PHASES)}.")
+    if tokens < LEAST_TOKENS:
+        raise ValueError(f"tokens is {tokens}; a token router needs at least {LEAST_TOKENS}.")
+    static = Router.load(folder, PHASES[phase], model)
+    table = find_table(model, folder, PHASES[phase], foreign=any_device, warn=lambda text: print(text, file=sys.stderr))
+    blocks, _ = unused_blocks(model, sensitivity_of(model, folder), text, tokens=tokens)
+    if blocks.tokens.numel() < LEAST_TOKENS:
+        raise RouterError(
+            f"{text} has {blocks.tokens.numel()} tokens that the model was not ranked on; a token router needs "
+            f"{LEAST_TOKENS}. Give a longer text."
+        )
+    calibration = sensitivity_blocks(model.tokenizer, text, tokens=CALIBRATION_TOKENS, after=blocks.documents)
+    router, about = train_token_router(
+        model, static, table, blocks, calibration, arithmetic=faster_dtype(model.device), seed=seed, show=show
+    )
+    save_token_router(folder, router, about, model)
+    return router, about
+
+
+def save_token_router(folder: str | Path, router: TokenRouter, about: TokenRouterAbout, model: ElasticModel) -> Path:
+    """Write routers/METRIC-per-token beside a checkpoint, whole or not at all; returns the folder."""
+    target = Path(folder) / FOLDER / f"{about.metric}-per-token"
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in router.state_dict().items()}
+    data = {"version": VERSION, "fingerprint": model.fingerprint(), **asdict(about)}
+    with new_folder(target, overwrite=True, kind=ABOUT) as partial:
+        save_file(tensors, partial / WEIGHTS)
+        (partial / ABOUT).write_text(json.dumps(data, indent=1) + "\n", encoding="utf8")
+    return target
+
+
+def load_token_router(folder: str | Path, metric: str, model: ElasticModel) -> tuple[TokenRouter, TokenRouterAbout]:
+    """Read the token router for `metric` beside a checkpoint, onto the model's device.
+
+    Raises:
+        RouterError: missing, damaged, of another version, or trained for other weights than `model` has.
+    """
+    source = Path(folder) / FOLDER / f"{metric}-per-token"
+    phase = next((phase for phase, name in PHASES.items() if name == metric), None)
+    if phase is None:
+        raise RouterError(f"tokens are routed within {' or '.join(PHASES.values())}, not {metric}.")
+    way_out = f"Train one: flextron train-router {folder} --phase {phase} --per-token"
+    if not (source / ABOUT).is_file():
+        raise RouterError(f"{folder} has no token router for {metric}. {way_out}")
+    try:
+        data = json.loads((source / ABOUT).read_text(encoding="utf8"))
+        if data.pop("version") != VERSION:
+            raise RouterError(f"{source} is of another version of flextron. {way_out}")
+        if data.pop("fingerprint") != model.fingerprint():
+            raise RouterError(f"the token router in {source} was trained for another checkpoint than this. {way_out}")
+        router = _of_state(load_file(source / WEIGHTS))
+        return router.to(model.device), TokenRouterAbout(**data)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise RouterError(f"cannot read the token router in {source}: {error}. {way_out}") from None
+
+
+def _of_state(state: dict[str, torch.Tensor]) -> TokenRouter:
+    static = {name.removeprefix("static."): tensor for name, tensor in state.items() if name.startswith("static.")}
+    _, rank, size = state["reads_LRD"].shape
+    router = TokenRouter(StaticRouter.from_state(static), size, rank=rank)
+    for name in ("budgets_C", "offsets_C", "plan_CL"):
+        setattr(router, name, torch.empty_like(state[name]))
+    router.load_state_dict(state)
+    return router
+
+
+def describe_token_router(router: TokenRouter, about: TokenRouterAbout) -> str:
+    """How it was made, in a few lines, and whether it tells tokens apart at all."""
+    lines = [
+        f"token router for {about.metric}, from {about.tokens} tokens of {about.text}",
+        f"quasi-likelihood gained on rows left out: {about.explained:.3f}",
+        f"calibrated from {float(router.budgets_C[0]):.2f}x to {float(router.budgets_C[-1]):.2f}x",
+    ]
+    if about.explained <= 0:
+        lines.append("It tells no tokens apart: it answers as the static router. Give it more tokens.")
+    return "\n".join(lines)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import tiny
+from flextron import per_token
 from flextron.elastic import ElasticModel
 from flextron.errors import SubnetError
 from flextron.per_token import TokenWidths, use_token_widths
@@ -45,6 +46,12 @@ def tokens():
     return tiny.token_ids(ROWS)
 
 
+@pytest.fixture(params=["blocks", "the widest"])
+def way(request, monkeypatch):
+    """Tests have few tokens, which by themselves run as wide as the widest."""
+    monkeypatch.setattr(per_token, "FEW_TOKENS", 0 if request.param == "blocks" else 10_000)
+
+
 class TestContract:
     def test_full_widths_equal_the_full_model(self, model, tokens):
         expected = logits_of(model, tokens)
@@ -52,7 +59,8 @@ class TestContract:
         assert_same_function(run(model, tokens, same_widths(model), masked=True), expected)
 
     @pytest.mark.parametrize("seed", range(3))
-    def test_blocks_equal_masks(self, model, tokens, seed):
+    @pytest.mark.usefixtures("way")
+    def test_in_less_time_equals_the_definition(self, model, tokens, seed):
         widths = random_widths(model, seed=seed)
         assert_same_function(run(model, tokens, widths), run(model, tokens, widths, masked=True))
 
@@ -65,6 +73,7 @@ class TestContract:
         assert differs(*results)
 
     @pytest.mark.parametrize("masked", [False, True])
+    @pytest.mark.usefixtures("way")
     def test_rows_of_a_mixed_batch_equal_their_own_runs(self, model, tokens, masked):
         subnets = [*(tiny.random_subnet(model.search_space, seed) for seed in range(ROWS - 1)), model.search_space.full]
         mixed = run(model, tokens, TokenWidths.of_rows(model, subnets), masked=masked)
@@ -83,6 +92,7 @@ class TestContract:
                 columns[:, :, 1:] = 0
         assert_same_function(run(model, tokens, same_widths(model, query_heads=1)), logits_of(without, tokens))
 
+    @pytest.mark.usefixtures("way")
     def test_gradients_equal_those_of_masks(self, model, tokens):
         widths = random_widths(model)
         gradients = []
@@ -131,6 +141,7 @@ class TestContract:
         assert torch.equal(logits_of(model, tokens), before)
 
 
+@pytest.mark.usefixtures("way")
 def test_no_token_takes_a_block_and_one_takes_all(llama):
     tokens = tiny.token_ids(ROWS)
     widths = same_widths(llama, neurons=0)

@@ -14,7 +14,7 @@ from flextron.costs import linear_table
 from flextron.elastic import ElasticModel
 from flextron.errors import BudgetError, RouterError
 from flextron.pricing import Ceiling
-from flextron.routers import token_making, token_training
+from flextron.routers import token, token_making, token_training
 from flextron.routers.router import Router, RouterAbout
 from flextron.routers.static import StaticRouter
 from flextron.routers.surrogate import Surrogate, SurrogateError
@@ -72,18 +72,22 @@ def run(model, routing, tokens):
 
 
 class TestRouter:
-    def test_untrained_it_answers_as_the_static_one(self, llama, static):
+    def test_untrained_it_answers_as_the_static_one(self, llama, static, monkeypatch):
+        monkeypatch.setattr(token, "WIDTHS", len(llama.search_space.neurons))
         router = TokenRouter(static.net, tiny.HIDDEN)
         budgets = torch.linspace(0.45, 1, 40)
         hidden = torch.randn(len(budgets), 5, tiny.HIDDEN)
         logits = static.net(budgets)
         for layer in range(tiny.LAYERS):
-            prices = router.log_prices(budgets)[:, layer, None] - router.log_worths(layer, hidden, budgets)
+            prices = router.log_prices(budgets)[:, layer, None] - router.log_worths(
+                layer, hidden, router.shifts(budgets)[layer]
+            )
             chosen = router.choose(layer, prices)
             assert (chosen == logits[:, layer].argmax(-1)[:, None]).all()
-        assert llama
 
-    def test_its_choice_is_the_best_at_any_price(self, trained):
+    def test_its_choice_is_the_best_at_any_price(self, trained, llama, monkeypatch):
+        monkeypatch.setattr(token, "WIDTHS", len(llama.search_space.neurons))
+        trained = token_making._of_state(trained.state_dict())
         for layer in range(tiny.LAYERS):
             prices = torch.linspace(-6, 12, 500)
             logits = trained.logits(layer, prices[None])[0]
@@ -93,8 +97,8 @@ class TestRouter:
 
     def test_worths_are_of_each_token_alone(self, trained):
         hidden, budgets = torch.randn(3, 7, tiny.HIDDEN), torch.tensor([0.5, 0.7, 0.9])
-        together = trained.log_worths(1, hidden, budgets)
-        alone = trained.log_worths(1, hidden[1:2, 3:4], budgets[1:2])
+        together = trained.log_worths(1, hidden, trained.shifts(budgets)[1])
+        alone = trained.log_worths(1, hidden[1:2, 3:4], trained.shifts(budgets[1:2])[1])
         torch.testing.assert_close(together[1:2, 3:4], alone)
 
 
@@ -116,9 +120,12 @@ class TestFit:
         return Slopes(hidden.bfloat16(), slopes, torch.zeros(tiny.LAYERS, tokens), torch.full((tokens,), 0.7))
 
     def worths(self, router, slopes):
-        budgets = slopes.budgets_N
+        shifts = router.shifts(slopes.budgets_N)
         return torch.stack(
-            [router.log_worths(layer, x[:, None].float(), budgets)[:, 0] for layer, x in enumerate(slopes.hidden_LND)]
+            [
+                router.log_worths(layer, x[:, None].float(), shifts[layer])[:, 0]
+                for layer, x in enumerate(slopes.hidden_LND)
+            ]
         )
 
     def test_it_finds_what_slopes_depend_on(self, static):

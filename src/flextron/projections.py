@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 class Width:
     """How many units of one sub-layer run: the one thing that choosing a sub-network sets, shared by its modules."""
 
-    __slots__ = ("first", "full", "kept", "mask", "run")
+    __slots__ = ("first", "full", "kept", "mask", "run", "sums")
 
     def __init__(self, full: int) -> None:
         self.full = full
@@ -28,6 +28,8 @@ class Width:
         """The first unit that runs; above 0 only while `per_token` adds up blocks of units."""
         self.mask: torch.Tensor | None = None
         """What each part of the closing projection's input is multiplied by, [..., parts]; set by `per_token`."""
+        self.sums: torch.Tensor | None = None
+        """What the closing projection adds a block's output to, in place, [N, D]; set by `per_token`."""
         self.run: Callable[..., Any] | None = None
         """What runs the sub-layer where its tokens differ in width, given its own forward and what that takes."""
 
@@ -85,7 +87,10 @@ class _Closing(Projection):
             parts = x_BTK.view(*x_BTK.shape[:-1], mask.shape[-1], x_BTK.shape[-1] // mask.shape[-1])
             x_BTK = (parts * mask[..., None].to(x_BTK.dtype)).flatten(-2)
         matrix = self.matrix()
-        return F.linear(x_BTK, matrix[:, self.width.span(matrix.shape[1])], None if self.width.first else self.bias)
+        columns = matrix[:, self.width.span(matrix.shape[1])]
+        if (sums_ND := self.width.sums) is not None:
+            return torch.addmm(sums_ND, x_BTK.flatten(0, -2), columns.t(), out=sums_ND)
+        return F.linear(x_BTK, columns, None if self.width.first else self.bias)
 
 
 class OpeningLinear(_Opening, nn.Linear):

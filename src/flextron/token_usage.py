@@ -41,6 +41,7 @@ _BAR = 32
 _BINS = 32
 _FONT = "DejaVu Sans Mono"
 _ADVANCE_EM = 1233 / 2048  # of that font's characters
+_TEXT_INCHES = 9.4
 _CONTROLS = {code: 0x2400 + code for code in range(32) if code not in b"\t\n"} | {0x7F: 0x2421}
 
 
@@ -82,22 +83,22 @@ class TokenUsage:
         return self.space.neurons[-1]
 
     @property
-    def shares_T(self) -> Floats:  # noqa: N802
+    def shares_T(self) -> Floats:
         """Part of the full model's neurons that each token ran, mean over layers, 0 to 1, [T]."""
         return np.asarray(self.neurons_LT.mean(0) / self.full, dtype=np.float64)
 
     @property
-    def mean_neurons_L(self) -> Floats:  # noqa: N802
+    def mean_neurons_L(self) -> Floats:
         """Neurons that an average token ran in each layer, [L]."""
         return np.asarray(self.neurons_LT.mean(1), dtype=np.float64)
 
     @property
-    def histogram_LK(self) -> NDArray[np.int64]:  # noqa: N802
+    def histogram_LK(self) -> NDArray[np.int64]:
         """Tokens that ran each width of the search space in each layer, [L, K]."""
         return np.stack([(self.neurons_LT == width).sum(1) for width in self.space.neurons], axis=1)
 
     @property
-    def entropy_L(self) -> Floats:  # noqa: N802
+    def entropy_L(self) -> Floats:
         """Entropy of each layer's distribution of tokens over widths, in bits, [L]; 0 where all ran one width."""
         parts_LK = self.histogram_LK / len(self.tokens)
         logs_LK = np.log2(parts_LK, where=parts_LK > 0, out=np.zeros_like(parts_LK))
@@ -231,8 +232,9 @@ def _tenth(part: float) -> str:
 def _scale(shares_T: Floats) -> tuple[float, float]:
     """The shares that the first and the last colour stand for: of this text, in steps of 5%, and 20% apart or more."""
     low, high = np.floor(20 * shares_T.min()) / 20, np.ceil(20 * shares_T.max()) / 20
-    low = max(0.0, min(low, high - 0.2))
-    return low, max(high, low + 0.2)
+    apart = max(high - low, 0.2)
+    low = min(max((low + high - apart) / 2, 0.0), 1 - apart)
+    return low, low + apart
 
 
 def _colors(shares_T: Floats) -> list[str]:
@@ -321,21 +323,20 @@ def usage_figure(usage: TokenUsage) -> Figure:
     shown = _shown(usage.tokens)
     places = _places(shown, usage.tokens)
     lines = places[-1][0] + 1 + (len(places) < len(shown))
-    width, text_width, text_height, map_height = 10.0, 9.4, 0.255 * lines, 2.9
-    height = text_height + map_height + 2.4
+    title = [*textwrap.wrap(_summary(usage), 135), *textwrap.wrap(_verdict(usage), 135)]
+    text_at, text_height, map_height = 0.4 + 0.16 * len(title), 0.255 * lines, 2.9
+    map_at = text_at + text_height + 0.95
+    width, height = 10.0, map_at + map_height + 0.6
     figure = Figure(figsize=(width, height))
 
     def add_axes(left: float, top: float, across: float, down: float) -> Axes:
         """Axes at a place in inches from the upper left corner."""
         return figure.add_axes((left / width, 1 - (top + down) / height, across / width, down / height))
 
-    title = "\n".join([*textwrap.wrap(_summary(usage), 110), *textwrap.wrap(_verdict(usage), 110)])
-    figure.text(0.3 / width, 1 - 0.2 / height, title, size=9.5, va="top", parse_math=False)
-    text_axes = add_axes(0.3, 0.85, text_width, text_height)
-    _draw_tokens(text_axes, usage, shown, places, size=72 * text_width / COLUMNS / _ADVANCE_EM)
-    _draw_scale(add_axes(7.1, 0.85 + text_height + 0.12, 2.6, 0.12), usage)
-    top = 0.85 + text_height + 0.95
-    _draw_widths(add_axes(0.9, top, 7.9, map_height), add_axes(8.95, top, 0.18, map_height), usage)
+    figure.text(0.3 / width, 1 - 0.2 / height, "\n".join(title), size=9.5, va="top", parse_math=False)
+    _draw_tokens(add_axes(0.3, text_at, _TEXT_INCHES, text_height), usage, shown, places)
+    _draw_scale(add_axes(7.1, map_at - 0.83, 2.6, 0.12), usage)
+    _draw_widths(add_axes(0.9, map_at, 7.9, map_height), add_axes(8.95, map_at, 0.18, map_height), usage)
     return figure
 
 
@@ -374,9 +375,7 @@ def _places(shown: Sequence[str], tokens: Sequence[str]) -> list[tuple[int, int]
     return places
 
 
-def _draw_tokens(
-    axes: Axes, usage: TokenUsage, shown: Sequence[str], places: Sequence[tuple[int, int]], *, size: float
-) -> None:
+def _draw_tokens(axes: Axes, usage: TokenUsage, shown: Sequence[str], places: Sequence[tuple[int, int]]) -> None:
     lines, columns = zip(*places, strict=True)
     left_out = len(shown) - len(places)
     axes.set(xlim=(0, COLUMNS), ylim=(lines[-1] + (1.5 if left_out else 0.5), -0.5))
@@ -384,6 +383,7 @@ def _draw_tokens(
     lengths = [len(text) for text in shown[: len(places)]]
     colors = _colors(usage.shares_T)[: len(places)]
     axes.barh(lines, lengths, left=columns, height=0.86, color=colors, edgecolor="white", linewidth=0.8)
+    size = 72 * _TEXT_INCHES / COLUMNS / _ADVANCE_EM  # a character is as wide as a column
     style: dict[str, Any] = {"family": _FONT, "size": size, "va": "baseline", "color": INK, "parse_math": False}
     for (line, column), text in zip(places, shown, strict=False):
         axes.text(column, line + 0.2, text, **style)
@@ -403,15 +403,18 @@ def _draw_scale(axes: Axes, usage: TokenUsage) -> None:
 
 
 def _draw_widths(axes: Axes, bar_axes: Axes, usage: TokenUsage) -> None:
+    from matplotlib.colors import PowerNorm
+
     widths = usage.space.neurons
     rows = np.arange(len(widths))
     parts_KL = 100 * usage.histogram_LK.T / len(usage.tokens)
-    image = axes.imshow(parts_KL, origin="lower", aspect="auto", cmap="Blues", vmin=0, interpolation="none")
+    roots = PowerNorm(0.5, 0, parts_KL.max())  # few tokens stay visible beside a layer with all tokens at one width
+    image = axes.imshow(parts_KL, origin="lower", aspect="auto", cmap="Blues", norm=roots, interpolation="none")
     axes.plot(np.interp(usage.mean_neurons_L, widths, rows), ".-", color="#c2622d", linewidth=1, label="mean")
     step = -(-len(widths) // 9)
     ticks = rows[::-1][::step]
     axes.set_yticks(ticks, [str(widths[row]) for row in ticks])
-    axes.locator_params(axis="x", integer=True)
+    axes.locator_params(axis="x", integer=True, min_n_ticks=1)
     axes.set(title="widths that tokens ran in each layer", xlabel="layer", ylabel="MLP neurons")
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False, borderaxespad=0.1)
     axes.figure.colorbar(image, cax=bar_axes, label="% of the tokens")

@@ -11,6 +11,7 @@ Shapes: B rows (requests), T time, L layers, K choices of an MLP's width, D mode
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -22,6 +23,8 @@ from flextron.routers.choices import Floats
 from flextron.routers.static import StaticRouter
 
 RANK = 32
+WIDTHS = 7
+"""Widths that tokens are offered in each layer."""
 LARGEST = 3.0
 """Largest logarithm of a worth: a token counts for at most 20 average ones."""
 
@@ -55,15 +58,18 @@ class TokenRouter(nn.Module):
         """Number of layers."""
         return len(self.out_bias_L)
 
-    def log_worths(self, layer: int, hidden_BTD: torch.Tensor, budgets_B: torch.Tensor) -> torch.Tensor:
+    def shifts(self, budgets_B: torch.Tensor) -> torch.Tensor:
+        """What budgets, in shares of the full model's cost, add to what the networks read, [L, B, R]."""
+        place_B = 2 * (budgets_B - self.static.lowest) / (1 - self.static.lowest) - 1
+        return self.bias_LR[:, None] + place_B[:, None] * self.budget_LR[:, None]
+
+    def log_worths(self, layer: int, hidden_BTD: torch.Tensor, shift_BR: torch.Tensor) -> torch.Tensor:
         """Logarithm of what a neuron of a layer is worth to each token, [B, T].
 
         Args:
             hidden_BTD: what enters the MLP, normed by the model.
-            budgets_B: shares of the full model's cost.
+            shift_BR: of `shifts`, this layer's.
         """
-        place_B = 2 * (budgets_B - self.static.lowest) / (1 - self.static.lowest) - 1
-        shift_BR = self.bias_LR[layer] + place_B[:, None] * self.budget_LR[layer]
         read_BTR = F.linear(hidden_BTD, self.reads_LRD[layer].to(hidden_BTD.dtype))
         hidden_BTR = F.silu(read_BTR.float() + shift_BR[:, None])
         worths_BT = hidden_BTR @ self.out_LR[layer] + self.out_bias_L[layer]
@@ -81,7 +87,7 @@ class TokenRouter(nn.Module):
     def choose(self, layer: int, log_prices_BT: torch.Tensor) -> torch.Tensor:
         """Indices of the widths that are worth most after these prices, divided by worths, are paid, [B, T]."""
         if not self._steps:
-            self._steps = [_steps(*rows) for rows in self._rows()]
+            self._steps = [_steps(costs, utilities, _offered(len(costs))) for costs, utilities in self._rows()]
         gains, choices = self._steps[layer]
         return choices.to(log_prices_BT.device)[torch.bucketize(-log_prices_BT, -gains.to(log_prices_BT.device))]
 
@@ -100,13 +106,18 @@ class TokenRouter(nn.Module):
         return logits_BTK[..., : int(self.static.allowed_SK[layer].sum())]
 
 
-def _steps(costs_K: Floats, utilities_K: Floats) -> tuple[torch.Tensor, torch.Tensor]:
+def _offered(choices: int) -> list[int]:
+    """The choices that tokens are offered, evenly over all: few, as every further width costs time to run."""
+    return sorted({round(place) for place in np.linspace(0, choices - 1, WIDTHS)})
+
+
+def _steps(costs_K: Floats, utilities_K: Floats, offered: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """The choices that are best at some price, the narrowest first, and the logarithm of what each gains per cost.
 
     They lie on the upper concave envelope of utility over cost.
     """
-    hull = [0]
-    for choice in range(1, len(costs_K)):
+    hull = [offered[0]]
+    for choice in offered[1:]:
         if utilities_K[choice] <= utilities_K[hull[-1]]:
             continue
         while hull and costs_K[choice] <= costs_K[hull[-1]]:  # as cheap, and worth more

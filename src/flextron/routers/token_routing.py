@@ -47,6 +47,7 @@ class TokenRouting:
         self.model, self.router = model, router.to(model.device)
         self.hard, self.shuffled, self.masked = hard, shuffled, masked
         self.budgets_B = torch.tensor(budgets, dtype=torch.float32, device=model.device)
+        self.subnets = tuple(subnets)
         self._rows = TokenWidths.of_rows(model, subnets)
         self._neurons_K = torch.tensor(model.search_space.neurons, device=model.device)
         layers, choices = len(model.layers), len(model.search_space.neurons)
@@ -55,6 +56,7 @@ class TokenRouting:
         self.seen: Callable[[int, torch.Tensor], None] | None = None
         """Told of each layer's widths, [B, T], as they are chosen."""
         with torch.no_grad():
+            self._shifts_LBR = router.shifts(self.budgets_B)
             self._log_prices_BL = router.log_prices(self.budgets_B)
             self._log_prices_BL[self.budgets_B >= 1] = -torch.inf
             plan_BL = router.plan(self.budgets_B)
@@ -146,9 +148,10 @@ class TokenRouting:
 
     def _choose(self, index: int, hidden_BTD: torch.Tensor) -> torch.Tensor:
         rows = self._rows_of(hidden_BTD)
-        budgets_B = self.budgets_B.repeat_interleave(rows)
-        prices_B = self._log_prices_BL[:, index].repeat_interleave(rows)
-        log_prices_BT = prices_B[:, None] - self.router.log_worths(index, hidden_BTD, budgets_B)
+        shift_BR, prices_B = self._shifts_LBR[index], self._log_prices_BL[:, index]
+        if rows > 1 and len(prices_B) > 1:  # one for all needs no copies
+            shift_BR, prices_B = shift_BR.repeat_interleave(rows, 0), prices_B.repeat_interleave(rows)
+        log_prices_BT = prices_B[:, None] - self.router.log_worths(index, hidden_BTD, shift_BR)
         chosen_BT = self.router.choose(index, log_prices_BT)
         if self.shuffled:
             chosen_BT = chosen_BT.flatten()[torch.randperm(chosen_BT.numel())].view_as(chosen_BT)

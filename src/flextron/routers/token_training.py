@@ -48,11 +48,13 @@ LARGEST_SLOPE = 16.0
 HIGHEST = 0.97
 """Highest budget that is calibrated; above, towards 1, nearly all neurons run."""
 CALIBRATED = 8
-TOLERANCE = 0.003
+TOLERANCE = 0.004
 """Part of a budget by which calibration may miss it."""
 TRIES = 8
 LARGEST_OFFSET = 4.0
 """Of the logarithm of prices."""
+FIRST_STEP = 1.5
+"""Half of how far the logarithm of a price goes for a budget that is missed by the whole; it doubles at every try."""
 
 
 class Slopes(NamedTuple):
@@ -180,7 +182,7 @@ def _slopes(
     tokens_BT, budgets_B = tokens_BT.to(model.device), budgets_B.to(model.device)
     neurons_K = torch.tensor(model.search_space.neurons, device=model.device)
     sizes_K = torch.cat([neurons_K[:1], neurons_K.diff()])
-    log_prices_BL = router.log_prices(budgets_B)
+    log_prices_BL, shifts_LBR = router.log_prices(budgets_B), router.shifts(budgets_B)
     rows = TokenWidths.of_rows(model, subnets)
     masks: list[torch.Tensor] = []
     kept: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
@@ -188,7 +190,7 @@ def _slopes(
     def run_of(index: int, layer: ElasticLayer) -> Forward:
         def run(forward: Forward, hidden_BTD: torch.Tensor) -> Any:
             with torch.no_grad():
-                worths_BT = router.log_worths(index, hidden_BTD, budgets_B)
+                worths_BT = router.log_worths(index, hidden_BTD, shifts_LBR[index])
                 chosen_BT = router.choose(index, log_prices_BL[:, index, None] - worths_BT)
                 used_BTK = torch.arange(len(neurons_K), device=model.device) <= chosen_BT[..., None]
                 masks.append(used_BTK[..., sizes_K > 0].to(hidden_BTD.dtype).requires_grad_())
@@ -244,8 +246,9 @@ def fit(router: TokenRouter, measured: Sequence[Slopes], *, rows: int, seed: int
     checked = left_out_N.nonzero()[:, 0]
 
     def loss_of(places: torch.Tensor) -> torch.Tensor:
+        shifts_LNR = router.shifts(budgets_N[places])
         worths = [
-            router.log_worths(layer, hidden_LND[layer, places].float()[:, None], budgets_N[places])[:, 0]
+            router.log_worths(layer, hidden_LND[layer, places].float()[:, None], shifts_LNR[layer])[:, 0]
             for layer in range(router.layers)
         ]
         moved_LN = torch.stack(worths) - before_LN[:, places]
@@ -288,8 +291,8 @@ def _copy(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 @torch.no_grad()
 def _centre(router: TokenRouter, hidden_LND: torch.Tensor, budgets_N: torch.Tensor) -> None:
     """Let the mean logarithm of worths be 0 in every layer: what a layer gets is the static router's matter."""
-    for layer in range(router.layers):
-        worths_N = router.log_worths(layer, hidden_LND[layer].float()[:, None], budgets_N)
+    for layer, shift_NR in enumerate(router.shifts(budgets_N)):
+        worths_N = router.log_worths(layer, hidden_LND[layer].float()[:, None], shift_NR)
         router.out_bias_L[layer] -= worths_N.mean()
 
 
@@ -337,26 +340,25 @@ def calibrate(
 
 def _find(used_at: Callable[[float], TokenRouting], budget: float, offset: float) -> tuple[float, TokenRouting]:
     """The offset at which the average cost is the budget, by false position; the nearest of some tries."""
-    low: tuple[float, float | None] = (-LARGEST_OFFSET, None)
-    high: tuple[float, float | None] = (LARGEST_OFFSET, None)
     tried: list[tuple[float, float, TokenRouting]] = []
     for _ in range(TRIES):
         routing = used_at(offset)
-        missed = routing.average_cost / budget - 1
-        tried.append((abs(missed), offset, routing))
-        if abs(missed) < TOLERANCE:
+        tried.append((offset, routing.average_cost / budget - 1, routing))
+        if abs(tried[-1][1]) < TOLERANCE:
             break
-        low, high = ((offset, missed), high) if missed > 0 else (low, (offset, missed))
-        offset = _between(low, high)
-    _, offset, routing = min(tried, key=lambda item: item[0])
+        offset = _next(sorted((place, missed) for place, missed, _ in tried))
+    offset, _, routing = min(tried, key=lambda item: abs(item[1]))
     return offset, routing
 
 
-def _between(low: tuple[float, float | None], high: tuple[float, float | None]) -> float:
-    """Where to try next: the cost falls as the offset grows, by about half of it."""
-    if low[1] is None:
-        return max(low[0], high[0] + 3 * (high[1] or 0))
-    if high[1] is None:
-        return min(high[0], low[0] + 3 * low[1])
-    part = low[1] / (low[1] - high[1])
-    return low[0] + min(max(part, 0.1), 0.9) * (high[0] - low[0])
+def _next(tried: Sequence[tuple[float, float]]) -> float:
+    """Where to look next: between a price that is too low and one too high, else further the way that is left."""
+    too_low = [pair for pair in tried if pair[1] > 0]
+    too_high = [pair for pair in tried if pair[1] <= 0]
+    way = FIRST_STEP * 2.0 ** len(tried)
+    if not too_high:
+        return min(too_low[-1][0] + way * too_low[-1][1], LARGEST_OFFSET)
+    if not too_low:
+        return max(too_high[0][0] + way * too_high[0][1], -LARGEST_OFFSET)
+    (low, above), (high, below) = too_low[-1], too_high[0]
+    return low + min(max(above / (above - below), 0.1), 0.9) * (high - low)

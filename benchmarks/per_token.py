@@ -1,0 +1,239 @@
+"""Per-token routing against the static router: loss at equal average cost, and time at equal average widths.
+
+python benchmarks/per_token.py MODEL --phase quality --texts validation.jsonl.xz wikitext.jsonl.xz
+python benchmarks/per_token.py MODEL --phase speed --dtype float32
+
+MODEL is an elastic checkpoint with a static and a token router (`flextron train-router MODEL --phase prefill
+--per-token`). Quality: the static router answers to what the tokens really cost on that text; differences are paired.
+Control: the same widths given to other tokens of the batch. Speed: the whole model, routers included, beside a static
+sub-network of the same average widths, the masked definition, and the full model, in turn; and a batch of which half
+of the requests have the whole budget, beside both pure batches.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+
+from flextron import ElasticModel, Subnet, TokenRouting, evaluate, load_blocks
+from flextron.environment import describe_device
+from flextron.progress import progress
+from flextron.routers.router import Router
+from flextron.routers.token_making import load_token_router
+from flextron.routers.token_training import answers
+from flextron.tables import find_table
+from model import write_results
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Compare per-token routing with the static router."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """Elastic checkpoint with both routers."""
+    phase: Literal["quality", "speed"] = "quality"
+    """What to measure."""
+    metric: Literal["ttft", "tpot"] = "ttft"
+    """Metric of the routers."""
+    budgets: tuple[float, ...] = (0.8, 0.7, 0.6, 0.5)
+    """Shares of the full model's cost."""
+    texts: tuple[str, ...] = ("sample/validation",)
+    """Texts to measure losses on."""
+    tokens: int = 8192
+    """Tokens of each text."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of the weights."""
+    device: str = "auto"
+    """Where to run."""
+    prompt_tokens: int = 2048
+    """Tokens of the prefill that is timed."""
+    rows: int = 16
+    """Requests of the decoding that is timed."""
+    context_tokens: int = 128
+    """Tokens that each has seen."""
+    rounds: int = 7
+    """Interleaved rounds of timing; medians are printed."""
+    any_device: bool = False
+    """Use a latency table of another device or version."""
+    out: Path | None = None
+    """JSON file to write."""
+
+
+class Bench:
+    """A model with both routers."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.model = ElasticModel.from_pretrained(settings.model, dtype=settings.dtype, device=settings.device)
+        self.static = Router.load(settings.model, settings.metric, self.model)
+        self.router, self.about = load_token_router(settings.model, settings.metric, self.model)
+        self.table = find_table(self.model, settings.model, settings.metric, foreign=settings.any_device, warn=print)
+
+    def subnet(self, budget: float) -> Subnet:
+        return answers(self.static, self.table, [budget])[0]
+
+    def routing(self, *budgets: float, **options: bool) -> TokenRouting:
+        return TokenRouting(self.model, self.router, budgets, answers(self.static, self.table, budgets), **options)
+
+    def conditions(self) -> dict[str, Any]:
+        settings = asdict(self.settings) | {"out": None}
+        return {"device": describe_device(self.model.device), "torch": torch.__version__, "settings": settings}
+
+
+def quality(bench: Bench) -> list[dict[str, Any]]:
+    """Losses of each text and budget."""
+    rows = []
+    print(f"{'text':<22}{'budget':>7}{'cost':>7}{'static':>9}{'per token':>11}{'difference':>20}{'shuffled':>20}")
+    for text in bench.settings.texts:
+        blocks = load_blocks(bench.model.tokenizer, text, tokens=bench.settings.tokens)
+        for budget in bench.settings.budgets:
+            routing, shuffled = bench.routing(budget), bench.routing(budget, shuffled=True)
+            evaluate(bench.model, [routing], blocks)  # tells the cost on this text
+            cost = routing.average_cost
+            static, routed, control = evaluate(bench.model, [bench.subnet(cost), routing, shuffled], blocks)
+            row = {
+                "text": Path(text).name,
+                "budget": budget,
+                "cost": cost,
+                "static": static.nats_per_token,
+                "per_token": routed.nats_per_token,
+                "difference": [routed.difference, routed.difference_standard_error],
+                "shuffled": [control.difference, control.difference_standard_error],
+                "shuffled_cost": shuffled.average_cost,
+                "tokens": static.tokens,
+            }
+            rows.append(row)
+            print(
+                f"{row['text'][:21]:<22}{budget:>6}x{cost:>7.3f}{row['static']:>9.4f}{row['per_token']:>11.4f}"
+                f"{routed.difference:>+11.4f} ± {routed.difference_standard_error:.4f}"
+                f"{control.difference:>+11.4f} ± {control.difference_standard_error:.4f}",
+                flush=True,
+            )
+    return rows
+
+
+def speed(bench: Bench) -> list[dict[str, Any]]:
+    """Times of each budget, as parts of a static sub-network's."""
+    settings, model = bench.settings, bench.model
+    words = load_blocks(model.tokenizer, settings.texts[0], tokens=settings.prompt_tokens, block_tokens=128).tokens
+    prompt_BT = words.view(1, -1)[:, : settings.prompt_tokens].to(model.device)
+    context_BT = words.view(-1)[: settings.context_tokens].expand(settings.rows, -1).contiguous()
+    for row in range(settings.rows):  # other texts in other rows
+        context_BT[row] = context_BT[row].roll(7 * row)
+    rows = []
+    for kind, tokens_BT in (("prefill", prompt_BT), ("decode", context_BT.to(model.device))):
+        make = partial(_prefill, model, tokens_BT) if kind == "prefill" else partial(_decode, model, tokens_BT)
+        for budget in settings.budgets:
+            routing = bench.routing(budget)
+            _run_once(make, routing.use)
+            average = _of_average(bench, routing)
+            ways: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+                "static": partial(model.use, average),
+                "per token": routing.use,
+                "masked": bench.routing(budget, masked=True).use,
+                "full": partial(model.use, model.search_space.full),
+            }
+            times = _interleaved(make, ways, settings.rounds, f"{kind} {budget}x")
+            ratios = {
+                name: median(a / b for a, b in zip(each, times["static"], strict=True)) for name, each in times.items()
+            }
+            rows.append(
+                {"kind": kind, "budget": budget, "ms": {n: median(t) for n, t in times.items()}, "ratios": ratios}
+            )
+            said = ", ".join(f"{name} {median(times[name]):.1f} ms ({ratio:.2f})" for name, ratio in ratios.items())
+            print(f"{kind:<8}{tuple(tokens_BT.shape)!s:<12}{budget}x: {said}", flush=True)
+        rows.append(_mixed(bench, kind, tokens_BT))
+    return rows
+
+
+def _mixed(bench: Bench, kind: str, tokens_BT: torch.Tensor) -> dict[str, Any]:
+    """Half of 16 requests at the whole budget and half at 0.5x, beside both pure batches."""
+    rows = bench.settings.rows
+    if kind == "prefill":
+        tokens_BT = tokens_BT.view(rows, -1)
+    make = partial(_prefill if kind == "prefill" else _decode, bench.model, tokens_BT)
+    budgets = [1.0] * (rows // 2) + [0.5] * (rows // 2)
+    ways = {
+        "mixed": bench.routing(*budgets).use,
+        "1.0x": bench.routing(1.0).use,
+        "0.5x": bench.routing(0.5).use,
+    }
+    times = _interleaved(make, ways, bench.settings.rounds, f"{kind} mixed")
+    pairs = zip(times["mixed"], times["1.0x"], times["0.5x"], strict=True)
+    ratio = median(mixed / ((full + half) / 2) for mixed, full, half in pairs)
+    said = ", ".join(f"{name} {median(each):.1f} ms" for name, each in times.items())
+    print(f"{kind:<8}{tuple(tokens_BT.shape)!s:<12}mixed budgets: {said}; mixed / mean of both {ratio:.2f}", flush=True)
+    return {"kind": f"{kind} mixed", "ms": {n: median(t) for n, t in times.items()}, "ratio": ratio}
+
+
+def _of_average(bench: Bench, routing: TokenRouting) -> Subnet:
+    """The static sub-network whose widths come nearest to what tokens had on average, layer by layer and in all."""
+    choices, left, neurons = bench.model.search_space.neurons, 0.0, []
+    for average in routing.average_neurons:
+        neurons.append(min(choices, key=lambda width, wanted=average + left: abs(width - wanted)))
+        left += average - neurons[-1]
+    return Subnet(tuple(neurons), routing.subnets[0].kv_groups)
+
+
+def _interleaved(
+    make: Callable[[], Callable[[], None]],
+    ways: dict[str, Callable[[], AbstractContextManager[Any]]],
+    rounds: int,
+    name: str,
+) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    for round_ in progress(range(rounds + 1), name):
+        for way, use in ways.items():
+            ms = _run_once(make, use)
+            if round_:  # the first warms up
+                times[way].append(ms)
+    return times
+
+
+@torch.inference_mode()
+def _run_once(make: Callable[[], Callable[[], None]], use: Callable[[], AbstractContextManager[Any]]) -> float:
+    with use():
+        run = make()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return 1000 * (time.perf_counter() - start)
+
+
+def _prefill(model: ElasticModel, tokens_BT: torch.Tensor) -> Callable[[], None]:
+    return lambda: model(tokens_BT, use_cache=False, logits_to_keep=1)
+
+
+def _decode(model: ElasticModel, tokens_BT: torch.Tensor) -> Callable[[], None]:
+    """Four steps after the context, which is not timed."""
+    cache = model(tokens_BT, use_cache=True, logits_to_keep=1).past_key_values
+
+    def run() -> None:
+        for step in range(4):
+            model(tokens_BT[:, step : step + 1], past_key_values=cache, use_cache=True)
+
+    return run
+
+
+def main(settings: Settings) -> None:
+    """Run and print."""
+    bench = Bench(settings)
+    print(f"{describe_device(bench.model.device)}, {settings.dtype}; {settings.phase}")
+    rows = {"quality": quality, "speed": speed}[settings.phase](bench)
+    write_results(settings.out, {"conditions": bench.conditions(), "rows": rows})
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))

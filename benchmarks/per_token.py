@@ -79,12 +79,15 @@ class Bench:
         self.table = find_table(self.model, settings.model, settings.metric, foreign=settings.any_device, warn=print)
 
     def subnet(self, budget: float) -> Subnet:
+        """The static router's answer."""
         return answers(self.static, self.table, [budget])[0]
 
     def routing(self, *budgets: float, **options: bool) -> TokenRouting:
+        """How tokens are routed within budgets."""
         return TokenRouting(self.model, self.router, budgets, answers(self.static, self.table, budgets), **options)
 
     def conditions(self) -> dict[str, Any]:
+        """What stands beside the numbers."""
         settings = asdict(self.settings) | {"out": None}
         return {"device": describe_device(self.model.device), "torch": torch.__version__, "settings": settings}
 

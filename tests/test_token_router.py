@@ -58,7 +58,7 @@ def trained(llama, static, table):
     with torch.no_grad():
         router.reads_LRD *= 2
         router.out_LR.normal_(generator=torch.Generator().manual_seed(0)).mul_(0.5)
-    token_training.calibrate(llama, router, table, static, tiny.blocks(32))
+    token_training.calibrate(llama, router, table, static, tiny.blocks(32), np.linspace(0.45, 0.97, 8).tolist())
     return router
 
 
@@ -322,7 +322,7 @@ class TestFolder:
 
     def test_too_little_text_and_too_few_tokens(self, folder, tmp_path):
         model = ElasticModel.from_pretrained(folder)
-        assert token_making.LEAST_TOKENS == config.routing.LEAST_TOKENS
+        assert token_training.ROUNDS * token_making.TOKENS_PER_ROUND == config.routing.LEAST_TOKENS
         with pytest.raises(ValueError, match=r"tokens is 100; a token router needs at least 6144"):
             token_making.make_token_router(model, folder, tokens=100)
 

@@ -25,6 +25,7 @@ from flextron.elastic import ElasticModel
 from flextron.environment import describe_device, faster_dtype
 from flextron.errors import CostError, FlextronError, RouterError
 from flextron.evaluation import evaluate
+from flextron.explaining import save_usage, usage_of
 from flextron.generation import generate
 from flextron.latency import REPEATS, measure_latency, time_interleaved, timed_run
 from flextron.pricing import Ceiling
@@ -32,13 +33,16 @@ from flextron.progress import progress
 from flextron.ranking import rank
 from flextron.routers.making import describe_router, make_router
 from flextron.routers.router import Router, metrics_with_router
+from flextron.routers.token_making import make_token_router
+from flextron.routers.token_routing import TokenRouting
+from flextron.routers.token_training import answers
 from flextron.sensitivity import Sensitivity, measure_sensitivity, sensitivity_blocks
 from flextron.subnet import Subnet
 from flextron.tables import describe, find_table, save_table
 from flextron.training import train
 
 VERSION = 3
-BUDGETS = (0.9, 0.75, 0.6, 0.5)
+BUDGETS = (0.8, 0.6, 0.5)
 """Of the full model's time to the first token."""
 PROMPT_TOKENS = 512
 TIMING_ROUNDS = 2
@@ -47,6 +51,8 @@ NEW_TOKENS = 32
 DESIGNS, HELD_OUT, DESIGN_ROUNDS = 16, 4, 1
 EVALUATIONS = (160, 224)
 """More where the surrogate has not learnt enough from the first ones."""
+TOKEN_ROUNDS, TOKEN_TOKENS = 1, 4096
+PER_TOKEN_BUDGETS = (0.6, 0.5)
 
 
 @dataclass(frozen=True)
@@ -74,11 +80,13 @@ def quickstart(config: QuickstartConfig | None = None) -> Path:
     candidates = _losses_before(config, model, _baselines(sensitivity, table), blocks)
     trained = _trained_model(config)
     router = _router(config, trained, table)
-    answers = [] if router is None else _routed(router, table)
-    results = _measure(config, trained, [*candidates, *answers], blocks, router)
+    routed = [] if router is None else _routed(router, table)
+    results = _measure(config, trained, [*candidates, *routed], blocks, router)
+    if router is not None:
+        results["per_token"] = _per_token(config, trained, router, table, blocks)
     path = report.write(config.out, results)
     print((config.out / "report.md").read_text(encoding="utf8"))
-    print(f"\nwrote {path} in {time.monotonic() - started:.0f} s; beside it elastic/, trained/ and two pictures.")
+    print(f"\nwrote {path} in {time.monotonic() - started:.0f} s; beside it elastic/, trained/ and pictures.")
     print(f'try: flextron generate {config.out / "trained"} "Once upon a time" --budget ttft=0.6x')
     return path
 
@@ -283,6 +291,35 @@ def _prefill_ms(model: ElasticModel, subnets: list[Subnet]) -> list[float]:
         show=True,
     )
     return timing.milliseconds
+
+
+def _per_token(
+    config: QuickstartConfig, model: ElasticModel, router: Router, table: CostTable, blocks: TokenBlocks
+) -> list[dict[str, Any]]:
+    """Losses where every token has its own widths, beside the router's answers of that cost; a picture of a text."""
+    folder, file = config.out / "trained", config.out / "per_token.json"
+    if file.is_file():
+        _say(f"reusing the measurements in {file}")
+        kept: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf8"))
+        return kept
+    _say(f"training a token router on {TOKEN_TOKENS} tokens")
+    options: dict[str, Any] = {"rounds": TOKEN_ROUNDS, "tokens": TOKEN_TOKENS, "show": True}
+    token_router, _ = make_token_router(
+        model, folder, phase="prefill", calibrated=sorted(PER_TOKEN_BUDGETS), any_device=True, **options
+    )
+    rows = []
+    for budget in PER_TOKEN_BUDGETS:
+        routing = TokenRouting(model, token_router, [budget], answers(router, table, [budget]))
+        evaluate(model, [routing], blocks, show=True)
+        cost = routing.average_cost
+        static, per_token = evaluate(model, [*answers(router, table, [cost]), routing], blocks, show=True)
+        rows.append({"budget": budget, "cost": cost, "static": asdict(static), "per_token": asdict(per_token)})
+    text = model.tokenizer.decode(blocks.tokens[0, :256])  # type: ignore[union-attr]
+    usage = usage_of(model, routing, text, f"ttft={PER_TOKEN_BUDGETS[-1]}x")
+    for name in ("tokens.png", "tokens.html"):
+        save_usage(usage, config.out / name)
+    write_text(file, json.dumps(rows, indent=1) + "\n")
+    return rows
 
 
 def _conditions(

@@ -54,6 +54,7 @@ def _markdown(results: dict[str, Any]) -> str:
         "",
         "![widths of each layer](widths.png)",
         "",
+        *_per_token(results.get("per_token", [])),
         f"## What the full model and the router's answers write after “{conditions['prompt']}”",
         "",
         *(
@@ -63,6 +64,30 @@ def _markdown(results: dict[str, Any]) -> str:
         ),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _per_token(rows: list[dict[str, Any]]) -> list[str]:
+    """What routing every token by itself gives, against the router's answer of the same average cost."""
+    if not rows:
+        return []
+    return [
+        "## Every token with its own widths",
+        "",
+        "| budget | average cost | router | per token | difference |",
+        "|---:|---:|---:|---:|---:|",
+        *(
+            f"| {row['budget']}x | {row['cost']:.3f}x | {row['static']['nats_per_token']:.3f} "
+            f"| {row['per_token']['nats_per_token']:.3f} | {row['per_token']['difference']:+.3f} "
+            f"± {row['per_token']['difference_standard_error']:.3f} |"
+            for row in rows
+        ),
+        "",
+        "nats/token on the same tokens, the router's answer at the average cost that tokens had. What they got: "
+        "[tokens.html](tokens.html).",
+        "",
+        "![what tokens got](tokens.png)",
+        "",
+    ]
 
 
 def _table_row(row: dict[str, Any], full: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ from flextron.routers.choices import Floats
 from flextron.routers.static import StaticRouter
 
 RANK = 32
-WIDTHS = 7
+WIDTHS = 9
 """Widths that tokens are offered in each layer."""
 LARGEST = 3.0
 """Largest logarithm of a worth: a token counts for at most 20 average ones."""

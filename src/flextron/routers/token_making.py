@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -28,9 +30,9 @@ from flextron.tables import find_table
 VERSION = 1
 WEIGHTS = "token_router.safetensors"
 ABOUT = "token_router.json"
-BLOCK_TOKENS = 256
 CALIBRATION_TOKENS = 4096
-LEAST_TOKENS = 8 * ROUNDS * BLOCK_TOKENS
+TOKENS_PER_ROUND = 2048
+"""At least: of 8 blocks, one is left out of learning."""
 
 
 def make_token_router(
@@ -40,6 +42,8 @@ def make_token_router(
     phase: str = "decode",
     tokens: int = 12288,
     text: str = "sample/train",
+    rounds: int = ROUNDS,
+    calibrated: Sequence[float] | None = None,
     seed: int = 0,
     any_device: bool = False,
     show: bool = False,
@@ -50,6 +54,7 @@ def make_token_router(
         folder: the elastic checkpoint that `model` was loaded from.
         tokens: of `text` to learn from; documents that the model was ranked on are left out. It is calibrated on the
             documents that follow.
+        rounds, calibrated: as for `train_token_router`.
         any_device: use a latency table of another device or version.
         show: tell on standard error what goes on, with bars.
 
@@ -60,19 +65,21 @@ def make_token_router(
     """
     if phase not in PHASES:
         raise ValueError(f"phase is {phase!r}; it must be one of: {', '.join(PHASES)}.")
-    if tokens < LEAST_TOKENS:
-        raise ValueError(f"tokens is {tokens}; a token router needs at least {LEAST_TOKENS}.")
+    least = rounds * TOKENS_PER_ROUND
+    if tokens < least:
+        raise ValueError(f"tokens is {tokens}; a token router needs at least {least}.")
     static = Router.load(folder, PHASES[phase], model)
     table = find_table(model, folder, PHASES[phase], foreign=any_device, warn=lambda text: print(text, file=sys.stderr))
     blocks, _ = unused_blocks(model, sensitivity_of(model, folder), text, tokens=tokens)
-    if blocks.tokens.numel() < LEAST_TOKENS:
+    if blocks.tokens.numel() < least:
         raise RouterError(
             f"{text} has {blocks.tokens.numel()} tokens that the model was not ranked on; a token router needs "
-            f"{LEAST_TOKENS}. Give a longer text."
+            f"{least}. Give a longer text."
         )
     calibration = sensitivity_blocks(model.tokenizer, text, tokens=CALIBRATION_TOKENS, after=blocks.documents)
+    options: dict[str, Any] = {"rounds": rounds, "calibrated": calibrated, "seed": seed, "show": show}
     router, about = train_token_router(
-        model, static, table, blocks, calibration, arithmetic=faster_dtype(model.device), seed=seed, show=show
+        model, static, table, blocks, calibration, arithmetic=faster_dtype(model.device), **options
     )
     save_token_router(folder, router, about, model)
     return router, about

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from flextron.costs import CostTable
@@ -43,6 +44,8 @@ LEARNING_RATE = 2e-3
 WEIGHT_DECAY = 0.3
 DAMPING = 1.0
 """Pull towards the worths at which slopes were measured: slopes hold near them only."""
+CAUTION = 0.75
+"""Part of the learnt logarithms of worths that is used: slopes tell of small steps (docs/decisions/0010)."""
 LARGEST_SLOPE = 16.0
 """In mean slopes of the layer; single tokens' slopes have long tails."""
 HIGHEST = 0.97
@@ -90,6 +93,7 @@ def train_token_router(
     calibration: TokenBlocks,
     *,
     rounds: int = ROUNDS,
+    calibrated: Sequence[float] | None = None,
     rank: int = RANK,
     arithmetic: torch.dtype | None = None,
     seed: int = 0,
@@ -99,6 +103,8 @@ def train_token_router(
 
     Args:
         blocks: text for all rounds together, each of which takes its part.
+        calibrated: ascending budgets to calibrate, as shares of the full model's cost; between them prices are
+            interpolated. By default 8 over the static router's range.
         arithmetic: what to compute in, if not the weights' type.
 
     Raises:
@@ -118,7 +124,11 @@ def train_token_router(
             for tokens_NT in parts:
                 measured.append(_measure(model, router, table, static, tokens_NT, draw, arithmetic, advance))
                 explained = fit(router, measured, rows=tokens_NT.shape[1], seed=seed)
-        calibrate(model, router, table, static, calibration, arithmetic=arithmetic, show=show)
+        with torch.no_grad():
+            router.out_LR.mul_(CAUTION)
+            router.out_bias_L.mul_(CAUTION)
+        budgets = calibrated or np.linspace(router.static.lowest, HIGHEST, CALIBRATED).tolist()
+        calibrate(model, router, table, static, calibration, budgets, arithmetic=arithmetic, show=show)
     finally:
         model.lm.train(wanted[0])
         for parameter, wants in zip(model.lm.parameters(), wanted[1], strict=True):
@@ -309,16 +319,16 @@ def calibrate(
     table: CostTable,
     static: Router,
     blocks: TokenBlocks,
+    budgets: Sequence[float],
     *,
     arithmetic: torch.dtype | None = None,
     show: bool = False,
 ) -> None:
-    """Find, for budgets over the range, what to add to prices so that the average cost on `blocks` is the budget."""
-    budgets = torch.linspace(router.static.lowest, HIGHEST, CALIBRATED)
+    """Find, for ascending budgets, what to add to prices so that the average cost on `blocks` is the budget."""
     offsets, plans = [], []
     offset = 0.0
     with bar(len(budgets), description="calibrate", show=show) as advance:
-        for budget, subnet in zip(budgets.tolist(), answers(static, table, budgets.tolist()), strict=True):
+        for budget, subnet in zip(budgets, answers(static, table, budgets), strict=True):
 
             def used_at(offset: float, budget: float = budget, subnet: Subnet = subnet) -> TokenRouting:
                 router.offsets_C, router.budgets_C = torch.full((2,), offset), torch.tensor([0.0, 1.0])
@@ -335,7 +345,9 @@ def calibrate(
             offsets.append(offset)
             plans.append(routing.costs_of_layers)
             advance()
-    router.budgets_C, router.offsets_C, router.plan_CL = budgets, torch.tensor(offsets), torch.stack(plans).cpu()
+    router.budgets_C, router.offsets_C = torch.tensor(budgets), torch.tensor(offsets)
+    router.plan_CL = torch.stack(plans).cpu()
+    router.to(model.device)
 
 
 def _find(used_at: Callable[[float], TokenRouting], budget: float, offset: float) -> tuple[float, TokenRouting]:

@@ -17,14 +17,28 @@ def test_commands_and_code(checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(training, "STEPS", 20)
     monkeypatch.setattr(surrogate, "STEPS", 20)
     commands = re.findall(r"^flextron (.*)$", README, flags=re.MULTILINE)
-    verbs = ["rank", "train", "measure-latency", "train-router", "route", "evaluate", "generate", "export"]
+    verbs = [
+        "rank",
+        "train",
+        "measure-latency",
+        "train-router",
+        "route",
+        "train-router",
+        "evaluate",
+        "evaluate",
+        "generate",
+        "export",
+    ]
     assert [command.split()[0] for command in commands] == verbs
     for command in commands:
         words = re.sub(r"\s+#.*", "", command).replace("neurons=768", "neurons=20")
         words = words.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(checkpoint))
         arguments = [a or b for a, b in re.findall(r'"([^"]*)"|(\S+)', words)]
         sizes = {"rank": ["--tokens", "512", "--sensitivity-tokens", "256"], "evaluate": ["--tokens", "512"]}
-        sizes |= {"measure-latency": ["--tokens", "32"], "train-router": ["--evaluations", "160", "--tokens", "512"]}
+        sizes |= {
+            "measure-latency": ["--tokens", "32"],
+            "train-router": ["--evaluations", "160", "--tokens", "512", "--token-tokens", "6144"],
+        }
         sizes["train"] = ["--tokens", "1024", "--block-tokens", "64", "--evaluate-tokens", "256"]
         assert cli.main([*arguments, *sizes.get(arguments[0], [])]) == 0, command
     (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)

@@ -2,18 +2,19 @@
 
 import copy
 import json
-from dataclasses import replace
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import tiny
-from flextron import config, routing
+from flextron import cli, config, generate, routing
+from flextron.config import EvaluateConfig, GenerateConfig, TrainRouterConfig
 from flextron.costs import linear_table
 from flextron.elastic import ElasticModel
 from flextron.errors import BudgetError, RouterError
-from flextron.pricing import Ceiling
 from flextron.routers import token, token_making, token_training
 from flextron.routers.router import Router, RouterAbout
 from flextron.routers.static import StaticRouter
@@ -364,7 +365,40 @@ class TestRouteTokens:
             pass
 
 
-def test_a_ceiling_is_kept_by_the_static_part(static, table):
-    limited = answers(static, table, [0.6])[0]
-    assert table.price(limited) <= 0.6 * table.full * (1 + 1e-9)
-    assert replace(Ceiling(table, 1.0, ""), text="x").text == "x"
+class TestCommands:
+    def test_text_and_picture(self, checkpoint, sensitivity, table, static, trained, tmp_path, capsys):
+        folder, model = tmp_path / "elastic", ElasticModel.from_pretrained(checkpoint)
+        shutil.copytree(checkpoint, folder)
+        sensitivity.save(folder)
+        save_table(folder, table)
+        static.save(folder, model)
+        save_token_router(folder, trained, ABOUT_IT, model)
+        page, words = tmp_path / "tokens.html", ["generate", str(folder), "The quick brown fox"]
+        options = ["--budget", "0.6x", "--per-token", "--max-new-tokens", "4"]
+        assert cli.main([*words, *options, "--hard", "--picture", str(page)]) == 0
+        said = capsys.readouterr()
+        assert "tokens cost 0." in said.err
+        assert "wrote" in said.err
+        assert page.read_text().startswith("<!DOCTYPE html>")
+        with routing.route_tokens(model, "0.6x", folder).use():
+            prompt = model.tokenizer("The quick brown fox", return_tensors="pt").input_ids
+            expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, do_sample=False)
+        routed = routing.route_tokens(model, "0.6x", folder)
+        written = generate(model, "The quick brown fox", routing=routed, max_new_tokens=4)
+        assert written == model.tokenizer.decode(expected[0, prompt.shape[1] :], skip_special_tokens=True)
+        with pytest.raises(ValueError, match="only one of them"):
+            generate(model, "The quick", routing=routed, budget="0.6x")
+
+    def test_options_that_do_not_go_together(self):
+        with pytest.raises(ValueError, match="--per-token needs a budget"):
+            EvaluateConfig("model", per_token=True)
+        with pytest.raises(ValueError, match="--per-token needs a budget"):
+            GenerateConfig("model", "prompt", per_token=True)
+        with pytest.raises(ValueError, match="--hard is of --per-token"):
+            GenerateConfig("model", "prompt", budget="0.6x", hard=True)
+        with pytest.raises(ValueError, match=r"picture is a\.png; it is of --per-token"):
+            GenerateConfig("model", "prompt", budget="0.6x", picture=Path("a.png"))
+        with pytest.raises(ValueError, match=r"must end in \.html"):
+            EvaluateConfig("model", budget=("0.6x",), per_token=True, picture=Path("a.gif"))
+        with pytest.raises(ValueError, match="token_tokens is 10; it must be at least 6144"):
+            TrainRouterConfig("model", token_tokens=10)

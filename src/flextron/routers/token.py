@@ -10,6 +10,7 @@ Shapes: B rows (requests), T time, L layers, K choices of an MLP's width, D mode
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from itertools import pairwise
@@ -35,7 +36,7 @@ class TokenRouter(nn.Module):
     def __init__(self, static: StaticRouter, hidden_size: int, *, rank: int = RANK) -> None:
         """A router whose answers are the static one's."""
         super().__init__()
-        self.static = static.requires_grad_(False)
+        self.static = copy.deepcopy(static).requires_grad_(False)
         layers = len(static.costs_SK) // 2
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # an untrained router is the same each time, and leaves the caller's generator alone

@@ -97,7 +97,7 @@ def save_token_router(folder: str | Path, router: TokenRouter, about: TokenRoute
 
 
 def load_token_router(folder: str | Path, metric: str, model: ElasticModel) -> tuple[TokenRouter, TokenRouterAbout]:
-    """Read the token router for `metric` beside a checkpoint, onto the model's device.
+    """Read the token router for `metric` beside a checkpoint.
 
     Raises:
         RouterError: missing, damaged, of another version, or trained for other weights than `model` has.
@@ -116,7 +116,7 @@ def load_token_router(folder: str | Path, metric: str, model: ElasticModel) -> t
         if data.pop("fingerprint") != model.fingerprint():
             raise RouterError(f"the token router in {source} was trained for another checkpoint than this. {way_out}")
         router = _of_state(load_file(source / WEIGHTS))
-        return router.to(model.device), TokenRouterAbout(**data)
+        return router, TokenRouterAbout(**data)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise RouterError(f"cannot read the token router in {source}: {error}. {way_out}") from None
 

@@ -110,7 +110,7 @@ def train_token_router(
     Raises:
         RouterError: too little text, or slopes that are no numbers.
     """
-    router = TokenRouter(static.net, model.config.hidden_size, rank=rank)
+    router = TokenRouter(static.net, model.config.hidden_size, rank=rank).to(model.device)
     parts = blocks.tokens.tensor_split(rounds)
     if min(map(len, parts)) * HELD_OUT < 1:
         raise RouterError(f"{len(blocks.tokens)} blocks of text are too few for {rounds} rounds; give more tokens.")
@@ -236,7 +236,7 @@ def _of_neurons(mask_BTK: torch.Tensor, sizes_K: torch.Tensor) -> torch.Tensor:
 
 
 def fit(router: TokenRouter, measured: Sequence[Slopes], *, rows: int, seed: int = 0) -> float:
-    """Learn worths from slopes; the part of what can be explained that is, on rows of text that were left out.
+    """Learn worths from slopes; the quasi-likelihood gained on rows of text that were left out of learning.
 
     A token whose slope is s times its layer's mean, at the worth w that it had, is worth s w. The expectation is learnt
     by the quasi-likelihood of a Poisson, which takes slopes below zero too, with a pull towards w.
@@ -255,14 +255,18 @@ def fit(router: TokenRouter, measured: Sequence[Slopes], *, rows: int, seed: int
     learnt = (~left_out_N).nonzero()[:, 0]
     checked = left_out_N.nonzero()[:, 0]
 
+    device = router.out_LR.device
+
     def loss_of(places: torch.Tensor) -> torch.Tensor:
-        shifts_LNR = router.shifts(budgets_N[places])
+        shifts_LNR = router.shifts(budgets_N[places].to(device))
+        hidden_LMD = hidden_LND[:, places].to(device).float()
         worths = [
-            router.log_worths(layer, hidden_LND[layer, places].float()[:, None], shifts_LNR[layer])[:, 0]
-            for layer in range(router.layers)
+            router.log_worths(layer, hidden_MD[:, None], shift_MR)[:, 0]
+            for layer, (hidden_MD, shift_MR) in enumerate(zip(hidden_LMD, shifts_LNR, strict=True))
         ]
-        moved_LN = torch.stack(worths) - before_LN[:, places]
-        return (moved_LN.exp() - 1 - slopes_LN[:, places] * moved_LN + DAMPING / 2 * moved_LN.square()).mean()
+        moved_LN = torch.stack(worths) - before_LN[:, places].to(device)
+        slopes = slopes_LN[:, places].to(device)
+        return (moved_LN.exp() - 1 - slopes * moved_LN + DAMPING / 2 * moved_LN.square()).mean()
 
     parameters = [parameter for parameter in router.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
@@ -301,8 +305,9 @@ def _copy(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 @torch.no_grad()
 def _centre(router: TokenRouter, hidden_LND: torch.Tensor, budgets_N: torch.Tensor) -> None:
     """Let the mean logarithm of worths be 0 in every layer: what a layer gets is the static router's matter."""
-    for layer, shift_NR in enumerate(router.shifts(budgets_N)):
-        worths_N = router.log_worths(layer, hidden_LND[layer].float()[:, None], shift_NR)
+    device = router.out_LR.device
+    for layer, shift_NR in enumerate(router.shifts(budgets_N.to(device))):
+        worths_N = router.log_worths(layer, hidden_LND[layer].to(device).float()[:, None], shift_NR)
         router.out_bias_L[layer] -= worths_N.mean()
 
 
@@ -310,7 +315,7 @@ def _centre(router: TokenRouter, hidden_LND: torch.Tensor, budgets_N: torch.Tens
 def _fit_scale(router: TokenRouter, hidden_LND: torch.Tensor) -> None:
     """What the networks read gets a variance of about 1, however large a model's hidden states are."""
     for layer, hidden_ND in enumerate(hidden_LND):
-        router.reads_LRD[layer] /= hidden_ND.float().square().mean().sqrt().clamp(min=1e-6)
+        router.reads_LRD[layer] /= hidden_ND.float().square().mean().sqrt().clamp(min=1e-6).item()
 
 
 def calibrate(

@@ -39,7 +39,7 @@ def table(llama):
         unit="ms",
         fixed=1.0,
         per_neuron=[0.05] * space.layers,
-        per_kv_group=[0.2] * space.layers,
+        per_kv_group=[0.8] * space.layers,
         conditions={},
     )
 
@@ -249,10 +249,16 @@ class TestRouting:
 
     def test_beams_share_their_request_s_budget(self, llama, trained, static, table):
         tokens = tiny.token_ids(2, 6)
-        routing = routing_of(llama, trained, static, table, [0.6, 0.9])
+        options = {"max_new_tokens": 4, "num_beams": 2, "do_sample": False}
+        routing = routing_of(llama, trained, static, table, [0.5, 0.9])
+        assert routing.subnets[0].kv_groups != routing.subnets[1].kv_groups
         with routing.use(), torch.no_grad():
-            found = llama.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=4, num_beams=2)
-        assert found.shape == (2, 10)
+            found = llama.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
+        for row, budget in enumerate([0.5, 0.9]):
+            alone = tokens[row : row + 1]
+            with routing_of(llama, trained, static, table, [budget]).use(), torch.no_grad():
+                expected = llama.generate(alone, attention_mask=torch.ones_like(alone), **options)
+            assert torch.equal(found[row], expected[0])
 
     def test_an_empty_batch(self, llama, trained, static, table):
         for rows, time in ((0, 4), (2, 0)):

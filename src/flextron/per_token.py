@@ -236,6 +236,9 @@ def rows_of_attention(sub: SubLayer, groups_BT: torch.Tensor, heads_BT: torch.Te
             sub.keep(most)
             if same:
                 return forward(hidden_BTD, *args, **kwargs)
-            return masked(sub, forward, mask_BTU.to(hidden_BTD.device), hidden_BTD, *args, **kwargs)
+            mask = mask_BTU.to(hidden_BTD.device)
+            if 1 < len(mask) < len(hidden_BTD):  # the beams of each request
+                mask = mask.repeat_interleave(len(hidden_BTD) // len(mask), 0)
+            return masked(sub, forward, mask, hidden_BTD, *args, **kwargs)
 
     return run

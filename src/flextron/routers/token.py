@@ -77,13 +77,22 @@ class TokenRouter(nn.Module):
         return LARGEST * torch.tanh(worths_BT / LARGEST)
 
     def log_prices(self, budgets_B: torch.Tensor) -> torch.Tensor:
-        """Logarithm of the price of a unit of cost in the MLP of every layer, calibrated, [B, L]."""
-        prices_BL = self.static.log_prices_of(budgets_B)[:, : self.layers]
-        return prices_BL + _interpolate(self.budgets_C, self.offsets_C[:, None], budgets_B)
+        """Logarithm of the static router's price of a unit of cost in the MLP of every layer, [B, L]."""
+        return self.static.log_prices_of(budgets_B)[:, : self.layers]
 
-    def plan(self, budgets_B: torch.Tensor) -> torch.Tensor:
-        """Average cost of the MLP of every layer, as it was calibrated, in shares of the full model's cost, [B, L]."""
-        return _interpolate(self.budgets_C, self.plan_CL, budgets_B)
+    def calibrated(self, costs_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Where the MLPs of all layers cost so much on average: budgets [B], log prices and costs of layers [B, L].
+
+        Between the budgets that were calibrated all is interpolated by what the MLPs cost there: what the attention
+        takes of a budget goes up in steps.
+        """
+        costs_C = self.plan_CL.sum(1).cummax(0).values
+        costs_C = costs_C + 1e-7 * torch.arange(len(costs_C), device=costs_C.device)  # ascending
+        values_CX = torch.cat([self.budgets_C[:, None], self.offsets_C[:, None], self.plan_CL], 1)
+        budgets_B1, offsets_B1, plan_BL = _interpolate(costs_C, values_CX, costs_B).split_with_sizes(
+            [1, 1, self.layers], 1
+        )
+        return budgets_B1[:, 0], self.log_prices(budgets_B1[:, 0]) + offsets_B1, plan_BL
 
     def choose(self, layer: int, log_prices_BT: torch.Tensor) -> torch.Tensor:
         """Indices of the widths that are worth most after these prices, divided by worths, are paid, [B, T]."""

@@ -55,15 +55,14 @@ class TokenRouting:
         """Tokens that got each width in each layer, padding apart, since this was made."""
         self.seen: Callable[[int, torch.Tensor], None] | None = None
         """Told of each layer's widths, [B, T], as they are chosen."""
-        with torch.no_grad():
-            self._shifts_LBR = router.shifts(self.budgets_B)
-            self._log_prices_BL = router.log_prices(self.budgets_B)
-            self._log_prices_BL[self.budgets_B >= 1] = -torch.inf
-            plan_BL = router.plan(self.budgets_B)
         self._costs_LK = router.static.costs_SK[:layers, :choices].to(model.device)
         self.attention_costs = [_attention_cost(model, router, subnet) for subnet in subnets]
         """Of each row, with what no choice changes; shares of the full model's cost."""
         for_mlps_B = self.budgets_B - torch.tensor(self.attention_costs, device=model.device)
+        with torch.no_grad():
+            places_B, self._log_prices_BL, plan_BL = router.calibrated(for_mlps_B)
+            self._log_prices_BL[self.budgets_B >= 1] = -torch.inf
+            self._shifts_LBR = router.shifts(places_B)
         # calibration leaves the plan a little above or below what the budget has for MLPs
         self._plan_BL = plan_BL * (for_mlps_B * (1 - 1e-6) / plan_BL.sum(1).clamp(min=1e-9))[:, None]
         self._left_B = torch.zeros(0)
@@ -79,7 +78,7 @@ class TokenRouting:
                 zip(self.model.layers, rows.kv_groups, rows.query_heads, strict=True)
             )
         ]
-        hook = self.model.lm.register_forward_pre_hook(self._see_padding, with_kwargs=True)
+        hook = self.model.lm.register_forward_pre_hook(self._see_batch, with_kwargs=True)
         try:
             with running(self.model, runs):
                 yield self.model
@@ -116,8 +115,8 @@ class TokenRouting:
         """Neurons per token that each layer ran."""
         return ((self.used_LK * self._neurons_K).sum(-1) / self.used_LK.sum(-1).clamp(min=1)).tolist()
 
-    def _see_padding(self, _lm: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Remember which tokens of the batch that comes are padding: they get no neurons."""
+    def _see_batch(self, _lm: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Check the batch that comes, and remember which tokens of it are padding: they get no neurons."""
         mask = kwargs.get("attention_mask")
         inputs = next(
             each for each in (kwargs.get("input_ids"), *args, kwargs.get("inputs_embeds")) if each is not None
@@ -125,6 +124,10 @@ class TokenRouting:
         rows, time = inputs.shape[:2]
         if not rows * time:
             raise ValueError(f"the batch is empty: {rows} rows of {time} tokens.")
+        if rows % len(self.budgets_B):
+            raise ValueError(
+                f"{len(self.budgets_B)} budgets for a batch of {rows} rows: name one budget, or one for each row."
+            )
         padded = isinstance(mask, torch.Tensor) and mask.dim() == 2
         self._real_BT = mask[:, -time:].bool() if padded else None  # type: ignore[index]
 
@@ -147,7 +150,7 @@ class TokenRouting:
         return run
 
     def _choose(self, index: int, hidden_BTD: torch.Tensor) -> torch.Tensor:
-        rows = self._rows_of(hidden_BTD)
+        rows = len(hidden_BTD) // len(self.budgets_B)  # that share a budget: all, or the beams of a request
         shift_BR, prices_B = self._shifts_LBR[index], self._log_prices_BL[:, index]
         if rows > 1 and len(prices_B) > 1:  # one for all needs no copies
             shift_BR, prices_B = shift_BR.repeat_interleave(rows, 0), prices_B.repeat_interleave(rows)
@@ -158,17 +161,6 @@ class TokenRouting:
         if self.hard:
             chosen_BT = self._within(index, log_prices_BT, chosen_BT, rows)
         return chosen_BT
-
-    def _rows_of(self, hidden_BTD: torch.Tensor) -> int:
-        """How many rows of a batch share a budget: all, or the beams of a request.
-
-        Raises:
-            ValueError: the batch has another number of rows than there are budgets.
-        """
-        rows, budgets = len(hidden_BTD), len(self.budgets_B)
-        if rows % budgets:
-            raise ValueError(f"{budgets} budgets for a batch of {rows} rows: name one budget, or one for each row.")
-        return rows // budgets
 
     def _within(self, index: int, log_prices_BT: torch.Tensor, chosen_BT: torch.Tensor, rows: int) -> torch.Tensor:
         """Narrower choices, by a higher price for all, until the batch keeps to the plan of all layers so far."""

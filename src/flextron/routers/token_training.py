@@ -166,10 +166,11 @@ def _measure(
     hidden, slopes, worths, budgets = zip(*parts, strict=True)
     slopes_LN = torch.cat(slopes, 1)
     means_L1 = slopes_LN.mean(1, keepdim=True)
-    if not bool(slopes_LN.isfinite().all()) or not bool((means_L1 > 0).any()):
-        raise RouterError("the slopes of the loss are no numbers, or nowhere above zero; train the model first.")
+    if not bool(slopes_LN.isfinite().all()):
+        raise RouterError("the loss has slopes that are no numbers; evaluate the model, or load it in float32.")
     # a layer whose neurons hardly matter has slopes of noise: they count for little
-    scale_L1 = torch.maximum(means_L1, 0.3 * means_L1.clamp(min=0).median().clamp(min=means_L1.max() * 1e-3))
+    least = torch.maximum(0.3 * means_L1.median(), 1e-2 * slopes_LN.abs().mean()).clamp(min=1e-12)
+    scale_L1 = torch.maximum(means_L1, least)
     return Slopes(
         torch.cat(hidden, 1),
         (slopes_LN / scale_L1).clamp(-LARGEST_SLOPE / 2, LARGEST_SLOPE),
@@ -336,7 +337,8 @@ def calibrate(
         for budget, subnet in zip(budgets, answers(static, table, budgets), strict=True):
 
             def used_at(offset: float, budget: float = budget, subnet: Subnet = subnet) -> TokenRouting:
-                router.offsets_C, router.budgets_C = torch.full((2,), offset), torch.tensor([0.0, 1.0])
+                router.offsets_C, router.budgets_C = torch.full((2,), offset), torch.full((2,), budget)
+                router.plan_CL = torch.arange(2.0)[:, None].expand(-1, router.layers)
                 routing = TokenRouting(model, router, [budget], [subnet])
                 casts = torch.autocast(
                     model.device.type, dtype=arithmetic or model.dtype, enabled=_casts(model, arithmetic)

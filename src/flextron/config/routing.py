@@ -90,7 +90,7 @@ class TrainRouterConfig:
     seed: int = 0
     """Seed of the sub-networks that are tried, and of the training."""
     per_token: bool = False
-    """Then train a token router on top, which gives every token widths of its own; after a router that is there, only that."""
+    """Train a token router, which gives every token widths of its own, on top of this phase's router; that is trained first where there is none."""
     token_text: str | None = None
     """Text for the token router; by default that of --text."""
     token_tokens: int = 12288

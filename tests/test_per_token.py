@@ -7,7 +7,6 @@ import torch
 
 import tiny
 from flextron import per_token
-from flextron.elastic import ElasticModel
 from flextron.errors import SubnetError
 from flextron.per_token import TokenWidths, use_token_widths
 from flextron.subnet import Subnet
@@ -136,8 +135,9 @@ class TestContract:
         subnet = tiny.random_subnet(model.search_space, 3)
         with model.use(subnet):
             narrowed = logits_of(model, tokens)
-            run(model, tokens, random_widths(model))
+            inside = [run(model, tokens, random_widths(model), masked=masked) for masked in (False, True)]
             assert torch.equal(logits_of(model, tokens), narrowed)
+        assert_same_function(*inside)
         assert torch.equal(logits_of(model, tokens), before)
 
 
@@ -169,4 +169,3 @@ def test_wrong_widths_are_refused(llama):
         short.check(llama)
     with pytest.raises(SubnetError, match="layers"):
         TokenWidths.of_rows(llama, [Subnet((1,), (1,))])
-    assert isinstance(llama, ElasticModel)

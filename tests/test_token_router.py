@@ -91,7 +91,9 @@ class TestRouter:
         trained = token_making._of_state(trained.state_dict())
         for layer in range(tiny.LAYERS):
             prices = torch.linspace(-6, 12, 500)
-            logits = trained.logits(layer, prices[None])[0]
+            net = trained.static
+            logits = net.utilities_SK[layer] - prices.exp()[:, None] * net.costs_SK[layer]
+            logits = logits.masked_fill(~net.allowed_SK[layer], -torch.inf)
             chosen = trained.choose(layer, prices[None])[0]
             torch.testing.assert_close(logits.gather(1, chosen[:, None])[:, 0], logits.max(-1).values)
             assert (chosen.diff() <= 0).all()
@@ -168,15 +170,12 @@ class TestTraining:
         with pytest.raises(RouterError, match=r"6 blocks of text are too few for 3 rounds"):
             train_token_router(llama, static, table, tiny.blocks(6), tiny.blocks(4))
 
-    def test_unequal_steps_of_the_search_space(self, plain_llama, sensitivity):
+    def test_unequal_steps_of_the_search_space(self):
         """Blocks of neurons of different sizes: slopes are of neurons."""
-        model = ElasticModel(copy.deepcopy(plain_llama))
-        assert len(set(np.diff(model.search_space.neurons))) == 1
         sizes = torch.tensor([1, 2, 3])
         mask = torch.tensor([[[1.0, 1.0, 0.0]]])
         assert token_training._of_neurons(mask, sizes).tolist() == [[[1, 1, 1, 0, 0, 0]]]
         assert token_training._of_neurons(mask, sizes[:1].expand(3)).tolist() == mask.tolist()
-        assert sensitivity
 
 
 class TestRouting:
@@ -350,7 +349,6 @@ class TestRouteTokens:
         model = ElasticModel.from_pretrained(folder)
         tokens = tiny.token_ids(2)
         with model.use(budget="1000ms", per_token=True):
-            assert torch.equal(logits_of(model, tokens), logits_of(model, tokens))
             inside = logits_of(model, tokens)
         assert torch.equal(inside, logits_of(model, tokens))
 

@@ -124,7 +124,9 @@ def _with_widths(sub: SubLayer, widths_BT: torch.Tensor, *, masked: bool) -> For
 def masked_mlp(sub: SubLayer, forward: Forward, hidden_BTD: torch.Tensor, widths_BT: torch.Tensor) -> torch.Tensor:
     """The definition: all neurons run, and those beyond a token's width count for nothing."""
     neurons_U = torch.arange(sub.width.full, device=widths_BT.device)
-    output_BTD: torch.Tensor = masked(sub, forward, neurons_U < widths_BT[..., None], hidden_BTD)
+    with _span_kept(sub):
+        sub.keep(sub.width.full)
+        output_BTD: torch.Tensor = masked(sub, forward, neurons_U < widths_BT[..., None], hidden_BTD)
     return output_BTD
 
 

@@ -109,12 +109,6 @@ class TokenRouter(nn.Module):
             for costs, utilities, count in zip(self.static.costs_SK, self.static.utilities_SK, counts, strict=False)
         ]
 
-    def logits(self, layer: int, log_prices_BT: torch.Tensor) -> torch.Tensor:
-        """Logits of each token's choices, of which `choose` takes the largest, [B, T, K]."""
-        utilities_K, costs_K = self.static.utilities_SK[layer], self.static.costs_SK[layer]
-        logits_BTK = utilities_K - log_prices_BT.exp()[..., None] * costs_K
-        return logits_BTK[..., : int(self.static.allowed_SK[layer].sum())]
-
 
 def _offered(choices: int) -> list[int]:
     """The choices that tokens are offered, evenly over all: few, as every further width costs time to run."""

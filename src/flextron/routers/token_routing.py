@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -97,8 +98,8 @@ class TokenRouting:
 
     @property
     def average_cost(self) -> float:
-        """Cost per token of what was used, as a share of the full model's; of rows with one budget."""
-        return self.attention_costs[0] + float(self.costs_of_layers.sum())
+        """Cost per token of what was used, as a share of the full model's; each row counts alike in its attention."""
+        return fmean(self.attention_costs) + float(self.costs_of_layers.sum())
 
     @property
     def share(self) -> float:

@@ -91,9 +91,11 @@ class TestContract:
                 columns[:, :, 1:] = 0
         assert_same_function(run(model, tokens, same_widths(model, query_heads=1)), logits_of(without, tokens))
 
+    @pytest.mark.parametrize("of", ["tokens", "rows"])
     @pytest.mark.usefixtures("way")
-    def test_gradients_equal_those_of_masks(self, model, tokens):
-        widths = random_widths(model)
+    def test_gradients_equal_those_of_masks(self, model, tokens, of):
+        subnets = [tiny.random_subnet(model.search_space, seed) for seed in range(ROWS)]
+        widths = random_widths(model) if of == "tokens" else TokenWidths.of_rows(model, subnets)
         gradients = []
         for masked in (False, True):
             model.lm.zero_grad()

@@ -2,8 +2,8 @@
 
 Flextron (Cai et al., ICML 2024), section 4: input-adaptive widths. The definition is the masked one: a token of width d
 in a layer uses the first d neurons; a token with g KV groups and h query heads the first h query heads of each of the
-first g groups. K and V of all groups that a batch uses are written for every token, so that the KV cache has no holes.
-Width 0 leaves the sub-layer out for that token, its closing bias too.
+first g groups. K and V of all groups that a row uses are written for every token of it, so that its KV cache has no
+holes. Width 0 leaves the sub-layer out for that token, its closing bias too.
 
 An MLP is a sum over blocks of neurons: tokens are sorted by width, the widest first, and block k runs on the first n_k
 of them, by the family's own code (docs/decisions/0010-per-token.md).
@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from flextron.elastic import ElasticModel, SubLayer
+from flextron.projections import Rows
 from flextron.routed_kernel import Activation, available, routed_mlp
 from flextron.subnet import AXES, Subnet
 
@@ -89,7 +90,10 @@ def use_token_widths(model: ElasticModel, widths: TokenWidths, *, masked: bool =
     """
     widths.check(model)
     runs = [
-        (_with_widths(layer.mlp, neurons_BT, masked=masked), rows_of_attention(layer.attention, groups_BT, heads_BT))
+        (
+            _with_widths(layer.mlp, neurons_BT, masked=masked),
+            rows_of_attention(layer.attention, groups_BT, heads_BT, masked=masked),
+        )
         for layer, neurons_BT, groups_BT, heads_BT in zip(
             model.layers, widths.neurons, widths.kv_groups, widths.query_heads, strict=True
         )
@@ -126,11 +130,11 @@ def masked_mlp(sub: SubLayer, forward: Forward, hidden_BTD: torch.Tensor, widths
     neurons_U = torch.arange(sub.width.full, device=widths_BT.device)
     with _span_kept(sub):
         sub.keep(sub.width.full)
-        output_BTD: torch.Tensor = masked(sub, forward, neurons_U < widths_BT[..., None], hidden_BTD)
+        output_BTD: torch.Tensor = masked_parts(sub, forward, neurons_U < widths_BT[..., None], hidden_BTD)
     return output_BTD
 
 
-def masked(sub: SubLayer, forward: Forward, mask_BTU: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+def masked_parts(sub: SubLayer, forward: Forward, mask_BTU: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     """A sub-layer of which each part is multiplied by a mask, soft or hard, before the closing projection."""
     sub.width.mask = mask_BTU
     try:
@@ -162,7 +166,7 @@ def mlp(sub: SubLayer, forward: Forward, hidden_BTD: torch.Tensor, widths_BT: to
             if not sub.width.kept:
                 return forward(hidden_BTD)  # type: ignore[no-any-return]
             neurons_U = torch.arange(sub.width.kept, device=widths_N.device)
-            return masked(sub, forward, neurons_U < widths_BT[..., None], hidden_BTD)  # type: ignore[no-any-return]
+            return masked_parts(sub, forward, neurons_U < widths_BT[..., None], hidden_BTD)  # type: ignore[no-any-return]
         blocks = _blocks(widths_N)
         if not blocks or (len(blocks) == 1 and blocks[0][1] == len(widths_N)):
             sub.width.kept = blocks[0][0] if blocks else 0
@@ -220,27 +224,47 @@ def _span_kept(sub: SubLayer) -> Iterator[None]:
     try:
         yield
     finally:
-        sub.width.first, sub.width.sums = first, None
+        sub.width.first, sub.width.sums, sub.width.rows = first, None, None
         sub.keep(kept)
 
 
-def rows_of_attention(sub: SubLayer, groups_BT: torch.Tensor, heads_BT: torch.Tensor) -> Forward:
-    """An attention of which tokens use different groups and heads: at the largest number of groups, masked."""
+def rows_of_attention(
+    sub: SubLayer, groups_BT: torch.Tensor, heads_BT: torch.Tensor, *, masked: bool = False
+) -> Forward:
+    """An attention whose tokens use different groups and heads, run at the largest number of groups.
+
+    Where whole rows of a batch differ in groups, each row's projections are as narrow as it is; where single tokens do,
+    or heads do, or tokens are few, what a token does not use is masked.
+
+    Args:
+        masked: mask always, which is the definition.
+    """
     most = int(groups_BT.max()) if groups_BT.numel() else 0
     heads = sub.heads_per_unit
     groups_mask = torch.arange(most, device=groups_BT.device) < groups_BT[..., None]
     heads_mask = torch.arange(heads, device=heads_BT.device) < heads_BT[..., None]
     mask_BTU = (groups_mask[..., :, None] & heads_mask[..., None, :]).flatten(-2)
     same = bool(mask_BTU.all())
+    by_rows = not masked and bool(heads_mask.all()) and groups_BT.shape[-1] == 1
 
     def run(forward: Forward, hidden_BTD: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         with _span_kept(sub):
             sub.keep(most)
             if same:
                 return forward(hidden_BTD, *args, **kwargs)
-            mask = mask_BTU.to(hidden_BTD.device)
-            if 1 < len(mask) < len(hidden_BTD):  # the beams of each request
-                mask = mask.repeat_interleave(len(hidden_BTD) // len(mask), 0)
-            return masked(sub, forward, mask, hidden_BTD, *args, **kwargs)
+            rows, time = hidden_BTD.shape[:2]
+            beams = rows // len(mask_BTU) if len(mask_BTU) > 1 else 1
+            if by_rows and rows * time > FEW_TOKENS:
+                sub.width.rows = _by_width(groups_BT[:, 0].repeat_interleave(beams))
+                return forward(hidden_BTD, *args, **kwargs)
+            mask = mask_BTU.to(hidden_BTD.device).repeat_interleave(beams, 0)
+            return masked_parts(sub, forward, mask, hidden_BTD, *args, **kwargs)
 
     return run
+
+
+def _by_width(widths_B: torch.Tensor) -> Rows:
+    """Rows put together by width, the widest first."""
+    widths = sorted(set(widths_B.tolist()), reverse=True)
+    places = [(widths_B == width).nonzero()[:, 0] for width in widths]
+    return Rows(tuple(zip(places, widths, strict=True)), torch.cat(places).argsort())

@@ -5,9 +5,9 @@ Shapes: B batch, T time, D model, K units kept x rows per unit. Linear weights a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +16,19 @@ from transformers import Cache
 from transformers.pytorch_utils import Conv1D
 
 
+class Rows(NamedTuple):
+    """Rows of a batch, put together by how many units of a sub-layer they use."""
+
+    groups: tuple[tuple[torch.Tensor, int], ...]
+    """Places of the rows that use so many."""
+    back_B: torch.Tensor
+    """Place of each row of the batch among all groups, one after the other."""
+
+
 class Width:
     """How many units of one sub-layer run: the one thing that choosing a sub-network sets, shared by its modules."""
 
-    __slots__ = ("first", "full", "kept", "mask", "run", "sums")
+    __slots__ = ("first", "full", "kept", "mask", "rows", "run", "sums")
 
     def __init__(self, full: int) -> None:
         self.full = full
@@ -28,6 +37,8 @@ class Width:
         """The first unit that runs; above 0 only while `per_token` adds up blocks of units."""
         self.mask: torch.Tensor | None = None
         """What each part of the closing projection's input is multiplied by, [..., parts]; set by `per_token`."""
+        self.rows: Rows | None = None
+        """Rows that use fewer units than are kept: their projections are narrower still; set by `per_token`."""
         self.sums: torch.Tensor | None = None
         """What the closing projection adds a block's output to, in place, [N, D]; set by `per_token`."""
         self.run: Callable[..., Any] | None = None
@@ -45,6 +56,15 @@ class Width:
     def is_full(self) -> bool:
         """Whether all units run, for all tokens."""
         return self.kept == self.full and not self.first and self.mask is None
+
+    def groups(self, rows: Rows) -> Iterator[torch.Tensor]:
+        """Places of one group of rows after another, whose units alone are kept meanwhile."""
+        kept, self.rows = self.kept, None
+        try:
+            for places, self.kept in rows.groups:
+                yield places
+        finally:
+            self.kept, self.rows = kept, rows
 
 
 class Projection(nn.Module):
@@ -65,6 +85,8 @@ class _Opening(Projection):
     """Keeps the first rows: [B, T, D] -> [B, T, stacked * K]."""
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        if self.width.rows is not None:
+            return self._of_rows(x_BTD, self.width.rows)
         if self.width.is_full:
             return super().forward(x_BTD)  # type: ignore[no-any-return]
         weights = self.matrix().chunk(self.stacked)
@@ -76,11 +98,22 @@ class _Opening(Projection):
         ]
         return parts[0] if self.stacked == 1 else torch.cat(parts, dim=-1)
 
+    def _of_rows(self, x_BTD: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """Each row has zeros where units are kept that it does not use."""
+        most = self.width.of(self.matrix().shape[0] // self.stacked)
+        outputs = []
+        for places in self.width.groups(rows):
+            parts = self.forward(x_BTD[places]).chunk(self.stacked, dim=-1)
+            outputs.append(torch.cat([F.pad(part, (0, most - part.shape[-1])) for part in parts], dim=-1))
+        return torch.cat(outputs)[rows.back_B]
+
 
 class _Closing(Projection):
     """Keeps the first columns, and the whole bias: [B, T, K] -> [B, T, D]; a block of columns after the first, none."""
 
     def forward(self, x_BTK: torch.Tensor) -> torch.Tensor:
+        if self.width.rows is not None:
+            return self._of_rows(x_BTK, self.width.rows)
         if self.width.is_full:
             return super().forward(x_BTK)  # type: ignore[no-any-return]
         if (mask := self.width.mask) is not None:
@@ -91,6 +124,17 @@ class _Closing(Projection):
         if (sums_ND := self.width.sums) is not None:
             return torch.addmm(sums_ND, x_BTK.flatten(0, -2), columns.t(), out=sums_ND)
         return F.linear(x_BTK, columns, None if self.width.first else self.bias)
+
+    def _of_rows(self, x_BTK: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """A row that uses no unit gets zeros."""
+        size, columns = self.matrix().shape
+        outputs = [
+            self.forward(x_BTK[places][..., : self.width.of(columns)])
+            if self.width.kept
+            else x_BTK.new_zeros(len(places), *x_BTK.shape[1:-1], size)
+            for places in self.width.groups(rows)
+        ]
+        return torch.cat(outputs)[rows.back_B]
 
 
 class OpeningLinear(_Opening, nn.Linear):

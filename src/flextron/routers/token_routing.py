@@ -74,7 +74,7 @@ class TokenRouting:
         """Run the model so inside the block."""
         rows = self._rows
         runs = [
-            (self._run_of(index, layer), rows_of_attention(layer.attention, groups_BT, heads_BT))
+            (self._run_of(index, layer), rows_of_attention(layer.attention, groups_BT, heads_BT, masked=self.masked))
             for index, (layer, groups_BT, heads_BT) in enumerate(
                 zip(self.model.layers, rows.kv_groups, rows.query_heads, strict=True)
             )

@@ -21,7 +21,7 @@ from flextron.data import TokenBlocks
 from flextron.distillation import hidden_states, losses
 from flextron.elastic import ElasticLayer, ElasticModel
 from flextron.errors import RouterError
-from flextron.per_token import Forward, TokenWidths, masked, rows_of_attention, running
+from flextron.per_token import Forward, TokenWidths, masked_parts, rows_of_attention, running
 from flextron.pricing import Ceiling
 from flextron.progress import bar
 from flextron.routers.router import Router
@@ -206,7 +206,7 @@ def _slopes(
                 used_BTK = torch.arange(len(neurons_K), device=model.device) <= chosen_BT[..., None]
                 masks.append(used_BTK[..., sizes_K > 0].to(hidden_BTD.dtype).requires_grad_())
                 kept.append((hidden_BTD.detach().to(torch.bfloat16), worths_BT, neurons_K[chosen_BT]))
-            return masked(layer.mlp, forward, _of_neurons(masks[-1], sizes_K[sizes_K > 0]), hidden_BTD)
+            return masked_parts(layer.mlp, forward, _of_neurons(masks[-1], sizes_K[sizes_K > 0]), hidden_BTD)
 
         return run
 

@@ -3,6 +3,8 @@
 import copy
 import json
 import shutil
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,19 +13,30 @@ import torch
 
 import tiny
 from flextron import cli, config, generate, routing
-from flextron.config import EvaluateConfig, GenerateConfig, TrainRouterConfig
+from flextron.config import (
+    EvaluateConfig,
+    GenerateConfig,
+    TextOptions,
+    TrainConfig,
+    TrainRouterConfig,
+    VisitOptions,
+    WatchOptions,
+)
 from flextron.costs import linear_table
 from flextron.elastic import ElasticModel
 from flextron.errors import BudgetError, RouterError
-from flextron.routers import token, token_making, token_training
+from flextron.routers import token, token_making, token_training, training
 from flextron.routers.router import Router, RouterAbout
+from flextron.routers.slopes import Slopes
 from flextron.routers.static import StaticRouter
 from flextron.routers.surrogate import Surrogate, SurrogateError
 from flextron.routers.token import TokenRouter
 from flextron.routers.token_making import ABOUT, WEIGHTS, load_token_router, save_token_router
 from flextron.routers.token_routing import TokenRouting
-from flextron.routers.token_training import Slopes, TokenRouterAbout, answers, fit, train_token_router
+from flextron.routers.token_training import TokenRouterAbout, answers, fit, train_token_router
+from flextron.sampling import TokenRouterInUse, make_sampler
 from flextron.tables import save_table
+from flextron.training import train
 from tiny import assert_same_function, differs, logits_of
 
 BUDGETS = (0.5, 0.6, 0.75, 0.9)
@@ -331,6 +344,69 @@ class TestFolder:
         assert token_training.ROUNDS * token_making.TOKENS_PER_ROUND == config.routing.LEAST_TOKENS
         with pytest.raises(ValueError, match=r"tokens is 100; a token router needs at least 6144"):
             token_making.make_token_router(model, folder, tokens=100)
+
+    def test_interrupted_it_goes_on_from_the_rounds_that_were_measured(self, folder, monkeypatch):
+        model = ElasticModel.from_pretrained(folder)
+        blocks, other = tiny.blocks(48), tiny.blocks(16, seed=1)
+        monkeypatch.setattr(token_making, "unused_blocks", lambda *_, **__: (blocks, 0))
+        monkeypatch.setattr(token_making, "sensitivity_blocks", lambda *_, **__: other)
+        monkeypatch.setattr(token_making, "TOKENS_PER_ROUND", 96)
+        make = partial(
+            token_making.make_token_router, model, folder, tokens=blocks.tokens.numel(), calibrated=[0.5, 0.9]
+        )
+        expected, _ = make()
+        measure, measured = token_training._measure, []
+
+        def measure_two(*arguments):
+            if len(measured) == 2:
+                raise KeyboardInterrupt
+            measured.append(measure(*arguments))
+            return measured[-1]
+
+        monkeypatch.setattr(token_training, "_measure", measure_two)
+        with pytest.raises(KeyboardInterrupt):
+            make()
+        assert len(list(folder.glob("routers/slopes-*/round-*"))) == 2
+        measured.clear()
+        router, _ = make()
+        assert len(measured) == 1
+        assert not list(folder.glob("routers/slopes-*"))
+        for name, tensor in expected.state_dict().items():
+            torch.testing.assert_close(router.state_dict()[name], tensor)
+
+    def test_weights_and_token_router_are_trained_in_turn(
+        self, checkpoint, sensitivity, table, static, trained, tmp_path, monkeypatch
+    ):
+        monkeypatch.setattr(training, "LARGEST_ERROR", 10)  # losses of a random model hardly depend on its widths
+        monkeypatch.setattr(training, "LOWEST_RANK", -1)
+        monkeypatch.setattr(token_making, "TOKENS_PER_ROUND", 96)
+        monkeypatch.setattr(token_training, "HELD_OUT", 1 / 2)
+        folder, out = tmp_path / "elastic", tmp_path / "trained"
+        shutil.copytree(checkpoint, folder)
+        model = ElasticModel.from_pretrained(folder)
+        sensitivity.save(folder)
+        save_table(folder, table)
+        about = replace(static.about, text="sample/train", tokens=255, pairs=160)
+        replace(static, about=about).save(folder, model)
+        save_token_router(folder, trained, replace(ABOUT_IT, text="sample/train", tokens=1536), model)
+        visit = VisitOptions(router="tpot", per_token=True, visits=(1, 0, 0, 3))
+        options = {"text": TextOptions(tokens=512, block_tokens=64), "watch": WatchOptions(evaluate_tokens=0)}
+        train(TrainConfig(str(folder), out, visit=visit, **options))
+        router, about = load_token_router(out, "tpot", ElasticModel.from_pretrained(out))
+        assert about.tokens == 1536
+        assert differs(router.out_LR, trained.out_LR)
+
+    def test_visits_of_training_are_routed_token_by_token(self, llama, static, table, trained):
+        options = VisitOptions(router="tpot", per_token=True, visits=(0, 0, 0, 1))
+        tokens = TokenRouterInUse(trained, table, ABOUT_IT)
+        sampler = make_sampler(llama, options, None, router=static, tokens=tokens, seed=0)
+        widths = []
+        for visit in (sampler.next() for _ in range(4)):
+            visit.routing.seen = lambda _, widths_BT: widths.append(widths_BT.unique().numel())
+            with visit.use(llama), torch.no_grad():
+                llama(tiny.token_ids(4))
+            assert abs(visit.routing.average_cost - table.price(visit.subnet) / table.full) < 0.1
+        assert max(widths) > 1
 
 
 class TestRouteTokens:

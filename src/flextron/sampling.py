@@ -7,16 +7,21 @@ Huang, 2019); random ones spread evenly over cost, and widths per layer near the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from flextron.choice import choose
 from flextron.config import VisitOptions
+from flextron.costs import CostTable
 from flextron.elastic import ElasticModel
 from flextron.routers.router import Router
+from flextron.routers.token import TokenRouter
+from flextron.routers.token_routing import TokenRouting
+from flextron.routers.token_training import TokenRouterAbout, answers
 from flextron.routers.training import sample_answer
 from flextron.sensitivity import Sensitivity
 from flextron.subnet import AXES, Subnet
@@ -27,6 +32,14 @@ ATTENTION_PRICE = 4
 _GOLDEN = (5**0.5 - 1) / 2
 
 
+class TokenRouterInUse(NamedTuple):
+    """A token router, and the cost table that its budgets are parts of."""
+
+    router: TokenRouter
+    table: CostTable
+    about: TokenRouterAbout
+
+
 @dataclass(frozen=True)
 class Visit:
     """One sub-network that a step trains, and why it was taken."""
@@ -34,6 +47,12 @@ class Visit:
     kind: str
     """One of KINDS."""
     subnet: Subnet
+    routing: TokenRouting | None = None
+    """Gives every token widths of its own, around the sub-network."""
+
+    def use(self, model: ElasticModel) -> AbstractContextManager[ElasticModel]:
+        """Run the model so inside the block."""
+        return model.use(self.subnet) if self.routing is None else self.routing.use()
 
 
 class SubnetSampler:
@@ -54,7 +73,7 @@ class SubnetSampler:
         presets: Sequence[Subnet] = (),
         weights: Sequence[float] = (1, 1, 0, 2),
         spread: float = 0.5,
-        routed: Callable[[float, np.random.Generator], Subnet] | None = None,
+        routed: Callable[[float, np.random.Generator], Visit] | None = None,
         seed: int = 0,
     ) -> None:
         """Make a sampler.
@@ -64,8 +83,8 @@ class SubnetSampler:
             smallest: the least that is trained.
             weights: how often each of KINDS is visited, relative to one another; presets take turns.
             spread: standard deviation of the logarithm of the noise on sensitivities; 0 gives greedy choices only.
-            routed: gives a random sub-network from a place in [0, 1) and a generator, in place of the sensitivities,
-                such as a router's answer to the budget there.
+            routed: gives a random visit from a place in [0, 1) and a generator, in place of the sensitivities, such
+                as of a router's answer to the budget there.
 
         Raises:
             ValueError: weights that are not four numbers from 0 up, or that ask for presets where there are none, or
@@ -97,9 +116,9 @@ class SubnetSampler:
         """The sub-network to train next."""
         lag = self._weights * (sum(self._visits) + 1) - self._visits
         kind = KINDS[int(lag.argmax())]
-        subnet = {"full": self._full, "smallest": self._least, "preset": self._preset, "random": self._random}[kind]()
+        visit = {"full": self._full, "smallest": self._least, "preset": self._preset, "random": self._random}[kind]()
         self._visits[KINDS.index(kind)] += 1
-        return Visit(kind, subnet)
+        return visit
 
     def state_dict(self) -> dict[str, Any]:
         """Where the sequence stands, as JSON."""
@@ -111,16 +130,16 @@ class SubnetSampler:
         self._place = state["place"]
         self._visits = list(state["visits"])
 
-    def _full(self) -> Subnet:
-        return self._sensitivities[0].search_space.full
+    def _full(self) -> Visit:
+        return Visit("full", self._sensitivities[0].search_space.full)
 
-    def _least(self) -> Subnet:
-        return self._smallest
+    def _least(self) -> Visit:
+        return Visit("smallest", self._smallest)
 
-    def _preset(self) -> Subnet:
-        return self._presets[self._visits[KINDS.index("preset")] % len(self._presets)]
+    def _preset(self) -> Visit:
+        return Visit("preset", self._presets[self._visits[KINDS.index("preset")] % len(self._presets)])
 
-    def _random(self) -> Subnet:
+    def _random(self) -> Visit:
         self._place = (self._place + _GOLDEN) % 1
         if self._routed is not None:
             return self._routed(self._place, self._draw)
@@ -133,7 +152,7 @@ class SubnetSampler:
             )
             for axis, rows in sensitivity.increases.items()
         }
-        return replace(sensitivity, increases=noisy).allocate(share)
+        return Visit("random", replace(sensitivity, increases=noisy).allocate(share))
 
 
 def even_sensitivity(model: ElasticModel) -> Sensitivity:
@@ -163,11 +182,12 @@ def make_sampler(
     measured: Sensitivity | None,
     *,
     router: Router | None = None,
+    tokens: TokenRouterInUse | None = None,
     seed: int,
 ) -> SubnetSampler:
     """The sampler that `options` ask for, from measured sensitivities, if there are any, and from even ones.
 
-    Random ones come from `router` instead, if there is one.
+    Random ones come from `router` instead, if there is one, and with `tokens` every token of theirs is routed.
 
     Raises:
         SubnetError: a smallest sub-network or a preset that the model does not have.
@@ -180,6 +200,17 @@ def make_sampler(
         presets=[choose(model, wish, sensitivity=measured or even) for wish in options.presets],
         weights=options.visits,
         spread=options.spread,
-        routed=None if router is None else partial(sample_answer, router),
+        routed=None if router is None else partial(_routed, model, router, tokens),
         seed=seed,
     )
+
+
+def _routed(
+    model: ElasticModel, router: Router, tokens: TokenRouterInUse | None, place: float, draw: np.random.Generator
+) -> Visit:
+    """What a router, or with it a token router, may answer to the budget at a place of its range."""
+    if tokens is None:
+        return Visit("random", sample_answer(router, place, draw))
+    budget = router.net.lowest + (1 - router.net.lowest) * place
+    subnets = answers(router, tokens.table, [budget])
+    return Visit("random", subnets[0], TokenRouting(model, tokens.router, [budget], subnets))

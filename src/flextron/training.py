@@ -36,12 +36,15 @@ from flextron.estimate import check_processes
 from flextron.optimizer import adamw, schedule
 from flextron.routers.making import remake_router
 from flextron.routers.router import Router, metrics_with_router
+from flextron.routers.token_making import has_token_router, load_token_router, remake_token_router
+from flextron.routers.token_training import TokenRouterAbout
 from flextron.run_folder import RunFolder
-from flextron.sampling import Visit, even_sensitivity, make_sampler
+from flextron.sampling import TokenRouterInUse, Visit, even_sensitivity, make_sampler
 from flextron.sensitivity import Sensitivity
 from flextron.sharding import device_of, is_sharded, make_accelerator, on_first, shard, total, whole_weights
 from flextron.snapshot import latest_snapshot, load_snapshot, save_snapshot
 from flextron.subnet import Subnet
+from flextron.tables import find_table
 from flextron.watching import Bar, numbers, stop_signals
 
 LOSSES = ("loss", "divergence", "cross_entropy")
@@ -68,11 +71,22 @@ def train(config: TrainConfig) -> Path:
     else:
         run.train()
     router, device, is_first = run.router, str(run.device), run.is_first
+    tokens = None if run.tokens is None else run.tokens.about
     del run  # its weights, gradients and moments
-    if router is not None and is_first and router.about.metric not in metrics_with_router(config.out):
+    if router is not None and is_first:
+        _train_routers(config, router, tokens, device)
+    return config.out
+
+
+def _train_routers(config: TrainConfig, router: Router, tokens: TokenRouterAbout | None, device: str) -> None:
+    """Train routers on for the new weights, where an earlier run has not."""
+    metric = router.about.metric
+    if metric not in metrics_with_router(config.out):
         print("training the router on, for the new weights; interrupted, the same command goes on", file=sys.stderr)
         remake_router(config.out, router, config.model, device=device, show=True)
-    return config.out
+    if tokens is not None and not has_token_router(config.out, metric):
+        print("training the token router anew; interrupted, the same command goes on", file=sys.stderr)
+        remake_token_router(config.out, tokens, device=device, show=True)
 
 
 class TrainingRun:
@@ -91,6 +105,7 @@ class TrainingRun:
         model = self.model.fingerprint()
         metric = config.visit.router
         self.router = None if metric is None else Router.load(config.model, metric, self.model)
+        self.tokens = self._token_router(metric) if metric is not None and config.visit.per_token else None
         found = on_first(lambda: self.folder.check(config, model))
         self.is_finished = bool(found) and on_first(lambda: self.folder.is_finished)
         if self.is_finished:
@@ -99,7 +114,9 @@ class TrainingRun:
         precision = found.get("arithmetic", config.optimizer.precision)  # a resumed run keeps what it began with
         self.dtype = on_first(lambda: arithmetic_dtype(precision, self.device))
         self._sensitivity = Sensitivity.load(config.model) if Sensitivity.is_in(config.model) else None
-        self.sampler = make_sampler(self.model, config.visit, self._sensitivity, router=self.router, seed=config.seed)
+        self.sampler = make_sampler(
+            self.model, config.visit, self._sensitivity, router=self.router, tokens=self.tokens, seed=config.seed
+        )
         self.corpus: Corpus | None = None  # in the first process only; it hands the others their blocks
         on_first(self._open_corpus)
         self.watched = {wish: self._choose(wish) for wish in config.watch.evaluate_on}
@@ -199,7 +216,7 @@ class TrainingRun:
 
     def _visit_all(self) -> list[dict[str, Any]]:
         """Add the gradients of a step's sub-networks; returns their losses in nats per token, over all processes."""
-        visits = [(visit, *self._visit(visit.subnet, tokens_BT)) for visit, tokens_BT in self._next_visits()]
+        visits = [(visit, *self._visit(visit, tokens_BT)) for visit, tokens_BT in self._next_visits()]
         sums = total(torch.stack([sums for _, sums, _ in visits])) / self.accelerator.num_processes
         return [
             {
@@ -211,10 +228,10 @@ class TrainingRun:
             for (visit, _, predicted), values in zip(visits, sums.tolist(), strict=True)
         ]
 
-    def _visit(self, subnet: Subnet, tokens_BT: torch.Tensor) -> tuple[torch.Tensor, int]:
+    def _visit(self, visit: Visit, tokens_BT: torch.Tensor) -> tuple[torch.Tensor, int]:
         """Add one sub-network's gradients; returns its losses summed, [3], and how many tokens it predicted."""
         predicted = tokens_BT[:, 1:].numel()
-        with self.model.use(subnet):
+        with visit.use(self.model):
             with self.autocast():
                 losses = self.distiller(tokens_BT)
             (losses.total / predicted / self.config.visit.visits_per_step).backward()
@@ -367,6 +384,12 @@ class TrainingRun:
                 before = self.before.get(wish, math.nan)
                 lines.append(f"{wish:<28}{before:>9.3f}{after:>9.3f}{after - before:>+9.3f}")
         return "\n".join([*lines, f"wrote {self.config.out}"])
+
+    def _token_router(self, metric: str) -> TokenRouterInUse:
+        if self.accelerator.num_processes > 1:
+            raise ValueError("tokens are routed in one process. Run without torchrun, or without --per-token.")
+        router, about = load_token_router(self.config.model, metric, self.model)
+        return TokenRouterInUse(router, find_table(self.model, self.config.model, metric, foreign=True), about)
 
     def _open_corpus(self) -> None:
         """Open the text, and see that it holds at least a block."""

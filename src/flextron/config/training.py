@@ -89,6 +89,8 @@ class VisitOptions:
     """How far random sub-networks stray from the greedy choice for their share; 0 is the greedy choice itself."""
     router: str | None = None
     """Metric of a router of MODEL, such as tpot or ttft: random sub-networks are then what it samples for budgets over its range, and it is trained on anew afterwards, for the new weights. The last stage of the method: weights and router together."""
+    per_token: bool = False
+    """With --router, random sub-networks differ from token to token, by the token router of MODEL, which is trained anew afterwards too."""
     visits_per_step: int = 2
     """Sub-networks whose gradients are averaged in one step, each on blocks of its own."""
     blocks_per_visit: int = 1
@@ -98,6 +100,8 @@ class VisitOptions:
         check_at_least("visits_per_step", self.visits_per_step, 1)
         check_at_least("blocks_per_visit", self.blocks_per_visit, 1)
         check_at_least("spread", self.spread, 0)
+        if self.per_token and self.router is None:
+            raise ValueError("--per-token needs the metric of a token router of MODEL, such as --router ttft.")
         if min(self.visits) < 0 or sum(self.visits) <= 0:
             raise ValueError(f"visits must be four weights from 0 up, one of them above 0; got {list(self.visits)}.")
 

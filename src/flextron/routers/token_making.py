@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from flextron.latency import PHASES
 from flextron.routers.making import sensitivity_of, unused_blocks
 from flextron.routers.pairs import FOLDER
 from flextron.routers.router import Router
+from flextron.routers.slopes import KeptSlopes
 from flextron.routers.static import StaticRouter
 from flextron.routers.token import TokenRouter
 from flextron.routers.token_training import ROUNDS, TokenRouterAbout, train_token_router
@@ -50,6 +52,8 @@ def make_token_router(
 ) -> tuple[TokenRouter, TokenRouterAbout]:
     """Train a token router on top of the static router for one phase and save it in `folder`.
 
+    Rounds of slopes that are measured stay in `folder`/routers until then, so that a run that was interrupted goes on.
+
     Args:
         folder: the elastic checkpoint that `model` was loaded from.
         tokens: of `text` to learn from; documents that the model was ranked on are left out. It is calibrated on the
@@ -77,12 +81,36 @@ def make_token_router(
             f"{least}. Give a longer text."
         )
     calibration = sensitivity_blocks(model.tokenizer, text, tokens=CALIBRATION_TOKENS, after=blocks.documents)
+    settings = {"text": blocks.text, "tokens": blocks.tokens.numel(), "rounds": rounds, "seed": seed}
+    kept = KeptSlopes(folder, {**settings, "weights": model.fingerprint(), "router": _digest(static.net)})
     options: dict[str, Any] = {"rounds": rounds, "calibrated": calibrated, "seed": seed, "show": show}
     router, about = train_token_router(
-        model, static, table, blocks, calibration, arithmetic=faster_dtype(model.device), **options
+        model, static, table, blocks, calibration, arithmetic=faster_dtype(model.device), kept=kept, **options
     )
     save_token_router(folder, router, about, model)
+    kept.forget()
     return router, about
+
+
+def _digest(net: torch.nn.Module) -> str:
+    """A hash of a network's weights."""
+    digest = hashlib.sha256()
+    for tensor in net.state_dict().values():
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def remake_token_router(
+    folder: str | Path, old: TokenRouterAbout, *, device: str, show: bool = False
+) -> tuple[TokenRouter, TokenRouterAbout]:
+    """Train a token router for the weights, table and static router in `folder`, on the text that an older one had.
+
+    Raises:
+        FlextronError: as `make_token_router`.
+    """
+    phase = next(phase for phase, metric in PHASES.items() if metric == old.metric)
+    model = ElasticModel.from_pretrained(folder, device=device)
+    return make_token_router(model, folder, phase=phase, tokens=old.tokens, text=old.text, any_device=True, show=show)
 
 
 def save_token_router(folder: str | Path, router: TokenRouter, about: TokenRouterAbout, model: ElasticModel) -> Path:
@@ -96,6 +124,11 @@ def save_token_router(folder: str | Path, router: TokenRouter, about: TokenRoute
     return target
 
 
+def has_token_router(folder: str | Path, metric: str) -> bool:
+    """Whether there is a token router for a metric beside a checkpoint."""
+    return (Path(folder) / FOLDER / f"{metric}-per-token" / ABOUT).is_file()
+
+
 def load_token_router(folder: str | Path, metric: str, model: ElasticModel) -> tuple[TokenRouter, TokenRouterAbout]:
     """Read the token router for `metric` beside a checkpoint.
 
@@ -107,7 +140,7 @@ def load_token_router(folder: str | Path, metric: str, model: ElasticModel) -> t
     if phase is None:
         raise RouterError(f"tokens are routed within {' or '.join(PHASES.values())}, not {metric}.")
     way_out = f"Train one: flextron train-router {folder} --phase {phase} --per-token"
-    if not (source / ABOUT).is_file():
+    if not has_token_router(folder, metric):
         raise RouterError(f"{folder} has no token router for {metric}. {way_out}")
     try:
         data = json.loads((source / ABOUT).read_text(encoding="utf8"))

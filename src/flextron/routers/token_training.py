@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from flextron.per_token import Forward, TokenWidths, masked_parts, rows_of_atten
 from flextron.pricing import Ceiling
 from flextron.progress import bar
 from flextron.routers.router import Router
+from flextron.routers.slopes import KeptSlopes, Slopes
 from flextron.routers.token import RANK, TokenRouter
 from flextron.routers.token_routing import TokenRouting
 from flextron.subnet import Subnet
@@ -60,18 +61,6 @@ FIRST_STEP = 1.5
 """Half of how far the logarithm of a price goes for a budget that is missed by the whole; it doubles at every try."""
 
 
-class Slopes(NamedTuple):
-    """What one round measured at every token in every layer."""
-
-    hidden_LND: torch.Tensor
-    """What entered the MLP, bfloat16."""
-    slopes_LN: torch.Tensor
-    """Nats that a neuron more would save, in means of the layer."""
-    log_worths_LN: torch.Tensor
-    """As the router had them then."""
-    budgets_N: torch.Tensor
-
-
 @dataclass(frozen=True)
 class TokenRouterAbout:
     """What a token router was made from, and how good it is."""
@@ -96,6 +85,7 @@ def train_token_router(
     calibrated: Sequence[float] | None = None,
     rank: int = RANK,
     arithmetic: torch.dtype | None = None,
+    kept: KeptSlopes | None = None,
     seed: int = 0,
     show: bool = False,
 ) -> tuple[TokenRouter, TokenRouterAbout]:
@@ -106,6 +96,7 @@ def train_token_router(
         calibrated: ascending budgets to calibrate, as shares of the full model's cost; between them prices are
             interpolated. By default 8 over the static router's range.
         arithmetic: what to compute in, if not the weights' type.
+        kept: takes each round that is measured, so that an interrupted run goes on.
 
     Raises:
         RouterError: too little text, or slopes that are no numbers.
@@ -114,15 +105,20 @@ def train_token_router(
     parts = blocks.tokens.tensor_split(rounds)
     if min(map(len, parts)) * HELD_OUT < 1:
         raise RouterError(f"{len(blocks.tokens)} blocks of text are too few for {rounds} rounds; give more tokens.")
-    draw = torch.Generator().manual_seed(seed)
     measured: list[Slopes] = []
     explained = 0.0
     wanted = model.lm.training, [parameter.requires_grad for parameter in model.lm.parameters()]
     model.lm.requires_grad_(False).eval()
     try:
         with bar(len(blocks.tokens), description="token router", show=show) as advance:
-            for tokens_NT in parts:
-                measured.append(_measure(model, router, table, static, tokens_NT, draw, arithmetic, advance))
+            for round_, tokens_NT in enumerate(parts):
+                slopes = None if kept is None else kept.load(round_)
+                if slopes is None:
+                    draw = torch.Generator().manual_seed(seed + round_)
+                    slopes = _measure(model, router, table, static, tokens_NT, draw, arithmetic, advance)
+                    if kept is not None:
+                        kept.save(round_, slopes)
+                measured.append(slopes)
                 explained = fit(router, measured, rows=tokens_NT.shape[1], seed=seed)
         with torch.no_grad():
             router.out_LR.mul_(CAUTION)

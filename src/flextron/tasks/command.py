@@ -1,4 +1,4 @@
-"""`flextron evaluate --tasks`: what is run, what it costs, and a table, results.json, results.md and results.png of it."""
+"""`flextron evaluate --tasks`: what is run, what it costs, a table, results.json, results.md and results.png."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _runs(model: ElasticModel, config: EvaluateConfig, warn: Callable[[str], Non
         runs[budget] = _static(answer.subnet, ceiling.table, None if times is None else times[0] / times[1])
     for budget in config.budget if config.per_token else ():
         routing = route_tokens(model, budget, config.model, any_device=config.any_device, warn=warn)
-        runs[f"{budget} per token"] = _Run(routing, metric=routing.router.metric)
+        runs[f"{budget} per token"] = _Run(routing, metric=routed[budget].ceilings[0].table.metric)
     return runs
 
 
@@ -170,8 +170,8 @@ def markdown(summary: dict[str, Any]) -> str:
             "",
             f"Accuracy in percent ± standard error. Documents: {documents}"
             + (f" (a fixed sample of at most {about['limit']} each)." if about["limit"] else "."),
-            f"*kept*: share of {rows[0]['run']}'s average, rounded down, ± paired standard error. *cost*: part of the full "
-            f"model's by the table for {', '.join(metrics) or 'none'}; *time*: the same, measured in this run.",
+            f"*kept*: share of {rows[0]['run']}'s average, rounded down, ± paired standard error. *cost*: "
+            f"part of the full model's by the table for {', '.join(metrics) or 'none'}; *time*: the same, measured now.",
             f"{about['model']}, {about['dtype']}, {about['device']}; "
             + ", ".join(f"{package} {number}" for package, number in about["versions"].items())
             + f"; data: {about['data']}.",

@@ -6,6 +6,7 @@ import statistics
 import sys
 
 import datasets
+import huggingface_hub
 import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
@@ -361,6 +362,7 @@ class TestErrors:
 
     def test_no_data_and_no_hub(self, model, runs, monkeypatch):
         monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
         monkeypatch.delenv("FLEXTRON_TASK_DATA", raising=False)
         with pytest.raises(
             FlextronError, match=r"cannot load the task piqa: .*pass --task-data DIR or set FLEXTRON_TASK_DATA"

@@ -171,7 +171,7 @@ def markdown(summary: dict[str, Any]) -> str:
             f"Accuracy in percent ± standard error. Documents: {documents}"
             + (f" (a fixed sample of at most {about['limit']} each)." if about["limit"] else "."),
             f"*kept*: share of {rows[0]['run']}'s average, rounded down, ± paired standard error. *cost*: "
-            f"part of the full model's by the table for {', '.join(metrics) or 'none'}; *time*: the same, measured now.",
+            f"part of the full model's by the table for {', '.join(metrics) or 'none'}; *time*: so, measured now.",
             f"{about['model']}, {about['dtype']}, {about['device']}; "
             + ", ".join(f"{package} {number}" for package, number in about["versions"].items())
             + f"; data: {about['data']}.",

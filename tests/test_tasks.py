@@ -78,7 +78,7 @@ def data(tmp_path_factory):
         "piqa_val": rows(8, goal),
         "winogrande_xl_dev": rows(6, sentence),
         "mmlu_dev": rows(15, lambda number: subject(number + 100)),
-        "mmlu_test": rows(9, lambda number: subject(3 * number + number // 4)),
+        "mmlu_test": rows(9, lambda number: subject(3 * number + number // 3)),
         "hellaswag_val": rows(16, story),
     }
     for name, content in contents.items():

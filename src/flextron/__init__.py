@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from flextron.routing import Routed, route, route_tokens
     from flextron.sensitivity import Sensitivity, measure_sensitivity
     from flextron.subnet import SearchSpace, Subnet
+    from flextron.tasks.harness import evaluate_tasks
+    from flextron.tasks.results import TaskResult
     from flextron.training import train
 
 __version__ = "0.1.0"
@@ -48,6 +50,7 @@ __all__ = [
     "SearchSpace",
     "Sensitivity",
     "Subnet",
+    "TaskResult",
     "TextOptions",
     "TokenBlocks",
     "TokenRouting",
@@ -57,6 +60,7 @@ __all__ = [
     "WatchOptions",
     "choose",
     "evaluate",
+    "evaluate_tasks",
     "export",
     "generate",
     "load_blocks",
@@ -106,6 +110,8 @@ _HOMES = {
     "generate": "generation",
     "ExportReport": "exporting",
     "export": "exporting",
+    "TaskResult": "tasks.results",
+    "evaluate_tasks": "tasks.harness",
     "quickstart": "demo",
 }
 

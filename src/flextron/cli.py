@@ -341,6 +341,11 @@ def _evaluate(config: EvaluateConfig) -> None:
     from flextron.evaluation import evaluate
 
     model = _load(config)
+    if config.tasks:
+        from flextron.tasks.command import evaluate_on_tasks
+
+        print(evaluate_on_tasks(model, config, warn=_note))
+        return
     subnets = [choose(model, wish, config.model) for wish in config.subnet]
     subnets += [_within(model, budget, config) for budget in config.budget]
     names = [*config.subnet, *config.budget]

@@ -23,9 +23,11 @@ from flextron.config.fields import (
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Loss of sub-networks on a text, in nats per token and bits per byte, paired on the same tokens.
+    """Loss of sub-networks on a text, in nats per token and bits per byte, or accuracy on tasks; paired.
 
     Example: flextron evaluate out/smollm2-elastic --subnet full 80% 60% neurons=768 --text book.txt
+
+    Example: flextron evaluate out/smollm2-elastic --budget 0.8x 0.6x --tasks paper --limit 500
     """
 
     model: ModelArgument
@@ -45,6 +47,14 @@ class EvaluateConfig:
     """Tokens of one block; nothing is seen across blocks."""
     json: bool = False
     """Print JSON instead of a table."""
+    tasks: tuple[str, ...] = ()
+    """Instead of a text's loss, accuracy on these tasks by lm-eval, such as arc_easy hellaswag@0 (no examples); paper: the six of Flextron's tables."""
+    limit: int | None = None
+    """With --tasks, documents of each at most, a fixed random sample."""
+    task_data: Path | None = None
+    """With --tasks, the folder of their data (docs/tasks.md); by default $FLEXTRON_TASK_DATA, else the Hugging Face hub."""
+    out_dir: Path | None = None
+    """With --tasks, a folder for results.json, results.md and results.png; what it has from an earlier run is not computed again."""
     any_device: bool = False
     """With --budget, use a latency table of another device or version if there is no other."""
     dtype: Dtype = "auto"
@@ -53,6 +63,7 @@ class EvaluateConfig:
     """Where to run, such as cpu or cuda:0; auto takes a GPU if there is one."""
 
     def __post_init__(self) -> None:
+        self._check_tasks()
         check_at_least("block_tokens", self.block_tokens, 2)
         check_at_least("tokens", self.tokens, self.block_tokens)
         if not self.subnet:
@@ -62,6 +73,15 @@ class EvaluateConfig:
         check_usage_picture(self.picture, per_token=self.per_token)
         for budget in self.budget:
             Budget.parse(budget)
+
+    def _check_tasks(self) -> None:
+        if self.limit is not None:
+            check_at_least("limit", self.limit, 1)
+        if self.tasks and self.picture is not None:
+            raise ValueError("--picture is of a text; with --tasks, --out-dir writes a picture.")
+        for name in ("limit", "task_data", "out_dir"):
+            if getattr(self, name) is not None and not self.tasks:
+                raise ValueError(f"--{name.replace('_', '-')} is of --tasks, such as --tasks paper.")
 
 
 @dataclass(frozen=True)

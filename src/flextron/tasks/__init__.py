@@ -1,0 +1,1 @@
+"""Accuracy of sub-networks on the paper's tasks, by lm-eval."""

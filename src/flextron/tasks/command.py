@@ -1,0 +1,235 @@
+"""`flextron evaluate --tasks`: what is run, what it costs, a table, results.json, results.md and results.png."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from statistics import fmean
+from typing import Any
+
+from flextron.atomic import write_text
+from flextron.choice import choose
+from flextron.config import EvaluateConfig
+from flextron.costs import CostTable
+from flextron.drawing import save_figure
+from flextron.elastic import ElasticModel
+from flextron.environment import describe_device
+from flextron.explaining import measured_ms
+from flextron.routers.token_routing import TokenRouting
+from flextron.routing import route, route_tokens
+from flextron.subnet import Subnet
+from flextron.tasks.harness import data_folder, evaluate_tasks
+from flextron.tasks.results import TaskResult, averages, floored
+
+VERSION = 1
+KEPT = "scores.jsonl"
+"""In the folder of results: what is not computed again."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What is scored, and what it costs by its budget's first limit."""
+
+    what: Subnet | TokenRouting
+    cost: float | None = None
+    """By the table, as a part of the full model's; of a token routing known when it has run."""
+    measured: float | None = None
+    """Time measured now, as a part of the full model's."""
+    metric: str | None = None
+
+
+def evaluate_on_tasks(model: ElasticModel, config: EvaluateConfig, *, warn: Callable[[str], None]) -> str:
+    """Score all that the config names, write the files that it asks for, and return the text to print.
+
+    Raises:
+        FlextronError: as `route` and `evaluate_tasks`.
+    """
+    runs = _runs(model, config, warn)
+    folder = config.out_dir
+    results = evaluate_tasks(
+        model,
+        {name: run.what for name, run in runs.items()},
+        config.tasks,
+        data=config.task_data,
+        limit=config.limit,
+        keep=None if folder is None else folder / KEPT,
+        show=True,
+    )
+    summary = _summary(model, config, runs, results)
+    if folder is not None:
+        write_text(folder / "results.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
+        write_text(folder / "results.md", markdown(summary))
+        save_figure(_figure(summary), folder / "results.png")
+    return json.dumps(summary, indent=1, allow_nan=False) if config.json else markdown(summary)
+
+
+def _runs(model: ElasticModel, config: EvaluateConfig, warn: Callable[[str], None]) -> dict[str, _Run]:
+    routed = {
+        budget: route(model, budget, config.model, any_device=config.any_device, warn=warn) for budget in config.budget
+    }
+    tables = [answer.ceilings[0].table for answer in routed.values()]
+    subnets = {wish: choose(model, wish, config.model) for wish in config.subnet}
+    runs = {name: _static(subnet, tables[0] if tables else None) for name, subnet in subnets.items()}
+    for budget, answer in routed.items():
+        for note in answer.notes:
+            warn(note)
+        ceiling = answer.ceilings[0]
+        times = measured_ms(model, ceiling, answer.subnet, config.model) if ceiling.table.unit == "ms" else None
+        runs[budget] = _static(answer.subnet, ceiling.table, None if times is None else times[0] / times[1])
+    for budget in config.budget if config.per_token else ():
+        routing = route_tokens(model, budget, config.model, any_device=config.any_device, warn=warn)
+        runs[f"{budget} per token"] = _Run(routing, metric=routed[budget].ceilings[0].table.metric)
+    return runs
+
+
+def _static(subnet: Subnet, table: CostTable | None, measured: float | None = None) -> _Run:
+    if table is None:
+        return _Run(subnet)
+    return _Run(subnet, table.price(subnet) / table.full, measured, table.metric)
+
+
+def _summary(
+    model: ElasticModel, config: EvaluateConfig, runs: dict[str, _Run], results: Sequence[TaskResult]
+) -> dict[str, Any]:
+    """All that is printed and written, as JSON without NaN."""
+    rows = []
+    for average in averages(results):
+        own = [result for result in results if result.run == average.run]
+        run = runs[average.run]
+        costs = [result.cost for result in own if result.cost is not None]
+        rows.append(
+            {
+                "run": average.run,
+                "per_token": bool(costs),
+                "share": fmean(result.share for result in own),
+                "cost": fmean(costs) if costs else run.cost,
+                "cost_metric": run.metric,
+                "measured": run.measured,
+                "average": average.accuracy,
+                "standard_error": average.standard_error,
+                "retention": average.retention,
+                "retention_standard_error": average.retention_standard_error,
+                "tasks": {result.task: _task(result, results) for result in own},
+            }
+        )
+    data = data_folder(config.task_data)
+    about = {
+        "model": config.model,
+        "weights": model.fingerprint(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": describe_device(model.device),
+        "limit": config.limit,
+        "data": "lm-eval's own" if data is None else "local files",
+        "versions": {package: version(package) for package in ("flextron", "lm-eval", "transformers", "torch")},
+    }
+    summary: dict[str, Any] = _without_nan({"version": VERSION, "conditions": about, "runs": rows})
+    return summary
+
+
+def _task(result: TaskResult, results: Sequence[TaskResult]) -> dict[str, Any]:
+    first = next(other for other in results if other.task == result.task)
+    difference, error = result.difference(first)
+    return {
+        "shots": result.shots,
+        "metric": result.metric,
+        "accuracy": result.accuracy,
+        "standard_error": result.standard_error,
+        "difference": difference,
+        "difference_standard_error": error,
+        "documents": len(result.documents),
+        "means": {metric: fmean(values) for metric, values in result.scores.items()},
+    }
+
+
+def markdown(summary: dict[str, Any]) -> str:
+    """The results as a table, and what they were measured with."""
+    rows, about = summary["runs"], summary["conditions"]
+    tasks = rows[0]["tasks"]
+    titles = [f"{name}, {task['metric']}, {task['shots']}-shot" for name, task in tasks.items()]
+    lines = [
+        "| | cost | time | " + " | ".join(titles) + " | average | kept |",
+        "|---|---:|---:|" + "---:|" * (len(titles) + 2),
+    ]
+    for row in rows:
+        scored = [_percent(task["accuracy"], task["standard_error"]) for task in row["tasks"].values()]
+        kept = (
+            ""
+            if row["retention"] is None
+            else f"{floored(row['retention'])} ± {_points(row['retention_standard_error'])}"
+        )
+        cells = [row["run"], _times(row["cost"]), _times(row["measured"]), *scored]
+        lines.append("| " + " | ".join([*cells, _percent(row["average"], row["standard_error"]), kept]) + " |")
+    metrics = sorted({row["cost_metric"] for row in rows if row["cost_metric"]})
+    documents = ", ".join(f"{name} {task['documents']}" for name, task in tasks.items())
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Accuracy in percent ± standard error. Documents: {documents}"
+            + (f" (a fixed sample of at most {about['limit']} each)." if about["limit"] else "."),
+            f"*kept*: share of {rows[0]['run']}'s average, rounded down, ± paired standard error. *cost*: "
+            f"part of the full model's by the table for {', '.join(metrics) or 'none'}; *time*: so, measured now.",
+            f"{about['model']}, {about['dtype']}, {about['device']}; "
+            + ", ".join(f"{package} {number}" for package, number in about["versions"].items())
+            + f"; data: {about['data']}.",
+            "",
+        ]
+    )
+
+
+def _figure(summary: dict[str, Any]) -> Any:
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    mpl.use("agg")
+    rows = summary["runs"]
+    priced = all(row["cost"] is not None for row in rows)
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for per_token, style, color, label in (
+        (False, "o-", "#1f5fa8", "sub-network"),
+        (True, "s--", "#c2622d", "per token"),
+    ):
+        own = sorted(
+            ((row["cost"] if priced else row["share"], row) for row in rows if row["per_token"] is per_token),
+            key=lambda point: point[0],
+        )
+        if own:
+            heights = [100 * row["average"] for _, row in own]
+            errors = [100 * (row["standard_error"] or 0) for _, row in own]
+            axes.errorbar([x for x, _ in own], heights, errors, fmt=style, color=color, capsize=3, label=label)
+    metrics = sorted({row["cost_metric"] for row in rows if row["cost_metric"]})
+    x = (
+        f"cost by the table ({', '.join(metrics)}), part of the full model's"
+        if priced
+        else "share of the layers' weights"
+    )
+    axes.set(xlabel=x, ylabel="average accuracy, %")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.suptitle(f"{len(rows[0]['tasks'])} tasks: {', '.join(rows[0]['tasks'])}; ± standard error", fontsize=9)
+    return figure
+
+
+def _percent(value: float, error: float | None) -> str:
+    return f"{100 * value:.1f} ± {_points(error)}"
+
+
+def _points(error: float | None) -> str:
+    return "?" if error is None else f"{100 * error:.1f}"
+
+
+def _times(part: float | None) -> str:
+    return "" if part is None else f"{part:.3f}x"
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

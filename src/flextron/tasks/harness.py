@@ -1,0 +1,296 @@
+"""`evaluate_tasks`: accuracy of sub-networks on tasks, by lm-eval's prompts and scoring, on the same documents."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+import random
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from flextron.atomic import write_text
+from flextron.elastic import ElasticModel
+from flextron.errors import FlextronError
+from flextron.routers.token_routing import TokenRouting
+from flextron.subnet import Subnet
+from flextron.tasks.results import TaskResult
+
+PAPER = ("arc_easy", "lambada_openai", "piqa", "winogrande", "mmlu", "hellaswag")
+"""The tasks of Flextron's tables."""
+SHOTS = {"mmlu": 5, "hellaswag": 10}
+"""Examples before each question, where a task has any by default."""
+METRICS = {"hellaswag": "acc_norm"}
+"""The metric that counts, where it is not `acc`."""
+DATA = "FLEXTRON_TASK_DATA"
+VERSION = 1
+_SEED = 1234
+_YAML = Path(__file__).parent / "yaml"
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A task of the harness, or the tasks of a group, and which documents of them are scored."""
+
+    name: str
+    shots: int
+    tasks: dict[str, Any]
+    samples: dict[str, list[int]]
+    data: str
+    """What tells the data from any other."""
+
+
+def evaluate_tasks(
+    model: ElasticModel,
+    runs: Mapping[str, Subnet | TokenRouting],
+    tasks: Sequence[str] | str = "paper",
+    *,
+    data: str | Path | None = None,
+    limit: int | None = None,
+    keep: str | Path | None = None,
+    show: bool = False,
+) -> list[TaskResult]:
+    """Accuracy of each run on each task; the first run is what the others are compared with (`results.averages`).
+
+    Args:
+        tasks: "paper" or names, as lm-eval's; NAME@SHOTS takes another number of examples, such as hellaswag@0.
+        data: folder of local files (docs/tasks.md); by default `$FLEXTRON_TASK_DATA`, else lm-eval's own tasks with
+            data from the Hugging Face hub.
+        limit: documents of a task at most, a fixed random sample; of a task of many subjects, spread evenly over them.
+        keep: a file to which every run on a task is added once it is done. What it holds of the same weights, tasks and
+            settings is not computed again.
+
+    Raises:
+        FlextronError: lm-eval is not installed, an unknown task, data that cannot be had, no tokenizer.
+        SubnetError: a sub-network that is not in the model's search space; before anything is computed.
+        ValueError: no run, no task, or a limit below 1.
+    """
+    if not runs or not tasks:
+        raise ValueError("name at least one run and one task.")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}; it must be at least 1.")
+    for run in runs.values():
+        if isinstance(run, Subnet):
+            model.search_space.check(run)
+    if model.tokenizer is None:
+        raise FlextronError("this checkpoint has no tokenizer; put its tokenizer files into the same folder.")
+    loaded = _load([tasks] if isinstance(tasks, str) else tasks, data_folder(data), limit)
+    with _quiet():
+        lm = import_module("flextron.tasks.lm").ElasticLM(model)
+    kept = _Kept(keep)
+    weights = {"weights": model.fingerprint(), "dtype": str(model.dtype), "device": model.device.type}
+    results = []
+    for task in loaded:
+        settings = {**weights, "task": task.name, "shots": task.shots, "limit": limit, "data": task.data}
+        for name, run in runs.items():
+            key = {"version": VERSION, "lm_eval": version("lm-eval"), **settings, "run": _identity(run)}
+            if not kept.has(key):
+                lm.shown, lm.stderr = (f"{task.name}, {name}" if show else None), sys.stderr
+                kept.add(key, _score(model, lm, run, task))
+            results.append(_result(name, task, kept.of(key)))
+    return sorted(results, key=lambda result: list(runs).index(result.run))
+
+
+def data_folder(data: str | Path | None) -> Path | None:
+    """The folder of local files: as named, or `$FLEXTRON_TASK_DATA`; None for lm-eval's own from the hub.
+
+    Raises:
+        FlextronError: it does not exist.
+    """
+    named = data or os.environ.get(DATA)
+    if not named:
+        return None
+    if not Path(named).is_dir():
+        raise FlextronError(f"there is no folder {named} with the data of tasks; docs/tasks.md says what it holds.")
+    return Path(named)
+
+
+def task_names(tasks: Sequence[str]) -> list[str]:
+    """`tasks` with "paper" replaced by the paper's, each once."""
+    return list(dict.fromkeys(name for wish in tasks for name in (PAPER if wish == "paper" else (wish,))))
+
+
+def sample(strata: Sequence[str], limit: int | None) -> list[int]:
+    """Places of at most `limit` documents, ascending: a fixed draw, from every stratum in proportion to its size.
+
+    A smaller limit's documents are among a larger one's.
+    """
+    if limit is None or limit >= len(strata):
+        return list(range(len(strata)))
+    draw = random.Random(_SEED)  # noqa: S311 - a fixed draw, no secret
+    members: dict[str, list[int]] = defaultdict(list)
+    for place, stratum in enumerate(strata):
+        members[stratum].append(place)
+    order = []
+    for stratum in sorted(members):
+        places = members[stratum]
+        draw.shuffle(places)
+        start = draw.random()
+        order += [((rank + start) / len(places), place) for rank, place in enumerate(places)]
+    return sorted(place for _, place in sorted(order)[:limit])
+
+
+def _load(tasks: Sequence[str], folder: Path | None, limit: int | None) -> list[_Loaded]:
+    try:
+        manager_of = import_module("lm_eval.tasks").TaskManager
+    except ImportError as error:
+        raise FlextronError(f'tasks need lm-eval: {error}. Run: pip install "flextron[tasks]"') from None
+    with _quiet():
+        local = {"include_path": str(_YAML), "include_defaults": False, "metadata": {"data": str(folder)}}
+        manager = manager_of(**local if folder else {})
+        return [_load_one(manager, wish, folder, limit) for wish in task_names(tasks)]
+
+
+def _load_one(manager: Any, wish: str, folder: Path | None, limit: int | None) -> _Loaded:
+    name, at, number = wish.partition("@")
+    if at and not number.isdecimal():
+        raise FlextronError(f"cannot read the task {wish!r}; write NAME or NAME@SHOTS, such as hellaswag@0.")
+    if name not in manager.all_tasks:
+        known = f"in {folder}: {', '.join(PAPER)}" if folder else "of lm-eval; `lm-eval ls tasks` lists them"
+        raise FlextronError(f"there is no task {name!r} among those {known}.")
+    try:
+        found = manager.load([name])["tasks"]
+    except FlextronError:
+        raise
+    except Exception as error:  # of many kinds
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        hint = f" With no Hugging Face hub in reach, pass --task-data DIR or set {DATA} (docs/tasks.md)."
+        raise FlextronError(f"cannot load the task {name}: {reason}." + ("" if folder else hint)) from None
+    for task in found.values():
+        default = task.get_config("num_fewshot") or 0
+        task.set_config("num_fewshot", int(number) if at else SHOTS.get(name, default))
+    shots = next(iter(found.values())).get_config("num_fewshot")
+    data = import_module("flextron.tasks.local").digest(folder, name) if folder else "hub"
+    return _Loaded(wish, shots, found, _samples(found, limit), data)
+
+
+def _samples(tasks: Mapping[str, Any], limit: int | None) -> dict[str, list[int]]:
+    places: list[tuple[str, int]] = []
+    strata: list[str] = []
+    for name, task in tasks.items():
+        documents = task.eval_docs
+        places += [(name, place) for place in range(len(documents))]
+        strata += documents["subject"] if "subject" in documents.features else [name] * len(documents)
+    samples: dict[str, list[int]] = defaultdict(list)
+    for chosen in sample(strata, limit):
+        name, place = places[chosen]
+        samples[name].append(place)
+    return dict(samples)
+
+
+def _score(model: ElasticModel, lm: Any, run: Subnet | TokenRouting, task: _Loaded) -> dict[str, Any]:
+    """What the run scores, as it is kept."""
+    routing = run if isinstance(run, TokenRouting) else None
+    if routing is not None:
+        routing.forget()
+    tasks = {name: task.tasks[name] for name in task.samples}
+    for each in tasks.values():
+        each.set_fewshot_seed(_SEED)
+    with _quiet(), _use(model, run):
+        evaluated = import_module("lm_eval.evaluator").evaluate(
+            lm, {"tasks": tasks}, samples=task.samples, bootstrap_iters=0, log_samples=True
+        )
+    documents = [
+        (f"{name}/{row['doc_id']}", row)
+        for name, rows in evaluated["samples"].items()
+        for row in sorted(rows, key=lambda row: int(row["doc_id"]))
+    ]
+    metrics = [metric for metric in ("acc", "acc_norm") if all(metric in row for _, row in documents)]
+    if not metrics:
+        raise FlextronError(f"the task {task.name} has no accuracy, which is what is compared here. Leave it out.")
+    return {
+        "scores": {metric: [float(row[metric]) for _, row in documents] for metric in metrics},
+        "documents": [document for document, _ in documents],
+        "share": model.share(run) if isinstance(run, Subnet) else run.share,
+        "cost": None if routing is None else routing.average_cost,
+    }
+
+
+def _use(model: ElasticModel, run: Subnet | TokenRouting) -> AbstractContextManager[Any]:
+    return model.use(run) if isinstance(run, Subnet) else run.use()
+
+
+def _result(name: str, task: _Loaded, scored: Mapping[str, Any]) -> TaskResult:
+    wanted = METRICS.get(task.name.partition("@")[0], "acc")
+    scores = {metric: tuple(values) for metric, values in scored["scores"].items()}
+    return TaskResult(
+        run=name,
+        task=task.name,
+        shots=task.shots,
+        metric=wanted if wanted in scores else "acc",
+        scores=scores,
+        documents=tuple(scored["documents"]),
+        share=scored["share"],
+        cost=scored["cost"],
+    )
+
+
+def _identity(run: Subnet | TokenRouting) -> str:
+    """What tells a run from all others on the same weights."""
+    if isinstance(run, Subnet):
+        return run.to_json()
+    digest = hashlib.sha256(repr((run.budgets_B.tolist(), run.subnets, run.hard, run.shuffled, run.masked)).encode())
+    for name, tensor in sorted(run.router.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class _Kept:
+    """What runs have scored, by all that it depends on, in a file that only grows."""
+
+    def __init__(self, file: str | Path | None) -> None:
+        self.file = None if file is None else Path(file)
+        self._scored: dict[str, dict[str, Any]] = {}
+        if self.file is not None and self.file.is_file():
+            self._read(self.file)
+
+    def _read(self, file: Path) -> None:
+        try:
+            lines = file.read_text(encoding="utf8").splitlines(keepends=True)
+            for line in lines:
+                if line.endswith("\n"):  # one without was cut off
+                    entry = json.loads(line)
+                    self._scored[_text(entry["key"])] = entry["scored"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise FlextronError(f"cannot read the results kept in {file}: {error}. Delete it to start anew.") from None
+        if lines and not lines[-1].endswith("\n"):
+            write_text(file, "".join(lines[:-1]))
+
+    def has(self, key: Mapping[str, Any]) -> bool:
+        return _text(key) in self._scored
+
+    def of(self, key: Mapping[str, Any]) -> dict[str, Any]:
+        return self._scored[_text(key)]
+
+    def add(self, key: Mapping[str, Any], scored: dict[str, Any]) -> None:
+        self._scored[_text(key)] = scored
+        if self.file is not None:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a", encoding="utf8") as file:
+                file.write(json.dumps({"key": dict(key), "scored": scored}) + "\n")
+
+
+def _text(key: Mapping[str, Any]) -> str:
+    return json.dumps(key, sort_keys=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without lm-eval's bars and warnings, which speak of settings that are made here."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)

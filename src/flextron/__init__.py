@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from flextron.routers.training import train_router
     from flextron.routing import Routed, route, route_tokens
     from flextron.sensitivity import Sensitivity, measure_sensitivity
+    from flextron.speculative import Draft, draft_model
     from flextron.subnet import SearchSpace, Subnet
     from flextron.training import train
 
@@ -38,6 +39,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Budget",
     "CostTable",
+    "Draft",
     "ElasticModel",
     "Evaluation",
     "ExportReport",
@@ -56,6 +58,7 @@ __all__ = [
     "VisitOptions",
     "WatchOptions",
     "choose",
+    "draft_model",
     "evaluate",
     "export",
     "generate",
@@ -103,6 +106,8 @@ _HOMES = {
     "TokenRouting": "routers.token_routing",
     "route_tokens": "routing",
     "choose": "choice",
+    "Draft": "speculative",
+    "draft_model": "speculative",
     "generate": "generation",
     "ExportReport": "exporting",
     "export": "exporting",

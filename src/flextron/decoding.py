@@ -175,19 +175,12 @@ class _Attention(NamedTuple):
         heads, values = torch.cat(opened[:2], dim=1), opened[2]
         rotated = torch.addcmul(heads * cos_SH[:, None], heads.roll(size // 2, -1), sin_SH[:, None])
         queries, keys = rotated.split_with_sizes([groups * per_group, groups], dim=1)
-        self.past_keys[:, past - tokens : past], self.past_values[:, past - tokens : past] = (
-            keys.transpose(0, 1),
-            values.transpose(0, 1),
-        )
+        self.past_keys[:, past - tokens : past] = keys.transpose(0, 1)
+        self.past_values[:, past - tokens : past] = values.transpose(0, 1)
         # as in `add_to`: a group's query heads stand where queries of more tokens would
         queries = queries.view(tokens, groups, per_group, size).permute(1, 2, 0, 3).reshape(1, groups, -1, size)
-        mixed = F.scaled_dot_product_attention(
-            queries,
-            self.past_keys[None, :, :past],
-            self.past_values[None, :, :past],
-            attn_mask=seen_ST.repeat(per_group, 1),
-            scale=self.scale,
-        )
+        pasts, seen = (self.past_keys[None, :, :past], self.past_values[None, :, :past]), seen_ST.repeat(per_group, 1)
+        mixed = F.scaled_dot_product_attention(queries, *pasts, attn_mask=seen, scale=self.scale)
         mixed = mixed.view(groups, per_group, tokens, size).permute(2, 0, 1, 3)
         h_SD.add_(self.closes.of_rows(mixed.reshape(tokens, -1)))
 

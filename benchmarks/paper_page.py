@@ -233,8 +233,8 @@ def _verdict(results: Results) -> list[str]:
     return [
         "## Where we are behind",
         "",
-        f"Of {len(ahead) + len(behind) + len(unclear)} comparisons the static router is ahead by more than two standard "
-        f"errors in {len(ahead)}, behind in {len(behind)}, and {len(unclear)} are within them.",
+        f"Of {len([*ahead, *behind, *unclear])} comparisons the static router is ahead by more than two standard errors "
+        f"in {len(ahead)}, behind in {len(behind)}, and {len(unclear)} are within them.",
         "",
         *(f"- behind: {said}" for _, said in behind),
         *(f"- within two standard errors: {said}" for _, said in unclear),

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from flextron.routers.training import train_router
     from flextron.routing import Routed, route, route_tokens
     from flextron.sensitivity import Sensitivity, measure_sensitivity
+    from flextron.speculative import Draft, draft_model
     from flextron.subnet import SearchSpace, Subnet
     from flextron.tasks.harness import evaluate_tasks
     from flextron.tasks.results import TaskResult
@@ -40,6 +41,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Budget",
     "CostTable",
+    "Draft",
     "ElasticModel",
     "Evaluation",
     "ExportReport",
@@ -59,6 +61,7 @@ __all__ = [
     "VisitOptions",
     "WatchOptions",
     "choose",
+    "draft_model",
     "evaluate",
     "evaluate_tasks",
     "export",
@@ -107,6 +110,8 @@ _HOMES = {
     "TokenRouting": "routers.token_routing",
     "route_tokens": "routing",
     "choose": "choice",
+    "Draft": "speculative",
+    "draft_model": "speculative",
     "generate": "generation",
     "ExportReport": "exporting",
     "export": "exporting",

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from flextron.costs import CostTable
     from flextron.elastic import ElasticModel
     from flextron.routers.token_routing import TokenRouting
+    from flextron.speculative import Draft
     from flextron.subnet import Subnet
 
 DESCRIPTION = "One checkpoint, every latency: nested sub-networks of any Hugging Face LLM. Also: flextron --version."
@@ -377,25 +378,46 @@ def _evaluate(config: EvaluateConfig) -> None:
 
 
 def _generate(config: GenerateConfig) -> None:
-    from flextron.generation import generate
+    from flextron.generation import compare_speculative, generate
 
     model = _load(config)
     routing = _tokens_within(model, str(config.budget), config) if config.per_token else None
+    options: dict[str, Any] = {"subnet": None if routing else _chosen(model, config)}
+    options |= {"max_new_tokens": config.max_new_tokens, "chat": config.chat}
+    draft = _draft(model, config)
+    start = time.monotonic()
     written = generate(
         model,
         config.prompt,
-        subnet=None if routing else _chosen(model, config),
         routing=routing,
-        max_new_tokens=config.max_new_tokens,
-        chat=config.chat,
+        speculative=draft,
         temperature=config.temperature,
         seed=config.seed,
         stream=True,
+        **options,
     )
+    if draft is not None:
+        _note(f"{draft}; {draft.written / (time.monotonic() - start):.1f} tokens/s with the prompt")
+    if draft is not None and config.compare:
+        speed_up, equal = compare_speculative(model, config.prompt, draft, **options)
+        _note(f"{speed_up:.2f} times as fast as plain greedy decoding, {'the same' if equal else 'another'} text")
     if routing is not None:
         _note(f"tokens cost {routing.average_cost:.3f}x of the full model on average, by the latency table")
     if routing is not None and config.picture is not None:
         _show_usage(model, routing, config.prompt + written, str(config.budget), config.picture)
+
+
+def _draft(model: ElasticModel, config: GenerateConfig) -> Draft | None:
+    """What --speculative asks for."""
+    from flextron.choice import choose
+    from flextron.config.fields import names_widths
+    from flextron.speculative import Draft
+
+    wish = config.speculative
+    if wish is None:
+        return None
+    subnet = choose(model, wish, config.model) if names_widths(wish) else _within(model, wish, config)
+    return Draft(subnet, config.draft_tokens)
 
 
 def _export(config: ExportConfig) -> None:

@@ -95,13 +95,14 @@ class _PerLayerModel:
 
     places: Places
 
-    def __init__(self: Any, config: Any) -> None:
+    def __init__(self, config: Any) -> None:  # `self: Any` would be the type that vLLM wants `config` to have
         super().__init__(_with_one_stock_layer(config))  # type: ignore[call-arg]
-        _adopt(self, config)
-        layer_class = type(getattr(self, self.places.layers)[0])
+        model: Any = self
+        _adopt(model, config)
+        layer_class = type(getattr(model, self.places.layers)[0])
         layers = [_make_layer(layer_class, config, index, self.places) for index in range(config.num_hidden_layers)]
-        setattr(self, self.places.layers, nn.ModuleList(layers))
-        self.post_init()
+        setattr(model, self.places.layers, nn.ModuleList(layers))
+        model.post_init()
 
 
 class _PerLayerCausalLM:

@@ -57,3 +57,22 @@ def check_usage_picture(file: Path | None, *, per_token: bool) -> None:
     if file is not None and not per_token:
         raise ValueError(f"picture is {file}; it is of --per-token.")
     check_ending("picture", file, (".html", ".png", ".svg", ".pdf"))
+
+
+def names_widths(wish: str) -> bool:
+    """Whether a sub-network is named by its size, as --subnet names it, not by a budget."""
+    return wish.endswith(("%", ".json")) or wish.startswith(("neurons=", "kv_groups="))
+
+
+def check_draft(wish: str | None, *, compare: bool, per_token: bool, temperature: float) -> None:
+    """Raise a ValueError for a draft that cannot be read, or beside what it cannot write ahead for."""
+    if wish is None:
+        if compare:
+            raise ValueError("--compare is of --speculative.")
+        return
+    if per_token or temperature:
+        raise ValueError(
+            "--speculative writes ahead for greedy text of one sub-network: leave out --per-token, temperature 0."
+        )
+    if not names_widths(wish):
+        Budget.parse(wish)

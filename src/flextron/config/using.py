@@ -16,6 +16,7 @@ from flextron.config.fields import (
     ModelArgument,
     OutArgument,
     check_at_least,
+    check_draft,
     check_one_choice,
     check_usage_picture,
 )
@@ -104,6 +105,12 @@ class GenerateConfig:
     """With --per-token, let no forward pass exceed the budget."""
     picture: Path | None = None
     """With --per-token, a file for a picture of the text, coloured by compute: .html, .png, .svg or .pdf."""
+    speculative: str | None = None
+    """A smaller sub-network that writes ahead for faster greedy text, the same up to rounding: a budget such as 0.5x, or as --subnet such as 50%."""
+    draft_tokens: int = 4
+    """With --speculative, tokens to write ahead before they are checked."""
+    compare: bool = False
+    """With --speculative, also decode plainly, and print the speed-up."""
     max_new_tokens: int = 64
     """Tokens to generate at most."""
     chat: bool = False
@@ -127,6 +134,8 @@ class GenerateConfig:
             raise ValueError("--per-token needs a budget, such as --budget 0.6x.")
         if self.hard and not self.per_token:
             raise ValueError("--hard is of --per-token.")
+        check_at_least("draft_tokens", self.draft_tokens, 1)
+        check_draft(self.speculative, compare=self.compare, per_token=self.per_token, temperature=self.temperature)
         check_usage_picture(self.picture, per_token=self.per_token)
 
 

@@ -39,6 +39,7 @@ class Size:
     tasks_at: tuple[float, ...]
     """Budgets at which tasks are run."""
     rank_tokens: int
+    sensitivity_tokens: int
     train_tokens: int
     visits: tuple[str, ...]
     """How training is told, beside text and tokens."""
@@ -57,12 +58,13 @@ class Size:
 
 STEPS = ("--visits-per-step", "1", "--blocks-per-visit", "1", "--evaluations", "1", "--evaluate-tokens", "2048")
 SIZES = {
-    "tiny": Size((0.6,), (0.6,), 2048, 1024, STEPS, 160, 512, 6144, 1024, 2, 1),
-    "small": Size((0.8, 0.6, 0.5), (0.6,), 8192, 32768, STEPS, 160, 512, 6144, 4096, 20, 1),
+    "tiny": Size((0.6,), (0.6,), 2048, 256, 1024, STEPS, 160, 512, 6144, 1024, 2, 1),
+    "small": Size((0.8, 0.6, 0.5), (0.6,), 8192, 256, 32768, STEPS, 160, 512, 6144, 4096, 20, 1),
     "full": Size(
         (0.9, 0.8, 0.7, 0.6, 0.5),
         (0.8, 0.7, 0.6, 0.5),
         131072,
+        4096,
         92_000_000,
         ("--visits-per-step", "4", "--blocks-per-visit", "16", "--learning-rate", "3e-4"),
         256,
@@ -205,8 +207,9 @@ def elastic(paper: Paper) -> tuple[Path, Path]:
     """Stages: rank, train elastically, table, routers; then the router's answers, and losses."""
     settings, size = paper.settings, paper.size
     ranked = paper.out / "ranked"
-    tokens = ["--tokens", str(size.rank_tokens), "--text", settings.rank, "--device", settings.device]
-    paper.flextron("rank", "rank", paper.model, str(ranked), *tokens)
+    tokens = ["--tokens", str(size.rank_tokens), "--sensitivity-tokens", str(size.sensitivity_tokens)]
+    tokens += ["--text", settings.rank, "--device", settings.device]
+    paper.flextron("rank", "rank", paper.model, str(ranked), *tokens, "--dtype", "bfloat16")
     trained = train(paper, "elastic", ranked)
     routers(paper, trained)
     for budget in size.budgets:

@@ -233,8 +233,8 @@ def _verdict(results: Results) -> list[str]:
     return [
         "## Where we are behind",
         "",
-        f"Of {len([*ahead, *behind, *unclear])} comparisons the static router is ahead by more than two standard errors "
-        f"in {len(ahead)}, behind in {len(behind)}, and {len(unclear)} are within them.",
+        f"Of {len([*ahead, *behind, *unclear])} comparisons the static router is ahead in {len(ahead)} by over two "
+        f"standard errors, behind in {len(behind)}, and within them in {len(unclear)}.",
         "",
         *(f"- behind: {said}" for _, said in behind),
         *(f"- within two standard errors: {said}" for _, said in unclear),

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from flextron.elastic import ElasticModel
     from flextron.errors import FlextronError
     from flextron.evaluation import Evaluation, evaluate
-    from flextron.exporting import ExportReport, export
+    from flextron.exporting import ExportReport, GgufReport, export, export_gguf
     from flextron.generation import generate
     from flextron.latency import measure_latency
     from flextron.per_token import TokenWidths, use_token_widths
@@ -42,6 +42,7 @@ __all__ = [
     "Evaluation",
     "ExportReport",
     "FlextronError",
+    "GgufReport",
     "OptimizerOptions",
     "Routed",
     "Router",
@@ -58,6 +59,7 @@ __all__ = [
     "choose",
     "evaluate",
     "export",
+    "export_gguf",
     "generate",
     "load_blocks",
     "make_token_router",
@@ -105,7 +107,9 @@ _HOMES = {
     "choose": "choice",
     "generate": "generation",
     "ExportReport": "exporting",
+    "GgufReport": "exporting",
     "export": "exporting",
+    "export_gguf": "exporting",
     "quickstart": "demo",
 }
 

@@ -394,15 +394,33 @@ def _generate(config: GenerateConfig) -> None:
 
 
 def _export(config: ExportConfig) -> None:
-    from flextron.atomic import check_new
-    from flextron.exporting import export
+    from flextron.exporting import check_free, export, export_gguf
 
-    check_new(config.out, overwrite=config.overwrite)
+    check_free(config.out, to=config.to, overwrite=config.overwrite)
     model = _load(config)
-    report = export(
-        model, _chosen(model, config), config.out, overwrite=config.overwrite, remote_code=config.remote_code
-    )
-    print(report)
+    subnet = _to_export(model, config)
+    how: dict[str, Any] = {"overwrite": config.overwrite, "verify": config.verify}
+    if config.to == "gguf":
+        print(export_gguf(model, subnet, config.out, quantize=config.quantize, **how))
+    else:
+        print(export(model, subnet, config.out, remote_code=config.remote_code, **how))
+
+
+def _to_export(model: ElasticModel, config: ExportConfig) -> Subnet:
+    """The sub-network that --subnet, --budget and --equal-widths ask for."""
+    if not config.equal_widths:
+        return _chosen(model, config)
+    from flextron.baselines import equal_widths_within
+    from flextron.exporting import can_state
+    from flextron.pricing import Ceiling, formula_table
+    from flextron.routing import route
+
+    if config.budget is not None:
+        limits = route(model, config.budget, config.model, any_device=config.any_device, warn=_note).ceilings
+    else:
+        table = formula_table(model, "parameters")
+        limits = (Ceiling(table, table.price(_chosen(model, config)), f"the parameters of {config.subnet}"),)
+    return equal_widths_within(limits, lambda s: can_state(model, s, to=config.to, quantize=config.quantize))
 
 
 def _quickstart(config: QuickstartConfig) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import torch
 from flextron.atomic import check_new_file, new_file
 from flextron.elastic import ElasticModel
 from flextron.errors import ExportError
+from flextron.exporting.card import base_model, command
 from flextron.exporting.comparing import EngineCheck, check_in_llamacpp
 from flextron.exporting.cutting import parameters_asked
 from flextron.exporting.dialects import add_sizes, context_length, dialect_for, gguf_tensors, layers_written
@@ -145,8 +144,8 @@ def _add_about(writer: Any, model: ElasticModel, subnet: Subnet, scheme: Scheme)
     import gguf
 
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(f"{model.config.name_or_path or model.config.model_type}, sub-network")
-    writer.add_description(f"{subnet}; by: {shlex.join(['flextron', *sys.argv[1:]])}")
+    writer.add_name(f"{base_model(model) or model.config.model_type}, sub-network")
+    writer.add_description(f"{subnet}; by: {command()}")
     writer.add_file_type(gguf.LlamaFileType[scheme.file_type])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_string("flextron.subnet", subnet.to_json())

@@ -18,13 +18,15 @@ from flextron.atomic import check_new, new_folder
 from flextron.checkpoint import save_tokenizer
 from flextron.elastic import ElasticModel
 from flextron.errors import ExportError
-from flextron.exporting.comparing import evaluating
+from flextron.exporting.card import CARD, model_card
+from flextron.exporting.comparing import evaluating, real_text
 from flextron.exporting.cutting import Sizes, axis_sizes, cut_state, layer_sizes, parameters_asked, refuse_odd_heads
 from flextron.families import Axis
 from flextron.subnet import Subnet
 
 REMOTE_CODE_FILE = "modeling_flextron.py"
-_CHECK_SHAPE = (2, 16)  # of the tokens on which both models are compared
+_CHECK_TOKENS = 128  # of a real text, on which both models are compared
+_CHECK_SHAPE = (2, 16)  # of random tokens, where there is no tokenizer
 _CHECK_SEED = 0
 _TOLERANCES = {torch.float16: 0.05, torch.bfloat16: 0.05}  # of the largest logit
 _TOLERANCE = 1e-3  # the same, of wider types
@@ -78,8 +80,8 @@ def export(
 
     Equal widths without 0 give the original's own architecture where its config can state them. Other widths give
     `flextron_<original>` with the standard `per_layer_config`, which `AutoModelForCausalLM` loads after
-    `import flextron`; `remote_code=True` lays its code beside it, for `trust_remote_code=True` without flextron; `verify=False`
-    leaves out the comparison.
+    `import flextron`; `remote_code=True` lays its code beside it, for `trust_remote_code=True` without flextron.
+    `verify=False` leaves out the comparison.
 
     Raises:
         SubnetError: not in the search space of this model.
@@ -93,7 +95,7 @@ def export(
     exported = _build(model, subnet)
     needs_bytes = sum(p.numel() * p.element_size() for p in exported.parameters())
     with new_folder(folder, overwrite=overwrite, needs_bytes=needs_bytes) as partial:
-        _write(exported, model, partial, remote_code=remote_code)
+        _write(exported, model, subnet, partial, remote_code=remote_code)
         reloaded = _reload(partial, model) if verify else exported
         return ExportReport(
             folder=str(folder),
@@ -171,7 +173,7 @@ def _stated(model: ElasticModel, sizes: list[Sizes]) -> dict[str, Any]:
     return stated
 
 
-def _write(exported: PreTrainedModel, model: ElasticModel, folder: Path, *, remote_code: bool) -> None:
+def _write(exported: PreTrainedModel, model: ElasticModel, subnet: Subnet, folder: Path, *, remote_code: bool) -> None:
     if remote_code and exported.config.model_type.startswith(per_layer.PREFIX):
         classes = per_layer.CLASSES[model.config.model_type]
         autos = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
@@ -180,6 +182,8 @@ def _write(exported: PreTrainedModel, model: ElasticModel, folder: Path, *, remo
         shutil.copyfile(per_layer.__file__, folder / REMOTE_CODE_FILE)
     exported.save_pretrained(folder)
     save_tokenizer(model.tokenizer, folder)
+    card = model_card(model, subnet, exported.num_parameters())
+    (folder / CARD).write_text(card, encoding="utf8")
 
 
 def _reload(folder: Path, model: ElasticModel) -> Any:
@@ -202,8 +206,7 @@ def _compare(model: ElasticModel, subnet: Subnet, reloaded: PreTrainedModel) -> 
     Raises:
         ExportError: it is too large to be rounding.
     """
-    generator = torch.Generator().manual_seed(_CHECK_SEED)
-    tokens = torch.randint(model.config.vocab_size, _CHECK_SHAPE, generator=generator).to(model.device)
+    tokens = _check_tokens(model).to(model.device)
     with model.use(subnet), evaluating(model.lm):
         wanted = model(tokens).logits.float()
     difference = float((reloaded(tokens).logits.float() - wanted).abs().max())
@@ -214,3 +217,14 @@ def _compare(model: ElasticModel, subnet: Subnet, reloaded: PreTrainedModel) -> 
             f"more than the {limit:.3g} that rounding explains. Nothing was kept; please report it."
         )
     return difference
+
+
+def _check_tokens(model: ElasticModel) -> torch.Tensor:
+    """Tokens on which both models are compared, [B, T]."""
+    generator = torch.Generator().manual_seed(_CHECK_SEED)
+    random = torch.randint(model.config.vocab_size, _CHECK_SHAPE, generator=generator)
+    if model.tokenizer is None:
+        return random
+    most = min(_CHECK_TOKENS, getattr(model.config, "max_position_embeddings", None) or _CHECK_TOKENS)
+    tokens = torch.tensor([real_text(model.tokenizer, most)[1]])
+    return tokens if int(tokens.max()) < model.config.vocab_size else random

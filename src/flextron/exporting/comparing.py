@@ -28,7 +28,7 @@ _PROMPT_TOKENS = 16
 _CHARACTERS_PER_TOKEN = 16
 """More than any tokenizer's average, so that a text has enough of them."""
 _LEAST_AGREEMENT = 0.5
-"""Of quantised weights, whose next tokens differ here and there."""
+"""of rounded weights, whose next tokens differ here and there."""
 _TOLERANCES = {True: 1e-2, False: 0.2}
 """Nats by which another next token may be less likely by the elastic model: a tie. By whether all is in fp32."""
 
@@ -63,19 +63,19 @@ def check_in_llamacpp(
     context: int,
     exact: bool,
     rounded: bool,
-    positions: int = POSITIONS,
+    positions: int | None = None,
 ) -> EngineCheck:
     """Compare a GGUF file in llama.cpp with `model` as `subnet`.
 
     Args:
         context: most tokens that the file is good for.
         exact: the file is in fp32, so llama.cpp keeps its cache in fp32 too.
-        rounded: the file is quantised, so that some next tokens differ.
+        rounded: the file is quantised or in bf16, so that some next tokens differ.
 
     Raises:
         ExportError: llama.cpp does not load the file, or computes something else.
     """
-    text, tokens = real_text(tokenizer, max(1, min(positions, context - GREEDY_TOKENS - 1)))
+    text, tokens = real_text(tokenizer, max(1, min(positions or POSITIONS, context - GREEDY_TOKENS - 1)))
     try:
         with LlamaCpp(file, context=len(tokens) + GREEDY_TOKENS + 1, exact=exact) as engine:
             _check_tokenizer(tokenizer, engine, text)

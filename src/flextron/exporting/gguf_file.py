@@ -38,6 +38,8 @@ class GgufReport:
     """The full model's parameters less the units left out."""
     parameters_got: int
     """Numbers in the file's tensors."""
+    weight_bytes: int
+    """Of the tensors, without metadata and tokenizer."""
     bytes_got: int
     """Size of the file."""
     check: EngineCheck | None
@@ -110,6 +112,7 @@ def export_gguf(
             share=model.share(subnet),
             parameters_asked=parameters_asked(model, subnet),
             parameters_got=sum(tensor.numel() for tensor in tensors.values()),
+            weight_bytes=size,
             bytes_got=partial.stat().st_size,
             check=check,
             notes=tuple(notes),

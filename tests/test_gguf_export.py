@@ -1,5 +1,6 @@
 """GGUF export: what the file says, what llama.cpp computes from it, and what is refused before anything is written."""
 
+import shutil
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,9 @@ from flextron.elastic import ElasticModel
 from flextron.errors import CheckpointError, ExportError
 from flextron.exporting import comparing, dialects, export_gguf, gguf_file
 from flextron.exporting.quantization import SCHEMES
+from flextron.latency import measure_latency
 from flextron.subnet import Subnet
+from flextron.tables import LLAMA_CPP, find_table, save_table
 
 SIZES = {"vocab_size": 300, "max_position_embeddings": 128}
 OWN_SIZES = {
@@ -398,6 +401,54 @@ class TestCommand:
         assert code == 2
         assert reason in " ".join(shown.translate({ord(line): " " for line in "│┃"}).split())
         assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def timed(tmp_path_factory):
+    """A checkpoint whose widths cost something, with a table of this process."""
+    folder = tmp_path_factory.mktemp("deep") / "elastic"
+    model = elastic("llama", intermediate_size=64)
+    model.save_pretrained(folder)
+    save_table(folder, measure_latency(model, tokens=8, designs=8, held_out=0, rounds=1))
+    return folder
+
+
+class TestTimes:
+    def test_tables_of_llama_cpp_stand_beside_those_of_this_process(self, timed, tmp_path, capsys):
+        pytest.importorskip("xllamacpp")
+        folder = shutil.copytree(timed, tmp_path / "elastic")
+        model = ElasticModel.from_pretrained(folder)
+        warnings = []
+        find_table(model, folder, "tpot", engine=LLAMA_CPP, warn=warnings.append)
+        assert "was measured in flextron decoder, not in llama.cpp" in warnings.pop()
+        options = ["--engine", "llamacpp", "--tokens", "16", "--rounds", "1"]
+        assert cli.main(["measure-latency", str(folder), *options]) == 0, capsys.readouterr().err
+        assert "llama.cpp (xllamacpp" in capsys.readouterr().out
+        there = find_table(model, folder, "tpot", engine=LLAMA_CPP, warn=warnings.append)
+        about = {"phase": "decode", "quantization": "f16", "batch": 1, "context_tokens": 16, "held_out": 8}
+        assert about.items() <= dict(there.conditions).items()
+        assert there.full > there.smallest >= 0
+        assert find_table(model, folder, "tpot").conditions["engine"] == "flextron decoder"
+        assert (
+            find_table(model, folder, "ttft", engine=LLAMA_CPP, warn=warnings.append).conditions["prompt_tokens"] == 16
+        )
+        assert not warnings
+
+    def test_a_text_too_long_for_the_file_is_refused(self, timed, capsys):
+        assert cli.main(["measure-latency", str(timed), "--engine", "llamacpp", "--tokens", "125"]) == 2
+        assert "125 + 8 tokens: this model has only 128 positions" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("options", "reason"),
+        [
+            (["--engine", "llamacpp", "--batch", "2"], "batch is 2; in llama.cpp one sequence"),
+            (["--quantize", "q8_0"], "quantize is q8_0; it is of --engine llamacpp"),
+        ],
+    )
+    def test_options_that_do_not_go_together(self, options, reason, timed, capsys):
+        with pytest.raises(SystemExit):
+            cli.main(["measure-latency", str(timed), *options])
+        assert reason in " ".join("".join(capsys.readouterr()).translate({ord(line): " " for line in "│┃"}).split())
 
 
 @pytest.mark.slow

@@ -95,6 +95,15 @@ class LlamaCpp:
         timings = self._complete(tokens, count, cache_prompt=False, ignore_eos=True)["timings"]
         return EngineTimes(timings["prompt_ms"], timings["predicted_ms"] / (timings["predicted_n"] - 1))
 
+    def prompt_ms(self, tokens: Sequence[int]) -> float:
+        """Time to read `tokens`, none of them cached."""
+        return float(self._complete(tokens, 1, cache_prompt=False)["timings"]["prompt_ms"])
+
+    def token_ms(self, tokens: Sequence[int], count: int) -> float:
+        """Time of each of `count` tokens after `tokens`, which are cached from the second call on."""
+        timings = self._complete(tokens, count + 1, ignore_eos=True)["timings"]
+        return float(timings["predicted_ms"]) / count  # the first comes with the prompt
+
     def _complete(self, tokens: Sequence[int], count: int, **options: Any) -> Any:
         asked = {"prompt": list(map(int, tokens)), "max_tokens": count, "temperature": 0, "top_k": 1}
         asked |= {"cache_prompt": True, "return_tokens": True, "verbose": True, **options}

@@ -1,6 +1,7 @@
 """What README.md shows runs as it stands."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -56,10 +57,12 @@ def test_deploying(checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     page = (Path(__file__).parent.parent / "docs" / "deploy.md").read_text(encoding="utf8")
     commands = re.findall(r"^flextron (.*)$", page, flags=re.MULTILINE)
-    assert [re.findall(r"--to (\w+)", command) for command in commands] == [[], ["gguf"]]
+    assert [command.split()[0] for command in commands] == ["export", "export", "measure-latency"]
+    shutil.copytree(checkpoint, "out/trained")
     for command in commands:
-        words = command.replace("out/trained", str(checkpoint)).replace("q8_0", "f16")
-        assert cli.main(words.replace("--budget 0.6x", "--subnet neurons=24").split()) == 0, command
+        words = command.replace("--budget 0.6x", "--subnet neurons=24").replace("q8_0", "f16").split()
+        sizes = ["--tokens", "16", "--rounds", "1"] if words[0] == "measure-latency" else []
+        assert cli.main([*words, *sizes]) == 0, command
     for code in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
         names = {}
         exec(code, names)  # noqa: S102

@@ -24,7 +24,7 @@ from flextron import per_layer
 from flextron.data import load_blocks
 from flextron.elastic import ElasticModel
 from flextron.errors import CheckpointError, ExportError, SubnetError
-from flextron.exporting import ExportReport, cutting, export
+from flextron.exporting import ExportReport, cutting, export, hf
 from flextron.families import FAMILIES
 from flextron.latency import measure_latency
 from flextron.ranking import rank
@@ -293,6 +293,14 @@ def test_what_is_not_verified_says_so(verify, llama, tmp_path):
     report = export(llama, uneven(llama), tmp_path / "out", verify=verify)
     assert (report.largest_logit_difference is None) is not verify
     assert ("not verified" in str(report)) is not verify
+
+
+def test_large_weights_are_sharded(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(hf, "LARGEST_FILE", "50KB")
+    report = export(llama, uneven(llama), tmp_path / "out")
+    shards = list((tmp_path / "out").glob("model-*.safetensors"))
+    assert len(shards) > 1
+    assert report.bytes_got == sum(file.stat().st_size for file in shards)
 
 
 def test_attention_kernel_can_be_changed_after_loading(llama, tmp_path):

@@ -80,9 +80,11 @@ def find_table(
 
     nearest = min(tables, key=distance)
     differ = "; ".join(foreign_conditions(nearest, present))
-    if engine is not None and not _is_of(nearest, engine):
+    if not _is_of(nearest, engine):
         where = nearest.conditions.get("engine", "another engine")
-        warn(f"the latency table of {phase} was measured in {where}, not in {engine}, where times differ.")
+        warn(
+            f"the latency table of {phase} was measured in {where}, not in {engine or 'flextron'}, where times differ."
+        )
     if differ and not foreign:
         raise CostError(
             f"no latency table of {phase} in {folder} was measured here ({differ}). "

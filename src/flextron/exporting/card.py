@@ -54,7 +54,9 @@ def model_card(model: ElasticModel, subnet: Subnet, parameters: int) -> str:
 
 
 def _history(model: ElasticModel) -> Iterator[str]:
-    yield f"Base model: `{base_model(model) or model.config.model_type}`, a {model.config.model_type} model"
+    origin = (_read_json(model.folder, "config.json") or {}).get("_name_or_path")
+    named = f", made from {_name(origin)}" if origin else ""
+    yield f"Base model: `{base_model(model) or model.config.model_type}`, a {model.config.model_type} model{named}"
     ranking = model.ranking
     if ranking is not None:
         yield f"Ranked by {ranking.score} on {ranking.tokens:,} tokens of {_name(ranking.text)}"

@@ -28,9 +28,10 @@ _PROMPT_TOKENS = 16
 _CHARACTERS_PER_TOKEN = 16
 """More than any tokenizer's average, so that a text has enough of them."""
 _LEAST_AGREEMENT = 0.5
-"""of rounded weights, whose next tokens differ here and there."""
-_TOLERANCES = {True: 1e-2, False: 0.2}
-"""Nats by which another next token may be less likely by the elastic model: a tie. By whether all is in fp32."""
+"""Of quantised weights, whose next tokens differ here and there."""
+_TOLERANCES = {"F32": 1e-2, "F16": 0.2, "BF16": 1.0}
+"""Nats by which another next token may be less likely by the elastic model: a tie, by the type of the weights."""
+_TYPES = {torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 @dataclass(frozen=True)
@@ -61,23 +62,20 @@ def check_in_llamacpp(
     file: Path,
     *,
     context: int,
-    exact: bool,
-    rounded: bool,
-    positions: int | None = None,
+    kind: str,
 ) -> EngineCheck:
     """Compare a GGUF file in llama.cpp with `model` as `subnet`.
 
     Args:
         context: most tokens that the file is good for.
-        exact: the file is in fp32, so llama.cpp keeps its cache in fp32 too.
-        rounded: the file is quantised or in bf16, so that some next tokens differ.
+        kind: type of the weights in the file, as `gguf` names it.
 
     Raises:
         ExportError: llama.cpp does not load the file, or computes something else.
     """
-    text, tokens = real_text(tokenizer, max(1, min(positions or POSITIONS, context - GREEDY_TOKENS - 1)))
+    text, tokens = real_text(tokenizer, max(1, min(POSITIONS, context - GREEDY_TOKENS - 1)))
     try:
-        with LlamaCpp(file, context=len(tokens) + GREEDY_TOKENS + 1, exact=exact) as engine:
+        with LlamaCpp(file, context=len(tokens) + GREEDY_TOKENS + 1, exact=kind == "F32") as engine:
             _check_tokenizer(tokenizer, engine, text)
             found = [engine.next_token(tokens[: place + 1]) for place in range(len(tokens))]
             written = engine.greedy(tokens[:_PROMPT_TOKENS], GREEDY_TOKENS)
@@ -85,7 +83,7 @@ def check_in_llamacpp(
         raise
     except FlextronError as error:
         raise ExportError(f"the exported file does not run: {error}. Nothing was kept; please report it.") from error
-    return _compare(model, subnet, tokens, found, written, exact=exact, rounded=rounded)
+    return _compare(model, subnet, tokens, found, written, kind)
 
 
 def real_text(tokenizer: PreTrainedTokenizerBase, count: int) -> tuple[str, list[int]]:
@@ -117,9 +115,7 @@ def _compare(
     tokens: list[int],
     found: list[tuple[int, float | None]],
     written: list[int],
-    *,
-    exact: bool,
-    rounded: bool,
+    kind: str,
 ) -> EngineCheck:
     tokens_1T = torch.tensor([tokens], device=model.device)
     with model.use(subnet), evaluating(model.lm):
@@ -146,7 +142,11 @@ def _compare(
         greedy_tokens=same,
         greedy_written=len(written),
     )
-    if check.agreement < _LEAST_AGREEMENT if rounded else not lost <= _TOLERANCES[exact]:
+    if kind in _TOLERANCES:
+        agrees = lost <= max(_TOLERANCES[kind], _TOLERANCES[_TYPES.get(model.dtype, "F32")])
+    else:
+        agrees = check.agreement >= _LEAST_AGREEMENT
+    if not agrees:
         raise ExportError(
             f"the exported file computes something else: {check}, and its choices are up to {lost:.3g} nats less "
             "likely. Nothing was kept; please report it."

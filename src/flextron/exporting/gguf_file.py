@@ -100,8 +100,9 @@ def export_gguf(
         _write(writer, partial, tensors, types)
         check = None
         if verify and is_installed():
-            how = {"exact": quantize == "f32", "rounded": scheme.most not in ("F32", "F16")}
-            check = check_in_llamacpp(model, model.tokenizer, subnet, partial, context=context_length(model), **how)
+            check = check_in_llamacpp(
+                model, model.tokenizer, subnet, partial, context=context_length(model), kind=scheme.most
+            )
         elif verify:
             notes.append('to verify it in llama.cpp: pip install "flextron[llamacpp]", and export it again')
         return GgufReport(

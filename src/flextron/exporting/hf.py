@@ -25,6 +25,8 @@ from flextron.families import Axis
 from flextron.subnet import Subnet
 
 REMOTE_CODE_FILE = "modeling_flextron.py"
+LARGEST_FILE = "5GB"
+"""Weights beyond it go to further files."""
 _CHECK_TOKENS = 128  # of a real text, on which both models are compared
 _CHECK_SHAPE = (2, 16)  # of random tokens, where there is no tokenizer
 _CHECK_SEED = 0
@@ -180,7 +182,7 @@ def _write(exported: PreTrainedModel, model: ElasticModel, subnet: Subnet, folde
         module = REMOTE_CODE_FILE.removesuffix(".py")
         exported.config.auto_map = {auto: f"{module}.{cls.__name__}" for auto, cls in zip(autos, classes, strict=True)}
         shutil.copyfile(per_layer.__file__, folder / REMOTE_CODE_FILE)
-    exported.save_pretrained(folder)
+    exported.save_pretrained(folder, max_shard_size=LARGEST_FILE)
     save_tokenizer(model.tokenizer, folder)
     card = model_card(model, subnet, exported.num_parameters())
     (folder / CARD).write_text(card, encoding="utf8")

@@ -77,8 +77,12 @@ class LlamaCpp:
             json.dumps({"content": text, "add_special": False}).encode(),
             {"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=_SECONDS) as answer:  # noqa: S310
-            return list(json.load(answer)["tokens"])
+        without_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with without_proxy.open(request, timeout=_SECONDS) as answer:
+                return list(json.load(answer)["tokens"])
+        except OSError as error:
+            raise FlextronError(f"llama.cpp does not answer: {error}") from None
 
     def next_token(self, tokens: Sequence[int]) -> tuple[int, float | None]:
         """The likeliest token after `tokens`, and its log-probability; None where its bytes are not yet a character."""

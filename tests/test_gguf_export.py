@@ -312,6 +312,11 @@ class TestRefused:
             export_gguf(elastic("llama"), UNEVEN, tmp_path / "small.gguf")
         assert not list(tmp_path.iterdir())
 
+    def test_without_the_package_gguf(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(gguf_file, "find_spec", lambda name: None)
+        with pytest.raises(ExportError, match=r'pip install "flextron\[gguf\]"'):
+            export_gguf(elastic("llama"), UNEVEN, tmp_path / "small.gguf")
+
     def test_a_wrong_file_never_appears(self, tmp_path, monkeypatch):
         pytest.importorskip("xllamacpp")
         monkeypatch.setattr(dialects, "DECI", dialects.Dialect("deci", pairs_neighbours=False))

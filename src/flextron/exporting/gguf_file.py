@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,15 @@ from flextron.errors import ExportError
 from flextron.exporting.card import base_model, command
 from flextron.exporting.comparing import EngineCheck, check_in_llamacpp
 from flextron.exporting.cutting import parameters_asked
-from flextron.exporting.dialects import add_sizes, context_length, dialect_for, gguf_tensors, layers_written
+from flextron.exporting.dialects import (
+    Dialect,
+    LayerWritten,
+    add_sizes,
+    context_length,
+    dialect_for,
+    gguf_tensors,
+    layers_written,
+)
 from flextron.exporting.llamacpp import is_installed
 from flextron.exporting.quantization import Scheme, bytes_of, converted, scheme_of, smallest_block, types_of
 from flextron.exporting.vocabulary import add_vocabulary
@@ -82,32 +91,22 @@ def export_gguf(
     """
     check_new_file(file, overwrite=overwrite, magic=MAGIC)
     model.search_space.check(subnet)
-    writer_class = _writer_class()
-    scheme, dialect = scheme_of(quantize), dialect_for(model, subnet)
-    layers = layers_written(model, subnet, dialect, smallest_block(scheme))
-    tensors = gguf_tensors(model, subnet, dialect, layers)
-    types, notes = types_of(tensors, scheme, subnet.layers)
-    writer = writer_class(path=None, arch=dialect.arch)
-    _add_about(writer, model, subnet, scheme)
-    add_sizes(writer, model, dialect, layers)
-    add_vocabulary(writer, model.tokenizer, model.config.vocab_size, _end(model.config))
-    if padded := sum(layer.pads for layer in layers):
-        notes.append(f"{padded} layers have a sub-layer of zeros that llama.cpp does not do without")
-    if context_length(model) < model.config.max_position_embeddings:
-        notes.append(f"contexts of at most {context_length(model)} tokens: llama.cpp reads no sliding window here")
+    plan = _plan(model, subnet, quantize)
+    tensors, types, notes = plan.tensors, plan.types, _notes(model, plan)
+    writer = _writer(model, subnet, plan)
     size = sum(bytes_of(tensor, types[name]) for name, tensor in tensors.items())
     with new_file(file, overwrite=overwrite, needs_bytes=size, magic=MAGIC) as partial:
         _write(writer, partial, tensors, types)
         check = None
         if verify and is_installed():
             check = check_in_llamacpp(
-                model, model.tokenizer, subnet, partial, context=context_length(model), kind=scheme.most
+                model, model.tokenizer, subnet, partial, context=context_length(model), kind=plan.scheme.most
             )
         elif verify:
             notes.append('to verify it in llama.cpp: pip install "flextron[llamacpp]", and export it again')
         return GgufReport(
             file=str(file),
-            architecture=dialect.arch,
+            architecture=plan.dialect.arch,
             quantization=quantize,
             subnet=subnet,
             share=model.share(subnet),
@@ -126,17 +125,49 @@ def refuse_in_gguf(model: ElasticModel, subnet: Subnet, quantize: str) -> None:
     Raises:
         ExportError: it cannot.
     """
+    _plan(model, subnet, quantize)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """All that is decided before anything is written."""
+
+    scheme: Scheme
+    dialect: Dialect
+    layers: list[LayerWritten]
+    tensors: dict[str, torch.Tensor]
+    types: dict[str, str]
+    notes: list[str]
+
+
+def _plan(model: ElasticModel, subnet: Subnet, quantize: str) -> _Plan:
+    if find_spec("gguf") is None:
+        raise ExportError('a GGUF file needs the package gguf: pip install "flextron[gguf]".')
     scheme, dialect = scheme_of(quantize), dialect_for(model, subnet)
     layers = layers_written(model, subnet, dialect, smallest_block(scheme))
-    types_of(gguf_tensors(model, subnet, dialect, layers), scheme, subnet.layers)
+    tensors = gguf_tensors(model, subnet, dialect, layers)
+    return _Plan(scheme, dialect, layers, tensors, *types_of(tensors, scheme, subnet.layers))
 
 
-def _writer_class() -> Any:
-    try:
-        import gguf
-    except ImportError:
-        raise ExportError('a GGUF file needs the package gguf: pip install "flextron[gguf]".') from None
-    return gguf.GGUFWriter
+def _notes(model: ElasticModel, plan: _Plan) -> list[str]:
+    """What a user should know of the file."""
+    notes = list(plan.notes)
+    if padded := sum(layer.pads for layer in plan.layers):
+        notes.append(f"sub-layers of zeros in {padded} layers, which llama.cpp does not do without")
+    if context_length(model) < model.config.max_position_embeddings:
+        notes.append(f"contexts of at most {context_length(model)} tokens: llama.cpp reads no sliding window here")
+    return notes
+
+
+def _writer(model: ElasticModel, subnet: Subnet, plan: _Plan) -> Any:
+    """A `GGUFWriter` with all metadata."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path=None, arch=plan.dialect.arch)
+    _add_about(writer, model, subnet, plan.scheme)
+    add_sizes(writer, model, plan.dialect, plan.layers)
+    add_vocabulary(writer, model.tokenizer, model.config.vocab_size, _end(model.config))
+    return writer
 
 
 def _end(config: Any) -> int | None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -20,11 +21,15 @@ from transformers import (
 )
 
 from flextron import per_layer
+from flextron.data import load_blocks
 from flextron.elastic import ElasticModel
 from flextron.errors import CheckpointError, ExportError, SubnetError
-from flextron.exporting import ExportReport, export
+from flextron.exporting import ExportReport, cutting, export, hf
 from flextron.families import FAMILIES
+from flextron.latency import measure_latency
+from flextron.ranking import rank
 from flextron.subnet import Subnet
+from flextron.tables import save_table
 
 SIZES = {
     "vocab_size": 99,
@@ -261,6 +266,43 @@ def test_tokenizer_and_generation_config_come_along(widths, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config.max_new_tokens == 3
 
 
+def test_the_model_card_tells_where_it_comes_from(checkpoint, tmp_path):
+    model = ElasticModel.from_pretrained(checkpoint)
+    rank(model, load_blocks(model.tokenizer, "sample/train", tokens=512, block_tokens=64))
+    model.save_pretrained(tmp_path / "elastic")
+    about = {"data": ["/home/someone/books.jsonl"], "tokens": 1024}
+    run = {"text": about, "optimizer": {"learning_rate": 1e-3}, "arithmetic": "fp32", "seed": 0}
+    (tmp_path / "elastic" / "train.json").write_text(json.dumps(run))
+    save_table(tmp_path / "elastic", measure_latency(model, tokens=8, designs=8, held_out=0, rounds=1))
+    model = ElasticModel.from_pretrained(tmp_path / "elastic")
+    subnet = model.search_space.uniform(24, 2)
+    report = export(model, subnet, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert f"# A sub-network of elastic\n\n{subnet}: {model.share(subnet):.1%}" in card
+    assert f"{report.parameters_got:,} parameters" in card
+    assert "Ranked by reconstruction on 512 tokens of sample/train" in card
+    assert "1,024 tokens of books.jsonl; learning rate 0.001, fp32, seed 0" in card
+    assert "/home/someone" not in card
+    assert re.search(r"\| tpot \| [\d.]+ ms \| [\d.]+ ms \| device ", card)
+    assert f"torch {torch.__version__}" in card
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_what_is_not_verified_says_so(verify, llama, tmp_path):
+    report = export(llama, uneven(llama), tmp_path / "out", verify=verify)
+    assert (report.largest_logit_difference is None) is not verify
+    assert ("not verified" in str(report)) is not verify
+
+
+def test_large_weights_are_sharded(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(hf, "LARGEST_FILE", "50KB")
+    report = export(llama, uneven(llama), tmp_path / "out")
+    shards = list((tmp_path / "out").glob("model-*.safetensors"))
+    assert len(shards) > 1
+    assert report.bytes_got == sum(file.stat().st_size for file in shards)
+
+
 def test_attention_kernel_can_be_changed_after_loading(llama, tmp_path):
     export(llama, uneven(llama), tmp_path / "out")
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -357,7 +399,7 @@ def test_a_wrong_export_never_appears(llama, tmp_path, monkeypatch):
         kept = sub_layer.width.of(weight.shape[dim])
         return weight.narrow(dim, weight.shape[dim] - kept, kept)
 
-    monkeypatch.setattr(sys.modules[export.__module__], "_first", last)
+    monkeypatch.setattr(cutting, "_first", last)
     with pytest.raises(ExportError, match="computes something else: its logits differ by up to"):
         export(llama, uneven(llama), tmp_path / "out")
     assert not list(tmp_path.iterdir())

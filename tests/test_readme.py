@@ -1,7 +1,10 @@
 """What README.md shows runs as it stands."""
 
 import re
+import shutil
 from pathlib import Path
+
+import pytest
 
 from flextron import cli
 from flextron.routers import surrogate, training
@@ -28,6 +31,7 @@ def test_commands_and_code(checkpoint, tmp_path, monkeypatch, capsys):
         "evaluate",
         "generate",
         "export",
+        "export",
     ]
     assert [command.split()[0] for command in commands] == verbs
     for command in commands:
@@ -45,6 +49,24 @@ def test_commands_and_code(checkpoint, tmp_path, monkeypatch, capsys):
     exec(code.replace("out/smollm2-fast", "out/smollm2-again"), {})  # noqa: S102
     assert (tmp_path / "out/smollm2-again/config.json").exists()
     assert capsys.readouterr().out
+
+
+def test_deploying(checkpoint, tmp_path, monkeypatch, capsys):
+    """With equal widths of a tiny checkpoint, whose rows no quantisation fits."""
+    pytest.importorskip("xllamacpp")
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "docs" / "deploy.md").read_text(encoding="utf8")
+    commands = re.findall(r"^flextron (.*)$", page, flags=re.MULTILINE)
+    assert [command.split()[0] for command in commands] == ["export", "export", "measure-latency"]
+    shutil.copytree(checkpoint, "out/trained")
+    for command in commands:
+        words = command.replace("--budget 0.6x", "--subnet neurons=24").replace("q8_0", "f16").split()
+        sizes = ["--tokens", "16", "--rounds", "1"] if words[0] == "measure-latency" else []
+        assert cli.main([*words, *sizes]) == 0, command
+    for code in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        names = {}
+        exec(code, names)  # noqa: S102
+    assert names["answer"]["choices"][0]["finish_reason"] in ("length", "stop")
 
 
 def test_links_lead_somewhere():

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from flextron.elastic import ElasticModel
     from flextron.errors import FlextronError
     from flextron.evaluation import Evaluation, evaluate
-    from flextron.exporting import ExportReport, export
+    from flextron.exporting import ExportReport, GgufReport, export, export_gguf
     from flextron.generation import generate
     from flextron.latency import measure_latency
     from flextron.per_token import TokenWidths, use_token_widths
@@ -46,6 +46,7 @@ __all__ = [
     "Evaluation",
     "ExportReport",
     "FlextronError",
+    "GgufReport",
     "OptimizerOptions",
     "Routed",
     "Router",
@@ -65,6 +66,7 @@ __all__ = [
     "evaluate",
     "evaluate_tasks",
     "export",
+    "export_gguf",
     "generate",
     "load_blocks",
     "make_token_router",
@@ -114,7 +116,9 @@ _HOMES = {
     "draft_model": "speculative",
     "generate": "generation",
     "ExportReport": "exporting",
+    "GgufReport": "exporting",
     "export": "exporting",
+    "export_gguf": "exporting",
     "TaskResult": "tasks.results",
     "evaluate_tasks": "tasks.harness",
     "quickstart": "demo",

@@ -30,14 +30,8 @@ def new_folder(
     check_new(target, overwrite=overwrite, kind=kind)
     with _clear_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        free_bytes = shutil.disk_usage(target.parent).free
+        _check_space(target, needs_bytes)
         partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-    if free_bytes < needs_bytes:
-        partial.rmdir()
-        raise CheckpointError(
-            f"no space for {target}: it needs about {needs_bytes / 1e6:.0f} MB, {free_bytes / 1e6:.0f} MB are free. "
-            "Free some space or name a folder on another disk; nothing was written."
-        )
     try:
         with _clear_errors(target):
             yield partial
@@ -62,6 +56,56 @@ def check_new(path: str | Path, *, overwrite: bool = False, kind: str = "config.
     if target.exists():
         way_out = "Name another folder." if not target.is_dir() else "Name another folder or pass --overwrite."
         raise CheckpointError(f"{target} exists. {way_out}")
+
+
+@contextmanager
+def new_file(path: str | Path, *, overwrite: bool = False, needs_bytes: int = 0, magic: bytes = b"") -> Iterator[Path]:
+    """Yield a path beside `path`: what is written there takes that name when the block ends well, else it is removed.
+
+    `overwrite` replaces an older file only at the very end, and only one that begins with `magic`.
+
+    Raises:
+        CheckpointError: `path` exists and `overwrite` is false, too little disk space, or a write that failed.
+    """
+    target = Path(path)
+    check_new_file(target, overwrite=overwrite, magic=magic)
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    with _clear_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _check_space(target, needs_bytes)
+    try:
+        with _clear_errors(target):
+            yield partial
+            partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def check_new_file(path: str | Path, *, overwrite: bool = False, magic: bytes = b"") -> None:
+    """Pass if `path` is free for a file to be written.
+
+    Raises:
+        CheckpointError: something is there already, and `overwrite` is false or it does not begin with `magic`.
+    """
+    target = Path(path)
+    if not target.exists():
+        return
+    if target.is_dir():
+        raise CheckpointError(f"{target} is a folder. Name a file.")
+    if not overwrite:
+        raise CheckpointError(f"{target} exists. Name another file or pass --overwrite.")
+    with _clear_errors(target), target.open("rb") as file:
+        if file.read(len(magic)) != magic:
+            raise CheckpointError(f"{target} is not a {magic.decode()} file, so it is not replaced. Name another.")
+
+
+def _check_space(target: Path, needs_bytes: int) -> None:
+    free_bytes = shutil.disk_usage(target.parent).free
+    if free_bytes < needs_bytes:
+        raise CheckpointError(
+            f"no space for {target}: it needs about {needs_bytes / 1e6:.0f} MB, {free_bytes / 1e6:.0f} MB are free. "
+            "Free some space or name a place on another disk; nothing was written."
+        )
 
 
 def write_text(path: str | Path, text: str) -> None:

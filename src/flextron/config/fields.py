@@ -13,6 +13,8 @@ ModelArgument = Annotated[Positional[str], arg(metavar="MODEL")]
 OutArgument = Annotated[Positional[Path], arg(metavar="OUT")]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Score = Literal["reconstruction", "absolute", "absolute_weight", "rms", "rms_weight"]
+Engine = Literal["hf", "gguf"]
+Quantization = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "q6_k", "q5_k_m", "q4_k_m"]
 Phase = Literal["prefill", "decode"]
 BudgetArgument = Annotated[
     str | None, arg(help=f"Instead of --subnet, what it may cost; the best sub-network within it is taken: {FORMS}.")

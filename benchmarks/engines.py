@@ -1,0 +1,148 @@
+"""Sub-networks in llama.cpp: prompt and output tokens per second, against the speed-up that their bytes allow.
+
+python benchmarks/engines.py out/trained
+
+For each budget, the router's per-layer widths and equal widths of at most the same size, exported to GGUF. Each round
+times all files in turn, in another order. A token reads every weight once, so the ideal speed-up of an output token is
+the full file's bytes over the sub-network's; a prompt's is that of the FLOPs.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import torch
+import tyro
+from tyro.conf import Positional
+
+from flextron import ElasticModel, Subnet, export_gguf, route
+from flextron.baselines import equal_widths_within
+from flextron.checkpoint import quiet_transformers
+from flextron.exporting import can_state
+from flextron.exporting.comparing import real_text
+from flextron.exporting.llamacpp import EngineTimes, LlamaCpp
+from flextron.pricing import Ceiling, formula_table
+from model import write_results
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Time exports in llama.cpp."""
+
+    model: Annotated[Positional[str], tyro.conf.arg(metavar="MODEL")]
+    """Folder of an elastic checkpoint with its latency tables."""
+    budgets: tuple[str, ...] = ("0.8x", "0.6x", "0.5x")
+    """What the sub-networks may cost."""
+    quantize: tuple[str, ...] = ("f16", "q8_0")
+    """Types of the weights."""
+    threads: int = 2
+    """Of the engine."""
+    prompt_tokens: int = 512
+    """Tokens to read."""
+    new_tokens: int = 64
+    """Tokens to write."""
+    rounds: int = 5
+    """Interleaved rounds; medians are printed, after one round to warm up."""
+    any_device: bool = False
+    """Use latency tables of another device or version."""
+    out: Path | None = None
+    """JSON file to write."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One file."""
+
+    name: str
+    quantize: str
+    subnet: Subnet
+    architecture: str
+    megabytes: float
+    flops: float
+    """Of a prompt's token, without attention scores and output."""
+
+
+def main(settings: Settings) -> None:
+    """Export, time and print."""
+    quiet_transformers()
+    torch.set_num_threads(settings.threads)
+    model = ElasticModel.from_pretrained(settings.model)
+    tokens = real_text(model.tokenizer, settings.prompt_tokens)[1]  # type: ignore[arg-type]
+    results = []
+    for quantize in settings.quantize:
+        with tempfile.TemporaryDirectory() as folder, ExitStack() as engines:
+            rows, loaded = [], []
+            for number, (name, subnet) in enumerate(_subnets(model, quantize, settings).items()):
+                file = Path(folder) / f"{number}.gguf"
+                report = export_gguf(model, subnet, file, quantize=quantize, verify=False)
+                flops = formula_table(model, "flops").price(subnet) - formula_table(model, "flops").fixed
+                row = Row(name, quantize, subnet, report.architecture, report.weight_bytes / 1e6, flops)
+                rows.append(row)
+                context = settings.prompt_tokens + settings.new_tokens + 8
+                loaded.append(engines.enter_context(LlamaCpp(file, context=context, threads=settings.threads)))
+            results += _report(rows, _time(loaded, tokens, settings), settings)
+    write_results(settings.out, {"settings": {**asdict(settings), "out": None}, "rows": results})
+
+
+def _subnets(model: ElasticModel, quantize: str, settings: Settings) -> dict[str, Subnet]:
+    found = {"full": model.search_space.full}
+    table = formula_table(model, "parameters")
+    for budget in settings.budgets:
+        per_layer = route(model, budget, any_device=settings.any_device).subnet
+        ceiling = Ceiling(table, table.price(per_layer), budget)
+        found[f"{budget} per layer"] = per_layer
+        found[f"{budget} equal"] = equal_widths_within(
+            [ceiling], lambda subnet: can_state(model, subnet, to="gguf", quantize=quantize)
+        )
+    return found
+
+
+def _time(engines: list[LlamaCpp], tokens: list[int], settings: Settings) -> list[list[EngineTimes]]:
+    """Of each engine, its times in each round."""
+    times: list[list[EngineTimes]] = [[] for _ in engines]
+    draw = random.Random(0)  # noqa: S311
+    for round_ in range(settings.rounds + 1):
+        for index in draw.sample(range(len(engines)), len(engines)):
+            found = engines[index].times(tokens, settings.new_tokens)
+            if round_:  # the first warms up
+                times[index].append(found)
+    return times
+
+
+def _report(rows: list[Row], times: list[list[EngineTimes]], settings: Settings) -> list[dict[str, Any]]:
+    """Print a table; the same as JSON."""
+    print(f"\n{rows[0].quantize}, {settings.threads} threads, {settings.prompt_tokens} + {settings.new_tokens} tokens")
+    print(
+        f"{'sub-network':<16}{'MB':>8}{'prompt tok/s':>14}{'ideal':>7}{'got':>6}{'ms/token':>10}{'ideal':>7}{'got':>6}"
+    )
+    results: list[dict[str, Any]] = []
+    for row, seen in zip(rows, times, strict=True):
+        prompt_ms, token_ms = median(t.prompt_ms for t in seen), median(t.per_token_ms for t in seen)
+        full = results[0] if results else {"prompt_ms": prompt_ms, "token_ms": token_ms}
+        result = {
+            **asdict(row),
+            "rounds": [asdict(t) for t in seen],
+            "prompt_ms": prompt_ms,
+            "token_ms": token_ms,
+            "prompt_speedup": full["prompt_ms"] / prompt_ms,
+            "prompt_ideal": rows[0].flops / row.flops,
+            "token_speedup": full["token_ms"] / token_ms,
+            "token_ideal": rows[0].megabytes / row.megabytes,
+        }
+        results.append(result)
+        print(
+            f"{row.name:<16}{row.megabytes:>8.1f}{1000 * settings.prompt_tokens / prompt_ms:>14.0f}"
+            f"{result['prompt_ideal']:>7.2f}{result['prompt_speedup'] / result['prompt_ideal']:>6.0%}"
+            f"{token_ms:>10.2f}{result['token_ideal']:>7.2f}{result['token_speedup'] / result['token_ideal']:>6.0%}"
+        )
+    return results
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))

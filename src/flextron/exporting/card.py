@@ -1,0 +1,120 @@
+"""The model card of an export: what it came from, how it was made, and what is known of its latency and quality."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from flextron.costs import CostTable
+from flextron.elastic import ElasticModel
+from flextron.environment import describe_environment
+from flextron.errors import FlextronError
+from flextron.pricing import format_cost
+from flextron.routers.router import Router, metrics_with_router
+from flextron.subnet import Subnet
+from flextron.tables import FOLDER
+
+CARD = "README.md"
+
+
+def command() -> str:
+    """The command that runs, as it was typed; in a program of its own, that it is one."""
+    program = Path(sys.argv[0]) if sys.argv else Path()
+    if program.stem == "flextron" or program.parts[-2:] == ("flextron", "cli.py"):
+        return shlex.join(["flextron", *sys.argv[1:]])
+    return f"a Python program, {program.name}" if program.name else "a Python program"
+
+
+def base_model(model: ElasticModel) -> str:
+    """The hub id or the folder's name of the elastic checkpoint."""
+    return model.folder.resolve().name if model.folder is not None else str(model.config.name_or_path)
+
+
+def model_card(model: ElasticModel, subnet: Subnet, parameters: int) -> str:
+    """The text of README.md."""
+    front = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [flextron]", "---"]
+    base = base_model(model) or model.config.model_type
+    sections = [
+        "\n".join(front),
+        f"# A sub-network of {base}",
+        f"{subnet}: {model.share(subnet):.1%} of the layers' weights, {parameters:,} parameters. Its units are those "
+        "that rank highest in the full model; its weights are the full model's, cut.",
+        "## How it was made",
+        "\n".join(f"- {line}" for line in _history(model)),
+        *_latency(model, subnet),
+        *_quality(model),
+        "## Versions",
+        f"```\n{describe_environment()}\n```",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _history(model: ElasticModel) -> Iterator[str]:
+    origin = (_read_json(model.folder, "config.json") or {}).get("_name_or_path")
+    named = f", made from {_name(origin)}" if origin else ""
+    yield f"Base model: `{base_model(model) or model.config.model_type}`, a {model.config.model_type} model{named}"
+    ranking = model.ranking
+    if ranking is not None:
+        yield f"Ranked by {ranking.score} on {ranking.tokens:,} tokens of {_name(ranking.text)}"
+    run = _read_json(model.folder, "train.json")
+    if run:
+        text, optimizer = run["text"], run["optimizer"]
+        names = ", ".join(map(_name, text["data"]))
+        yield (
+            "Method: elastic continued training by distillation from the full model, all sub-networks sharing the "
+            f"weights, {text['tokens']:,} tokens of {names}; learning rate {optimizer['learning_rate']:g}, "
+            f"{run['arithmetic']}, seed {run['seed']}"
+        )
+    else:
+        yield "Method: cut from the base model without elastic training"
+    yield f"Exported by: `{command()}`"
+
+
+def _latency(model: ElasticModel, subnet: Subnet) -> list[str]:
+    """A line for each latency table beside the checkpoint."""
+    files = [] if model.folder is None else sorted((model.folder / FOLDER).glob("*.json"))
+    tables = [table for table in map(CostTable.load, files) if table.search_space == model.search_space]
+    if not tables:
+        return []
+    rows = [
+        f"| {table.metric} | {format_cost(table.price(subnet), table.unit)} | {format_cost(table.full, table.unit)} | "
+        f"{', '.join(f'{key} {value}' for key, value in table.conditions.items() if key in _SHOWN)} |"
+        for table in tables
+    ]
+    head = "| time | of this model | of the full model | measured with |\n|---|---:|---:|---|"
+    return ["## Latency, as the latency tables predict it", "\n".join([head, *rows])]
+
+
+_SHOWN = ("device", "dtype", "engine", "batch", "prompt_tokens", "context_tokens")
+
+
+def _quality(model: ElasticModel) -> list[str]:
+    """What the routers' answers to budgets lose."""
+    sections = []
+    for metric in [] if model.folder is None else metrics_with_router(model.folder):
+        try:
+            about = Router.load(str(model.folder), metric, model).about
+        except FlextronError:
+            continue  # of other weights than these
+        rows = [f"| {check.budget:g}x | {check.loss:.3f} |" for check in about.checks]
+        sections += [
+            f"## Latency against quality, budgets of {metric}",
+            f"Nats per token on {about.tokens:,} tokens of {_name(about.text)}, with the sub-network that the router "
+            "chooses for each part of the full model's time:",
+            "\n".join([f"| {metric} | nats per token |\n|---|---:|", *rows]),
+        ]
+    return sections
+
+
+def _read_json(folder: Path | None, name: str) -> Any:
+    file = None if folder is None else folder / name
+    return json.loads(file.read_text(encoding="utf8")) if file is not None and file.is_file() else None
+
+
+def _name(text: str) -> str:
+    """A text's name without the folders of the machine where it was read."""
+    return text if text.startswith("sample/") else Path(text).name

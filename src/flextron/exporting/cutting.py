@@ -1,0 +1,86 @@
+"""A sub-network's part of the full model's weights, and its sizes."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from flextron.elastic import ElasticLayer, ElasticModel, SubLayer
+from flextron.errors import ExportError
+from flextron.subnet import Subnet
+
+Sizes = dict[str, int]
+"""Config field -> value, of one layer."""
+
+
+def layer_sizes(layer: ElasticLayer, neurons: int, kv_groups: int) -> Sizes:
+    """Config fields of one layer at these widths."""
+    return {**axis_sizes(layer.mlp, neurons), **axis_sizes(layer.attention, kv_groups)}
+
+
+def axis_sizes(sub_layer: SubLayer, units: int) -> Sizes:
+    """Config fields of one sub-layer that keeps `units` units."""
+    counts, *shrinks = sub_layer.axis.config_keys
+    return {counts: units, **dict.fromkeys(shrinks, units * sub_layer.heads_per_unit)}
+
+
+def cut_state(model: ElasticModel, subnet: Subnet) -> dict[str, torch.Tensor]:
+    """The state dict of the full model, cut to `subnet`."""
+    state: dict[str, torch.Tensor] = model.lm.state_dict()
+    with model.use(subnet):
+        for index, layer in enumerate(model.layers):
+            for sub_layer in (layer.mlp, layer.attention):
+                _cut(state, f"{model.family.layers}.{index}.", sub_layer)
+    return state
+
+
+def _cut(state: dict[str, torch.Tensor], prefix: str, sub_layer: SubLayer) -> None:
+    axis = sub_layer.axis
+    if not sub_layer.width.kept:
+        for key in [key for key in state if key.startswith(f"{prefix}{axis.module}.")]:
+            del state[key]
+        return
+    for path, module in zip(axis.opens, sub_layer.opens, strict=True):
+        for name, dim in ((f"{prefix}{path}.weight", _rows(module)), (f"{prefix}{path}.bias", 0)):
+            if name in state:
+                state[name] = _first(state[name], sub_layer, dim=dim)
+    weight = f"{prefix}{axis.closes}.weight"
+    state[weight] = _first(state[weight], sub_layer, dim=1 - _rows(sub_layer.closes))
+
+
+def _first(weight: torch.Tensor, sub_layer: SubLayer, *, dim: int) -> torch.Tensor:
+    """What the kept units own; of GPT-2's stacked Q, K, V that is the whole, for it exports all heads or none."""
+    return weight.narrow(dim, 0, sub_layer.width.of(weight.shape[dim]))
+
+
+def _rows(projection: nn.Module) -> int:
+    """The dimension of a weight that counts outputs; GPT-2's Conv1D is [in, out]."""
+    return 0 if isinstance(projection, nn.Linear) else 1
+
+
+def parameters_asked(model: ElasticModel, subnet: Subnet) -> int:
+    """The full model's parameters less the units left out; a sub-layer of width 0 leaves out all it has."""
+    dropped = model.layer_weights(model.search_space.full) - model.layer_weights(subnet)
+    for layer, neurons, kv_groups in zip(model.layers, subnet.neurons, subnet.kv_groups, strict=True):
+        for sub_layer, units in ((layer.mlp, neurons), (layer.attention, kv_groups)):
+            if not units:
+                module = layer.module.get_submodule(sub_layer.axis.module)
+                dropped += sum(p.numel() for p in module.parameters())
+                dropped -= sub_layer.width.full * sub_layer.weights_per_unit
+    return int(model.lm.num_parameters()) - dropped
+
+
+def refuse_odd_heads(model: ElasticModel, subnet: Subnet) -> None:
+    """Pass unless a layer keeps some heads of an architecture whose head size is always hidden size / heads.
+
+    Raises:
+        ExportError: it does.
+    """
+    full = model.search_space.kv_groups[-1]
+    for layer, heads in enumerate(subnet.kv_groups):
+        if 0 < heads < full and not model.family.exports_fewer_heads:
+            raise ExportError(
+                f"layer {layer} keeps {heads} of {full} attention heads, which {model.config.model_type} cannot state: "
+                f"its head size is always hidden size / heads. Keep {full} or 0 heads in each layer; "
+                "the MLP widths are free."
+            )

@@ -1,0 +1,238 @@
+"""How llama.cpp states a sub-network: its architecture, its metadata, and its tensors under their GGUF names.
+
+Equal widths use the model's own architecture; others `deci`, whose layers have sizes of their own.
+Shapes: H heads, D model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from flextron.elastic import ElasticModel
+from flextron.errors import ExportError
+from flextron.exporting.cutting import cut_state, refuse_odd_heads
+from flextron.subnet import Subnet
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """An architecture of llama.cpp."""
+
+    arch: str
+    pairs_neighbours: bool
+    """Whether it rotates neighbouring rows of Q and K together, where transformers rotates the two halves of a head."""
+    fewer_heads: bool = True
+    """Whether its heads may together be narrower than the hidden size."""
+    scales_rope: bool = False
+    """Whether it reads factors of the rotary frequencies."""
+
+
+DECI = Dialect("deci", pairs_neighbours=True, scales_rope=True)
+_LLAMA = replace(DECI, arch="llama")
+_OWN = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": Dialect("qwen2", pairs_neighbours=False, fewer_heads=False),
+    "qwen3": Dialect("qwen3", pairs_neighbours=False),
+    "gpt2": Dialect("gpt2", pairs_neighbours=False, fewer_heads=False),
+}
+_AS_DECI = ("llama", "mistral", "qwen2")
+"""Model types whose layers `deci` computes."""
+
+
+def dialect_for(model: ElasticModel, subnet: Subnet) -> Dialect:
+    """The architecture that states `subnet`.
+
+    Raises:
+        ExportError: there is none, or the model has a feature that llama.cpp does not compute.
+    """
+    kind = model.config.model_type
+    if kind not in _OWN:
+        raise ExportError(
+            f"no GGUF export of {kind}; there is one of {', '.join(_OWN)}. Export equal widths with --to hf, "
+            "and convert that folder with llama.cpp's convert_hf_to_gguf.py."
+        )
+    refuse_odd_heads(model, subnet)
+    dialect = _dialect(model, subnet)
+    for feature in _foreign_features(model, dialect):
+        raise ExportError(f"llama.cpp's {dialect.arch} architecture does not compute {feature}. Use --to hf.")
+    return dialect
+
+
+def _dialect(model: ElasticModel, subnet: Subnet) -> Dialect:
+    kind, own = model.config.model_type, _OWN[model.config.model_type]
+    equal = subnet.is_uniform and min(subnet.neurons[0], subnet.kv_groups[0]) > 0
+    if equal and (own.fewer_heads or subnet.kv_groups[0] == model.search_space.kv_groups[-1]):
+        return own
+    if kind not in _AS_DECI:
+        raise ExportError(
+            f"llama.cpp's {own.arch} architecture has one width for all layers, and not 0; this is {subnet}. "
+            "Take equal widths (--equal-widths picks those of at most this cost), or --to hf."
+        )
+    return DECI
+
+
+def _foreign_features(model: ElasticModel, dialect: Dialect) -> list[str]:
+    """What the architecture in llama.cpp would leave out of this model's forward pass."""
+    config, found = model.config, []
+    if config.model_type == "gpt2":
+        if config.activation_function not in ("gelu_new", "gelu_pytorch_tanh"):
+            found.append(f"activation_function={config.activation_function}")
+        if not config.scale_attn_weights or config.scale_attn_by_inverse_layer_idx:
+            found.append("attention scores scaled in another way than by the root of the head size")
+        return found
+    if config.model_type == "qwen3" and config.attention_bias:
+        found.append("attention_bias")
+    if config.hidden_act != "silu":
+        found.append(f"hidden_act={config.hidden_act}")
+    rope = config.rope_parameters
+    if rope.get("partial_rotary_factor", 1) != 1:
+        found.append(f"partial_rotary_factor={rope['partial_rotary_factor']}")
+    if _rotary(model).attention_scaling != 1 or (rope_factors(model) is not None and not dialect.scales_rope):
+        found.append(f"rope_type={rope['rope_type']}")
+    return found
+
+
+def _rotary(model: ElasticModel) -> Any:
+    return model.lm.model.rotary_emb
+
+
+def rope_factors(model: ElasticModel) -> torch.Tensor | None:
+    """What the plain rotary frequencies are divided by, [head size / 2], or None where they are plain."""
+    plain = model.config.rope_parameters["rope_theta"] ** -torch.linspace(0, 1, head_size(model) // 2 + 1)[:-1]
+    factors = plain / _rotary(model).inv_freq.cpu()
+    return None if torch.allclose(factors, torch.ones_like(factors), rtol=1e-4) else factors
+
+
+def head_size(model: ElasticModel) -> int:
+    """Numbers in a head."""
+    attention = model.layers[0].attention
+    return attention.closing_size // (attention.width.full * attention.heads_per_unit)
+
+
+@dataclass(frozen=True)
+class LayerWritten:
+    """Sizes of a layer in the file; a sub-layer that the sub-network does not have may be there with zeros."""
+
+    neurons: int
+    heads: int
+    kv_heads: int
+    zero_mlp: bool
+    zero_attention: bool
+
+    @property
+    def pads(self) -> bool:
+        """Whether it has a sub-layer of zeros."""
+        return self.zero_mlp or self.zero_attention
+
+
+def layers_written(model: ElasticModel, subnet: Subnet, dialect: Dialect, block: int) -> list[LayerWritten]:
+    """The layers in the file, with zeros where llama.cpp's `deci` needs a sub-layer that is not there.
+
+    It leaves a layer without MLP out as a whole, its attention too, and must not leave out the last; it takes the head
+    size from the first layer. So there is an MLP of `block` neurons, and one head.
+    """
+    per_group, last, written = model.layers[0].attention.heads_per_unit, subnet.layers - 1, []
+    for layer, (neurons, groups) in enumerate(zip(subnet.neurons, subnet.kv_groups, strict=True)):
+        zero_attention = dialect is DECI and layer == 0 and not groups
+        zero_mlp = dialect is DECI and not neurons and (groups > 0 or layer in (0, last))
+        heads = 1 if zero_attention else groups * per_group
+        kv_heads = 1 if zero_attention else groups
+        written.append(LayerWritten(block if zero_mlp else neurons, heads, kv_heads, zero_mlp, zero_attention))
+    return written
+
+
+def context_length(model: ElasticModel) -> int:
+    """Tokens up to which the file computes what the model does; no architecture here knows sliding windows."""
+    config = model.config
+    windows = [config.max_position_embeddings]
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"]):
+        windows.append(getattr(config, "sliding_window", None) or windows[0])
+    return int(min(windows))
+
+
+def add_sizes(writer: Any, model: ElasticModel, dialect: Dialect, layers: list[LayerWritten]) -> None:
+    """Write the sizes to a `GGUFWriter`: one for all layers, or one for each in `deci`."""
+    config = model.config
+
+    def sizes(axis: str) -> Any:
+        every = [getattr(layer, axis) for layer in layers]
+        return every if dialect is DECI else every[0]
+
+    writer.add_context_length(context_length(model))
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(len(layers))
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_feed_forward_length(sizes("neurons"))
+    writer.add_head_count(sizes("heads"))
+    if config.model_type == "gpt2":
+        writer.add_layer_norm_eps(config.layer_norm_epsilon)
+        return
+    writer.add_head_count_kv(sizes("kv_heads"))
+    writer.add_key_length(head_size(model))
+    writer.add_value_length(head_size(model))
+    writer.add_rope_dimension_count(head_size(model))
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+
+
+def gguf_tensors(
+    model: ElasticModel, subnet: Subnet, dialect: Dialect, layers: list[LayerWritten]
+) -> dict[str, torch.Tensor]:
+    """GGUF name -> weight of `subnet`, [out, in]; views of the model's own, but for Q and K where their rows move.
+
+    Raises:
+        ExportError: a weight that the architecture has no name for.
+    """
+    import gguf
+
+    arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == dialect.arch)
+    names = gguf.get_tensor_name_map(arch, subnet.layers)
+    state = cut_state(model, subnet)
+    if model.config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    found = {}
+    for key, weight in state.items():
+        name = names.get_name(key, try_suffixes=(".weight", ".bias"))
+        if name is None:
+            raise ExportError(f"llama.cpp's {dialect.arch} architecture has no place for {key}. Use --to hf.")
+        found[name] = _in_gguf_layout(model, key, weight, dialect)
+    if dialect is DECI:
+        _fit_to_deci(found, layers, head_size(model))
+    if dialect.scales_rope and (factors := rope_factors(model)) is not None:
+        found["rope_freqs.weight"] = factors
+    return found
+
+
+def _in_gguf_layout(model: ElasticModel, key: str, weight: torch.Tensor, dialect: Dialect) -> torch.Tensor:
+    if weight.ndim == 2 and isinstance(model.lm.get_submodule(key.rpartition(".")[0]), Conv1D):
+        return weight.t()
+    if dialect.pairs_neighbours and (".q_proj." in key or ".k_proj." in key):
+        halves = weight.reshape(-1, 2, head_size(model) // 2, *weight.shape[1:])  # [H, 2, head size / 2, ...]
+        return halves.transpose(1, 2).reshape(weight.shape)
+    return weight
+
+
+def _fit_to_deci(tensors: dict[str, torch.Tensor], layers: list[LayerWritten], head_size: int) -> None:
+    """Drop the norms of sub-layers that are not there, and add the zeros of `layers_written`."""
+    embedding = tensors["token_embd.weight"]
+
+    def add_zeros(layer: int, rows: int, opens: tuple[str, ...], closes: str) -> None:
+        zeros = embedding.new_zeros(rows, embedding.shape[1])
+        for name in opens:
+            tensors[f"blk.{layer}.{name}.weight"] = zeros
+        tensors[f"blk.{layer}.{closes}.weight"] = zeros.t()
+
+    for index, layer in enumerate(layers):
+        if layer.zero_attention:
+            add_zeros(index, head_size, ("attn_q", "attn_k", "attn_v"), "attn_output")
+        elif not layer.heads:
+            del tensors[f"blk.{index}.attn_norm.weight"]
+        if layer.zero_mlp:
+            add_zeros(index, layer.neurons, ("ffn_gate", "ffn_up"), "ffn_down")
+        elif not layer.neurons:
+            del tensors[f"blk.{index}.ffn_norm.weight"]

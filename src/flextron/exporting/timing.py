@@ -1,0 +1,64 @@
+"""Times of sub-networks where they will run: each is exported to a temporary GGUF file and timed in llama.cpp."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from itertools import count
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from flextron.elastic import ElasticModel
+from flextron.environment import describe_device
+from flextron.errors import ExportError
+from flextron.exporting.comparing import real_text
+from flextron.exporting.dialects import context_length
+from flextron.exporting.gguf_file import export_gguf
+from flextron.exporting.llamacpp import LlamaCpp
+from flextron.latency import Runner
+from flextron.subnet import Subnet
+from flextron.tables import LLAMA_CPP
+
+NEW_TOKENS = 8
+"""Tokens that one run writes after the cached context."""
+_REPEATS = {"prefill": 1, "decode": 3}
+
+
+@contextmanager
+def in_llamacpp(model: ElasticModel, *, phase: str, tokens: int, quantize: str = "f16") -> Iterator[Runner]:
+    """What `measure_latency` times in llama.cpp, batch 1, with as many threads as torch has.
+
+    Args:
+        phase: "prefill", a prompt of `tokens` tokens; or "decode", one more token after them.
+        quantize: as `export_gguf` has it.
+
+    Raises:
+        ExportError: sub-networks that a GGUF file cannot state, no tokenizer, or a text too long for the file.
+        FlextronError: llama.cpp is not installed.
+    """
+    needed = tokens + NEW_TOKENS + 1
+    if model.tokenizer is None or needed > context_length(model):
+        reason = "no tokenizer" if model.tokenizer is None else f"only {context_length(model)} positions"
+        raise ExportError(f"llama.cpp cannot be timed on {tokens} + {NEW_TOKENS} tokens: this model has {reason}.")
+    text, numbers = real_text(model.tokenizer, tokens)[1], count()
+    threads = torch.get_num_threads()
+    with TemporaryDirectory() as folder:
+
+        def prepare(subnet: Subnet) -> Callable[[], float]:
+            file = Path(folder) / f"{next(numbers)}.gguf"
+            export_gguf(model, subnet, file, quantize=quantize, verify=False)
+            engine = LlamaCpp(file, context=needed, threads=threads)
+            file.unlink()  # llama.cpp has it in memory
+            if phase == "prefill":
+                return lambda: engine.prompt_ms(text)
+            return lambda: engine.token_ms(text, NEW_TOKENS)
+
+        about = {
+            "device": describe_device("cpu"),
+            "engine": f"{LLAMA_CPP} (xllamacpp {version('xllamacpp')})",
+            "quantization": quantize,
+        }
+        yield Runner(prepare, _REPEATS[phase], about)

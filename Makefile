@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: quickstart test check test-slow setup clean
+.PHONY: quickstart test check test-slow paper setup clean
 
 quickstart: setup  ## rank a real LLM, measure its sub-networks, write out/quickstart/report.md
 	$(BIN)/flextron quickstart
@@ -19,6 +19,10 @@ check: setup
 
 test-slow: setup  ## minutes each; by hand
 	$(BIN)/pytest -m slow
+
+paper: setup  ## every rival, ablation and task beside us, under an hour on two cores: out/paper/results.md
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e ".[dev,rivals]"
+	$(BIN)/python benchmarks/paper.py $(PAPER)
 
 setup: $(READY)
 

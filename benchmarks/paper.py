@@ -1,7 +1,7 @@
 """The paper's evaluation, reproduced here: every rival at the same cost, tasks, ablations, and a page with the results.
 
-    python benchmarks/paper.py                      # small: two cores, under an hour
-    python benchmarks/paper.py --size full --train corpus/train-*.jsonl.xz --task-data eval/   # one GPU
+    make paper PAPER="--task-data eval/"                      # small: two cores, under an hour
+    python benchmarks/paper.py --size full --train corpus/train-*.jsonl.xz --task-data eval/ --out out/full   # one GPU
 
 Each stage is a command of flextron or of benchmarks/, printed as it runs, and is not run again once it is done: after
 Ctrl-C or a crash the same command goes on. `paper_page.py` writes the page from what the stages have left.
@@ -59,7 +59,7 @@ class Size:
 STEPS = ("--visits-per-step", "1", "--blocks-per-visit", "1", "--evaluations", "1", "--evaluate-tokens", "2048")
 SIZES = {
     "tiny": Size((0.6,), (0.6,), 2048, 256, 1024, STEPS, 160, 512, 6144, 1024, 2, 1),
-    "small": Size((0.8, 0.6, 0.5), (0.6,), 8192, 256, 32768, STEPS, 160, 512, 6144, 4096, 20, 1),
+    "small": Size((0.8, 0.6, 0.5), (0.6,), 8192, 256, 16384, STEPS, 160, 512, 6144, 4096, 20, 1),
     "full": Size(
         (0.9, 0.8, 0.7, 0.6, 0.5),
         (0.8, 0.7, 0.6, 0.5),
@@ -189,8 +189,8 @@ def losses(paper: Paper, name: str, model: str | Path, *chosen: str) -> None:
 def routers(paper: Paper, folder: Path) -> None:
     """Stages: a latency table and both routers of a checkpoint."""
     settings, size = paper.settings, paper.size
-    common = ["--device", settings.device]
-    paper.flextron(f"table of {folder.name}", "measure-latency", str(folder), "--phase", "prefill", *common)
+    common, timed = ["--device", settings.device], ["--phase", "prefill", "--rounds", "2"]
+    paper.flextron(f"table of {folder.name}", "measure-latency", str(folder), *timed, *common)
     learn = ["--phase", "prefill", "--text", settings.rank, "--tokens", str(size.measure_tokens), *common]
     learn += ["--evaluations", str(size.evaluations)]
     paper.flextron(f"router of {folder.name}", "train-router", str(folder), *learn)

@@ -10,6 +10,7 @@ import tiny
 from flextron import cli
 from flextron.adapters import add_adapters
 from flextron.checkpoint import quiet_transformers
+from flextron.commands import loading
 from flextron.data import load_blocks
 from flextron.decoding import Decoder
 from flextron.demo import smollm2_path
@@ -222,7 +223,7 @@ def test_the_command_prints_the_same_text_and_what_came_of_the_draft(checkpoint,
     ],
 )
 def test_what_cannot_be_is_said_before_anything_is_loaded(options, message, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "_load", lambda config: pytest.fail("loads"))
+    monkeypatch.setattr(loading, "load", lambda config: pytest.fail("loads"))
     with pytest.raises(SystemExit) as stop:
         cli.main(["generate", "m", "p", *options])
     assert stop.value.code == 2

@@ -1,0 +1,1 @@
+"""What the command line runs: a module for each of config/, and `loading`, which they share."""

@@ -1,0 +1,86 @@
+"""What commands share: the model, its folder, and what a sub-network or a budget asks for."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flextron.config import EvaluateConfig, ExportConfig, GenerateConfig
+from flextron.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from flextron.elastic import ElasticModel
+    from flextron.routers.token_routing import TokenRouting
+    from flextron.routing import Routed
+    from flextron.subnet import Subnet
+
+
+def load(config: Any) -> ElasticModel:
+    """The model that a config names, in its type and on its device."""
+    from flextron.checkpoint import quiet_transformers
+    from flextron.elastic import ElasticModel
+
+    quiet_transformers()
+    print(f"loading {config.model}", file=sys.stderr)
+    return ElasticModel.from_pretrained(config.model, dtype=config.dtype, device=config.device)
+
+
+def folder_of(model: str) -> Path:
+    """MODEL as a folder that takes what is measured; found before anything is loaded."""
+    folder = Path(model)
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"no such folder: {model}. Latency tables and routers are kept beside an elastic checkpoint; "
+            "make one with `flextron rank MODEL OUT`."
+        )
+    return folder
+
+
+def note(text: str) -> None:
+    """Say on standard error what a user should know."""
+    print(f"note: {text}", file=sys.stderr)
+
+
+def chosen(model: ElasticModel, config: GenerateConfig | ExportConfig) -> Subnet:
+    """The sub-network that --subnet or --budget asks for."""
+    from flextron.choice import choose
+
+    if config.budget is None:
+        return choose(model, config.subnet, config.model)
+    return within(model, config.budget, config)
+
+
+def tokens_within(model: ElasticModel, budget: str, config: GenerateConfig | EvaluateConfig) -> TokenRouting:
+    """How tokens are routed within a budget."""
+    from flextron.routing import route_tokens
+
+    hard = isinstance(config, GenerateConfig) and config.hard
+    return route_tokens(model, budget, config.model, hard=hard, any_device=config.any_device, warn=note)
+
+
+def show_usage(model: ElasticModel, routing: TokenRouting, text: str, budget: str, file: Path) -> None:
+    """Say what the tokens of a text use, and write a picture of it."""
+    from flextron.explaining import save_usage, usage_of
+    from flextron.token_usage import usage_text
+
+    usage = usage_of(model, routing, text, budget)
+    save_usage(usage, file)
+    print(f"\n{usage_text(usage)}\nwrote {file}", file=sys.stderr)
+
+
+def within(model: ElasticModel, budget: str, config: GenerateConfig | ExportConfig | EvaluateConfig) -> Subnet:
+    """The best sub-network within a budget; notes go to standard error."""
+    answer = routed(model, budget, config)
+    for text in answer.notes:
+        note(text)
+    return answer.subnet
+
+
+def routed(model: ElasticModel, budget: str, config: GenerateConfig | ExportConfig | EvaluateConfig) -> Routed:
+    """The answer to a budget; warnings go to standard error."""
+    from flextron.routing import route
+    from flextron.tables import LLAMA_CPP
+
+    engine = LLAMA_CPP if isinstance(config, ExportConfig) and config.to == "gguf" else None
+    return route(model, budget, config.model, any_device=config.any_device, engine=engine, warn=note)

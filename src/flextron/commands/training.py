@@ -1,0 +1,77 @@
+"""`flextron rank` and `flextron train`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
+
+from flextron.commands import loading
+from flextron.config import RankConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from flextron.elastic import ElasticModel
+
+# What may change between an interrupted `rank` and the run that takes it up.
+_NOT_OF_THE_RANKING = ("out", "overwrite", "sensitivity_tokens", "device")
+
+
+def run_rank(config: RankConfig) -> None:
+    """Rank a checkpoint, measure its sensitivities, and write it as an elastic one."""
+    from flextron.data import load_blocks
+    from flextron.sensitivity import measure_sensitivity, sensitivity_blocks
+
+    model = _ranked(config)
+    if config.sensitivity_tokens:
+        ranked_on = load_blocks(model.tokenizer, config.text, tokens=config.tokens)
+        blocks = sensitivity_blocks(
+            model.tokenizer, config.text, tokens=config.sensitivity_tokens, after=ranked_on.documents
+        )
+        measure_sensitivity(model, blocks, show=True).save(config.out)
+    print(f"wrote {config.out}: {model.search_space.full}, ranked by {config.score} on {config.text}.")
+
+
+def _ranked(config: RankConfig) -> ElasticModel:
+    """The ranked model, saved; an interrupted run's is taken up, so that only the sensitivities are left to do."""
+    from flextron.atomic import check_new, write_text
+    from flextron.data import load_blocks
+    from flextron.ranking import rank
+    from flextron.sensitivity import Sensitivity
+    from flextron.subnet import SearchSpace
+
+    asks = {key: value for key, value in asdict(config).items() if key not in _NOT_OF_THE_RANKING}
+    wanted = json.dumps({"version": 1, **asks}) + "\n"
+    asked = config.out / "rank.json"
+    unfinished = asked.is_file() and not Sensitivity.is_in(config.out)
+    if unfinished and asked.read_text(encoding="utf8") == wanted and not config.overwrite:
+        print(f"{config.out} is ranked already; only its sensitivities are measured.", file=sys.stderr)
+        return loading.load(replace(config, model=str(config.out)))
+    check_new(config.out, overwrite=config.overwrite)
+    model = loading.load(config)
+    if config.neuron_step is not None:
+        space = model.search_space
+        sizes = {"layers": space.layers, "neurons": space.neurons[-1], "kv_groups": space.kv_groups[-1]}
+        model.search_space = SearchSpace.of_model(**sizes, neuron_step=config.neuron_step)
+    rank(model, load_blocks(model.tokenizer, config.text, tokens=config.tokens), score=config.score, show=True)
+    model.save_pretrained(config.out, overwrite=config.overwrite)
+    write_text(asked, wanted)
+    return model
+
+
+def run_train(config: TrainConfig) -> None:
+    """Train elastically, or print what it would take."""
+    from flextron.checkpoint import quiet_transformers
+
+    quiet_transformers()
+    if config.dry_run:
+        from flextron.estimate import estimate_training
+
+        estimate = estimate_training(config, processes=int(os.environ.get("WORLD_SIZE", "1")))
+        if os.environ.get("RANK", "0") == "0":
+            print(estimate)
+        return
+    from flextron.training import train
+
+    train(config)

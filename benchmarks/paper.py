@@ -38,6 +38,8 @@ class Size:
     """Parts of the full model's time."""
     tasks_at: tuple[float, ...]
     """Budgets at which tasks are run."""
+    rivals_at: tuple[float, ...]
+    """Budgets to which other tools prune."""
     rank_tokens: int
     sensitivity_tokens: int
     train_tokens: int
@@ -56,17 +58,18 @@ class Size:
     seeds: int
 
 
-STEPS = ("--visits-per-step", "1", "--blocks-per-visit", "1", "--evaluations", "1", "--evaluate-tokens", "2048")
+STEPS = ("--visits-per-step", "1", "--blocks-per-visit", "1", "--evaluate-tokens", "0")
 SIZES = {
-    "tiny": Size((0.6,), (0.6,), 2048, 256, 1024, STEPS, 160, 512, 6144, 1024, 2, 1),
-    "small": Size((0.8, 0.6, 0.5), (0.6,), 8192, 256, 16384, STEPS, 160, 512, 6144, 4096, 20, 1),
+    "tiny": Size((0.6,), (0.6,), (0.6,), 2048, 256, 1024, STEPS, 160, 512, 6144, 1024, 2, 1),
+    "small": Size((0.8, 0.6, 0.5), (0.6,), (0.6,), 8192, 256, 16384, STEPS, 160, 512, 6144, 4096, 20, 1),
     "full": Size(
         (0.9, 0.8, 0.7, 0.6, 0.5),
         (0.8, 0.7, 0.6, 0.5),
+        (0.9, 0.8, 0.7, 0.6, 0.5),
         131072,
         4096,
         92_000_000,
-        ("--visits-per-step", "4", "--blocks-per-visit", "16", "--learning-rate", "3e-4"),
+        ("--visits-per-step", "4", "--blocks-per-visit", "16"),
         256,
         8192,
         98304,
@@ -242,7 +245,7 @@ def alone(paper: Paper, ranked: Path) -> None:
     size = paper.size
     for budget in size.budgets:
         answer = str(answer_of(paper, budget))
-        only = ["--visits", "0", "0", "1", "0", "--presets", answer, "--evaluate-on", answer]
+        only = ["--visits", "0", "0", "1", "0", "--presets", answer]
         for name, tokens in (("share", size.train_tokens // len(size.budgets)), ("each", size.train_tokens)):
             folder = train(paper, f"alone-{name}-{budget}x", ranked, *only, tokens=tokens)
             losses(paper, folder.name, folder, "--subnet", answer)
@@ -256,10 +259,10 @@ def rivals(paper: Paper, ranked: Path) -> None:
         if find_spec(tool) is None:
             print(f"{tool} is not installed, so it is left out: pip install -e '.[rivals]'", flush=True)
             continue
-        for budget in paper.size.budgets:
+        for budget in paper.size.rivals_at:
             pruned = paper.out / f"{tool}-{budget}x-pruned"
             paper.once(pruned.name, lambda b=budget, p=pruned, run=prune: run(paper, full, b, p))
-            options = ["--visits", "1", "0", "0", "0", "--teacher", str(full), "--evaluate-on", "full"]
+            options = ["--visits", "1", "0", "0", "0", "--teacher", str(full)]
             folder = train(paper, f"{tool}-{budget}x", pruned, *options)
             losses(paper, folder.name, folder, "--subnet", "full")
 

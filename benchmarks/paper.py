@@ -186,7 +186,7 @@ def losses(paper: Paper, name: str, model: str | Path, *chosen: str) -> None:
         file = paper.out / "losses" / f"{name.replace('/', '-')}-{place}.json"
         options = ["--text", text, "--tokens", str(paper.size.loss_tokens), "--json", "--any-device"]
         arguments = ["evaluate", str(model), *chosen, *options, "--device", paper.settings.device]
-        paper.flextron(f"losses {name}, {text}", *arguments, output=file)
+        paper.flextron(f"losses {name}, {Path(text).name}", *arguments, output=file)
 
 
 def routers(paper: Paper, folder: Path) -> None:

@@ -184,7 +184,16 @@ def losses(paper: Paper, name: str, model: str | Path, *chosen: str) -> None:
     """Stage: losses of sub-networks of a checkpoint on all texts."""
     for place, text in enumerate(paper.settings.texts):
         file = paper.out / "losses" / f"{name.replace('/', '-')}-{place}.json"
-        options = ["--text", text, "--tokens", str(paper.size.loss_tokens), "--json", "--any-device"]
+        options = [
+            "--text",
+            text,
+            "--tokens",
+            str(paper.size.loss_tokens),
+            "--json",
+            "--any-device",
+            "--dtype",
+            "bfloat16",
+        ]
         arguments = ["evaluate", str(model), *chosen, *options, "--device", paper.settings.device]
         paper.flextron(f"losses {name}, {Path(text).name}", *arguments, output=file)
 
@@ -312,7 +321,7 @@ def prune_with_mergekit(paper: Paper, full: Path, budget: float, out: Path) -> N
     parts = [[0, kept - 1], [layers - 1, layers]]
     slices = [{"sources": [{**source, "layer_range": part}]} for part in parts]
     recipe = out.with_suffix(".yaml")
-    write_text(recipe, json.dumps({"slices": slices, "merge_method": "passthrough", "dtype": "float32"}) + "\n")
+    write_text(recipe, json.dumps({"slices": slices, "merge_method": "passthrough", "dtype": "bfloat16"}) + "\n")
     with new_folder(out) as partial:
         call([str(Path(sys.executable).with_name("mergekit-yaml")), str(recipe), str(partial), "--copy-tokenizer"])
         about = {"layers": kept, "cost": price(kept) / table.full}

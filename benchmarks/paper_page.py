@@ -232,6 +232,13 @@ def _verdict(results: Results) -> list[str]:
                 (unclear if not sure else ahead if difference > 0 else behind).append((method, said))
     must = [said for method, said in unclear if method in MUST_LOSE]
     lost = [said for method, said in behind if method in MUST_LOSE]
+    missing = [
+        f"{NAMES[method]} at {budget}x on {_short(text)}"
+        for place, text in enumerate(results.texts)
+        for budget, row in results.losses(place).items()
+        for method in MUST_LOSE
+        if method not in row
+    ]
     return [
         "## Where we are behind",
         "",
@@ -244,6 +251,7 @@ def _verdict(results: Results) -> list[str]:
         f"{len(lost)} of these comparisons (above), and within two standard errors in {len(must)}.",
         "",
         *(f"- within: {said}" for said in must),
+        *(f"- not compared: {said}" for said in missing),
         "",
     ]
 

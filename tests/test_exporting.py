@@ -389,6 +389,16 @@ def test_an_existing_folder_stays_unless_told_otherwise(llama, tmp_path):
     assert AutoConfig.from_pretrained(tmp_path).model_type == "flextron_llama"
 
 
+def test_an_elastic_checkpoint_is_never_replaced(llama, tmp_path):
+    folder = tmp_path / "elastic"
+    llama.save_pretrained(folder)
+    before = sorted(file.name for file in folder.iterdir())
+    with pytest.raises(CheckpointError, match="is an elastic checkpoint, which an export does not replace"):
+        export(llama, uneven(llama), folder, overwrite=True)
+    assert sorted(file.name for file in folder.iterdir()) == before
+    ElasticModel.from_pretrained(folder)
+
+
 def test_a_subnet_of_another_model_is_refused(llama, tmp_path):
     with pytest.raises(SubnetError, match="5 layers"):
         export(llama, Subnet((8,) * 5, (1,) * 5), tmp_path / "out")

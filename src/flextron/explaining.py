@@ -73,7 +73,7 @@ def measured_ms(
     for metric in ("ttft", "tpot") if limit.metric == "e2e" else (limit.metric,):
         conditions = find_table(model, folder, metric, tokens=limit.prompt_tokens, foreign=True)
         about = conditions.conditions
-        if "device" not in about or foreign_conditions(conditions, here(model)):
+        if "torch" not in about or foreign_conditions(conditions, here(model)):
             return None
         tokens = about[TOKENS[metric]]
         times = (limit.prompt_tokens or tokens) / tokens if metric == "ttft" else (limit.new_tokens or 2) - 1

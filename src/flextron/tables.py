@@ -13,6 +13,7 @@ from typing import Any
 
 from flextron.costs import CostTable
 from flextron.elastic import ElasticModel
+from flextron.environment import describe_device
 from flextron.errors import CostError
 from flextron.latency import PHASES, TOKENS, check_phase, fit, here, price_errors
 from flextron.subnet import SearchSpace, Subnet
@@ -25,7 +26,7 @@ _COLUMNS = ("neurons", "kv_groups", "ms")
 
 def table_file(folder: str | Path, table: CostTable) -> Path:
     """Where a table lies beside a checkpoint: one file for each set of conditions."""
-    parts = {"engine": "", "device": "", "dtype": "", "batch": "b", TOKENS[table.metric]: "t"}
+    parts = {"engine": "", "quantization": "", "device": "", "dtype": "", "batch": "b", TOKENS[table.metric]: "t"}
     about = table.conditions
     name = "-".join([table.metric, *(f"{prefix}{about[key]}" for key, prefix in parts.items() if key in about)])
     return Path(folder) / FOLDER / (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json")
@@ -72,15 +73,18 @@ def find_table(
     if not tables:
         raise CostError(f"the latency tables of {phase} in {folder} are of another search space. {way_out}")
     present = here(model)
+    if engine == LLAMA_CPP:  # which is timed on the CPU, wherever the model is
+        present["device"] = describe_device("cpu")
+        way_out += " --engine llamacpp"
 
     def distance(table: CostTable) -> tuple[list[bool], int, int]:
         differs = [_differs(table, *item) for item in present.items()]
         nameless = "device" not in table.conditions  # of an outside engine: only where none was measured here
-        return [not _is_of(table, engine), *differs, nameless], _batch(table), abs(_length(table) - (tokens or 0))
+        return [not is_of(table, engine), *differs, nameless], _batch(table), abs(_length(table) - (tokens or 0))
 
     nearest = min(tables, key=distance)
     differ = "; ".join(foreign_conditions(nearest, present))
-    if not _is_of(nearest, engine):
+    if not is_of(nearest, engine):
         where = nearest.conditions.get("engine", "another engine")
         warn(
             f"the latency table of {phase} was measured in {where}, not in {engine or 'flextron'}, where times differ."
@@ -104,7 +108,8 @@ def foreign_conditions(table: CostTable, present: dict[str, Any]) -> list[str]:
     ]
 
 
-def _is_of(table: CostTable, engine: str | None) -> bool:
+def is_of(table: CostTable, engine: str | None) -> bool:
+    """Whether a table is of an outside engine, such as `LLAMA_CPP`; None: whether it is not of llama.cpp."""
     name = str(table.conditions.get("engine", ""))
     return not name.startswith(LLAMA_CPP) if engine is None else name.startswith(engine)
 

@@ -50,11 +50,12 @@ def _measured(model: ElasticModel, phase: str, config: MeasureLatencyConfig) -> 
 def _table_of_csv(config: MeasureLatencyConfig, file: Path) -> CostTable:
     from flextron.checkpoint import load_metadata
     from flextron.latency import PHASES, TOKENS
-    from flextron.tables import table_from_csv
+    from flextron.tables import LLAMA_CPP, table_from_csv
 
     (phase,) = config.phase
     space = load_metadata(config.model, {})[0] or loading.load(config).search_space
-    given = {"engine": config.engine, "device": config.device_name, "batch": config.batch}
+    engine = LLAMA_CPP if config.engine == "llamacpp" else config.engine
+    given = {"engine": engine, "device": config.device_name, "batch": config.batch}
     given |= {TOKENS[PHASES[phase]]: config.tokens, "dtype": None if config.dtype == "auto" else config.dtype}
     conditions = {key: value for key, value in given.items() if value is not None}
     return table_from_csv(file, space, phase=phase, conditions=conditions)

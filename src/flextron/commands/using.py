@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from flextron.commands import loading
 from flextron.config import EnvConfig, EvaluateConfig, ExportConfig, GenerateConfig, QuickstartConfig
+from flextron.errors import BudgetError
 
 if TYPE_CHECKING:
     from flextron.elastic import ElasticModel
@@ -123,7 +124,7 @@ def _to_export(model: ElasticModel, config: ExportConfig) -> Subnet:
     if not config.equal_widths:
         return loading.chosen(model, config)
     from flextron.baselines import equal_widths_within
-    from flextron.exporting import can_state
+    from flextron.exporting import can_state, refuse_in_gguf
     from flextron.pricing import Ceiling, formula_table
 
     if config.budget is not None:
@@ -131,7 +132,12 @@ def _to_export(model: ElasticModel, config: ExportConfig) -> Subnet:
     else:
         table = formula_table(model, "parameters")
         limits = (Ceiling(table, table.price(loading.chosen(model, config)), f"the parameters of {config.subnet}"),)
-    return equal_widths_within(limits, lambda s: can_state(model, s, to=config.to, quantize=config.quantize))
+    try:
+        return equal_widths_within(limits, lambda s: can_state(model, s, to=config.to, quantize=config.quantize))
+    except BudgetError:
+        if config.to == "gguf":  # no widths at all can be stated: say why
+            refuse_in_gguf(model, model.search_space.full, config.quantize)
+        raise
 
 
 def run_quickstart(config: QuickstartConfig) -> None:

@@ -7,10 +7,10 @@ from flextron.elastic import ElasticModel
 from flextron.errors import ExportError
 from flextron.exporting.cutting import refuse_odd_heads
 from flextron.exporting.gguf_file import MAGIC, GgufReport, export_gguf, refuse_in_gguf
-from flextron.exporting.hf import ExportReport, export
+from flextron.exporting.hf import ExportReport, check_not_elastic, export
 from flextron.subnet import Subnet
 
-__all__ = ["ExportReport", "GgufReport", "can_state", "check_free", "export", "export_gguf"]
+__all__ = ["ExportReport", "GgufReport", "can_state", "check_free", "export", "export_gguf", "refuse_in_gguf"]
 
 
 def check_free(out: Path, *, to: str, overwrite: bool) -> None:
@@ -22,6 +22,7 @@ def check_free(out: Path, *, to: str, overwrite: bool) -> None:
     if to == "gguf":
         check_new_file(out, overwrite=overwrite, magic=MAGIC)
     else:
+        check_not_elastic(out)
         check_new(out, overwrite=overwrite)
 
 

@@ -74,10 +74,17 @@ def _history(model: ElasticModel) -> Iterator[str]:
     yield f"Exported by: `{command()}`"
 
 
+def _table(file: Path) -> CostTable | None:
+    try:
+        return CostTable.load(file)
+    except FlextronError:  # of another version: a card does without
+        return None
+
+
 def _latency(model: ElasticModel, subnet: Subnet) -> list[str]:
     """A line for each latency table beside the checkpoint."""
     files = [] if model.folder is None else sorted((model.folder / FOLDER).glob("*.json"))
-    tables = [table for table in map(CostTable.load, files) if table.search_space == model.search_space]
+    tables = [table for table in map(_table, files) if table is not None and table.search_space == model.search_space]
     if not tables:
         return []
     rows = [

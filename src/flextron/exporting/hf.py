@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from flextron import per_layer
 from flextron.atomic import check_new, new_folder
-from flextron.checkpoint import save_tokenizer
+from flextron.checkpoint import METADATA_FILE, save_tokenizer
 from flextron.elastic import ElasticModel
-from flextron.errors import ExportError
+from flextron.errors import CheckpointError, ExportError
 from flextron.exporting.card import CARD, model_card
 from flextron.exporting.comparing import evaluating, real_text
 from flextron.exporting.cutting import Sizes, axis_sizes, cut_state, layer_sizes, parameters_asked, refuse_odd_heads
@@ -69,6 +69,18 @@ class ExportReport:
         )
 
 
+def check_not_elastic(folder: str | Path) -> None:
+    """Pass unless an elastic checkpoint lies there, which no export replaces.
+
+    Raises:
+        CheckpointError: one does.
+    """
+    if (Path(folder) / METADATA_FILE).is_file():
+        raise CheckpointError(
+            f"{folder} is an elastic checkpoint, which an export does not replace. Name another folder."
+        )
+
+
 def export(
     model: ElasticModel,
     subnet: Subnet,
@@ -90,6 +102,7 @@ def export(
         ExportError: the architecture cannot state these sizes, or the reloaded checkpoint computes something else.
         CheckpointError: the folder exists and `overwrite` is false, no space, or a write that failed.
     """
+    check_not_elastic(folder)
     check_new(folder, overwrite=overwrite)
     model.search_space.check(subnet)
     refuse_odd_heads(model, subnet)

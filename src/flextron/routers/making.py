@@ -20,7 +20,7 @@ from flextron.routers.router import Router
 from flextron.routers.training import LEAST_EVALUATIONS, train_router
 from flextron.sensitivity import Sensitivity, sensitivity_blocks
 from flextron.tables import FOLDER as LATENCY_FOLDER
-from flextron.tables import describe, find_table, save_table
+from flextron.tables import describe, find_table, is_of, save_table
 
 Say = Callable[[str], None]
 MOST_EVALUATIONS = 256
@@ -119,7 +119,7 @@ def _documents_used(model: ElasticModel, sensitivity: Sensitivity, text: str) ->
 def _table(model: ElasticModel, folder: str | Path, phase: str, *, any_device: bool, show: bool, say: Say) -> CostTable:
     """The latency table of a phase, measured and saved first where none was."""
     found = (CostTable.load(file) for file in (Path(folder) / LATENCY_FOLDER).glob("*.json"))
-    if not any(table.metric == PHASES[phase] for table in found):
+    if not any(table.metric == PHASES[phase] and is_of(table, None) for table in found):
         say(f"{folder} has no latency table of {phase}; measuring one first")
         positions = getattr(model.config, "max_position_embeddings", None) or TOKENS + 1
         table = measure_latency(model, phase=phase, tokens=min(TOKENS, positions - 1), show=show)

@@ -158,7 +158,7 @@ def write_page(folder: Path, page: Path | None = None) -> Path:
     lines = [*_head(results), f"![loss against measured time]({picture.name})", ""]
     for place, text in enumerate(results.texts):
         lines += _table(results, place, text)
-    lines += [*_verdict(results), *_tasks(results, page), *_published(), *_costs(results)]
+    lines += [*_verdict(results), *_tasks(results, page), *_published(), *_left_out(results), *_costs(results)]
     write_text(page, "\n".join(lines) + "\n")
     return page
 
@@ -282,6 +282,20 @@ def _published() -> list[str]:
             cells.append("; ".join(said) or "–")
         lines.append(f"| {model} | {' | '.join(cells)} |")
     return [*lines, "", *(f"{place}. {source}" for place, source in enumerate(sources, 1)), ""]
+
+
+def _left_out(results: Results) -> list[str]:
+    """What a whole comparison would have and this one has not."""
+    size = results.about["size"]
+    lines = ["- (h) no surrogate: a router trained through the LLM is not implemented."]
+    if size["seeds"] == 1:
+        lines.append("- More than one seed of training: standard errors are of the text, not of training.")
+    for what, key in (("Tasks", "tasks_at"), ("Other tools' pruning", "rivals_at")):
+        if set(size[key]) != set(size["budgets"]):
+            lines.append(f"- {what} at budgets other than {', '.join(f'{each}x' for each in size[key])}.")
+    if size["limit"]:
+        lines.append(f"- Tasks on more than {size['limit']} documents each.")
+    return ["## What was not run", "", *lines, ""]
 
 
 def _costs(results: Results) -> list[str]:

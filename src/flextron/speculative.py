@@ -178,7 +178,7 @@ def stream_speculative(
         drafted = _write_ahead(ahead, text, min(draft.tokens, end - len(text) - 1), stop)
         likeliest = target.steps(text[target.position :] + drafted).argmax(-1).tolist()
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(drafted, likeliest, strict=False)))
-        draft.passes += bool(drafted)
+        draft.passes += 1
         draft.drafted += len(drafted)
         draft.accepted += same
         new = likeliest[: same + 1]

@@ -1,7 +1,8 @@
 """GGUF export: what the file says, what llama.cpp computes from it, and what is refused before anything is written."""
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -12,11 +13,13 @@ from transformers import PreTrainedTokenizerFast
 
 import tiny
 from flextron import cli
+from flextron.costs import CostTable
 from flextron.demo import smollm2_path
 from flextron.elastic import ElasticModel
 from flextron.errors import CheckpointError, ExportError
 from flextron.exporting import comparing, dialects, export_gguf, gguf_file
 from flextron.exporting.quantization import SCHEMES
+from flextron.exporting.timing import in_llamacpp
 from flextron.latency import measure_latency
 from flextron.subnet import Subnet
 from flextron.tables import LLAMA_CPP, find_table, save_table
@@ -419,6 +422,39 @@ def timed(tmp_path_factory):
 
 
 class TestTimes:
+    def test_tables_of_two_quantisations_are_two_files(self, timed, tmp_path):
+        (file,) = (timed / "latency").glob("*.json")
+        table = CostTable.load(file)
+        files = {
+            save_table(tmp_path, replace(table, conditions={"engine": LLAMA_CPP, "quantization": kind}))
+            for kind in ("f16", "q8_0")
+        }
+        assert len(files) == 2
+
+    def test_a_csv_of_llamacpp_is_a_table_of_llama_cpp(self, timed, tmp_path):
+        folder = shutil.copytree(timed, tmp_path / "elastic")
+        model = ElasticModel.from_pretrained(folder)
+        space = model.search_space
+        rows = product((0, space.neurons[len(space.neurons) // 2], space.neurons[-1]), space.kv_groups)
+        file = tmp_path / "times.csv"
+        file.write_text("neurons,kv_groups,ms\n" + "".join(f"{n},{g},{1 + n / 8 + g}\n" for n, g in rows))
+        arguments = ["measure-latency", str(folder), "--from-csv", str(file), "--phase", "decode"]
+        assert cli.main([*arguments, "--engine", "llamacpp"]) == 0
+        warnings = []
+        assert (
+            find_table(model, folder, "tpot", engine=LLAMA_CPP, warn=warnings.append).conditions["engine"] == LLAMA_CPP
+        )
+        assert not warnings
+        assert find_table(model, folder, "tpot").conditions["engine"] == "flextron decoder"
+
+    @pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+    def test_families_of_one_width_for_all_layers_are_refused_at_once(self, family):
+        with (
+            pytest.raises(ExportError, match=f"one width for all layers of {family}.*--from-csv"),
+            in_llamacpp(elastic(family), phase="decode", tokens=8),
+        ):
+            pass
+
     def test_tables_of_llama_cpp_stand_beside_those_of_this_process(self, timed, tmp_path, capsys):
         pytest.importorskip("xllamacpp")
         folder = shutil.copytree(timed, tmp_path / "elastic")

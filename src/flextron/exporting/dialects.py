@@ -44,6 +44,11 @@ _AS_DECI = ("llama", "mistral", "qwen2")
 """Model types whose layers `deci` computes."""
 
 
+def states_unequal_layers(model: ElasticModel) -> bool:
+    """Whether llama.cpp has an architecture for this family with widths that differ from layer to layer."""
+    return model.config.model_type in _AS_DECI
+
+
 def dialect_for(model: ElasticModel, subnet: Subnet) -> Dialect:
     """The architecture that states `subnet`.
 
@@ -64,11 +69,11 @@ def dialect_for(model: ElasticModel, subnet: Subnet) -> Dialect:
 
 
 def _dialect(model: ElasticModel, subnet: Subnet) -> Dialect:
-    kind, own = model.config.model_type, _OWN[model.config.model_type]
+    own = _OWN[model.config.model_type]
     equal = subnet.is_uniform and min(subnet.neurons[0], subnet.kv_groups[0]) > 0
     if equal and (own.fewer_heads or subnet.kv_groups[0] == model.search_space.kv_groups[-1]):
         return own
-    if kind not in _AS_DECI:
+    if not states_unequal_layers(model):
         raise ExportError(
             f"llama.cpp's {own.arch} architecture has one width for all layers, and not 0; this is {subnet}. "
             "Take equal widths (--equal-widths picks those of at most this cost), or --to hf."

@@ -15,7 +15,7 @@ from flextron.elastic import ElasticModel
 from flextron.environment import describe_device
 from flextron.errors import ExportError
 from flextron.exporting.comparing import real_text
-from flextron.exporting.dialects import context_length
+from flextron.exporting.dialects import context_length, states_unequal_layers
 from flextron.exporting.gguf_file import export_gguf
 from flextron.exporting.llamacpp import LlamaCpp
 from flextron.latency import Runner
@@ -39,6 +39,11 @@ def in_llamacpp(model: ElasticModel, *, phase: str, tokens: int, quantize: str =
         ExportError: sub-networks that a GGUF file cannot state, no tokenizer, or a text too long for the file.
         FlextronError: llama.cpp is not installed.
     """
+    if not states_unequal_layers(model):
+        raise ExportError(
+            f"llama.cpp has one width for all layers of {model.config.model_type}, and a table is fitted to unequal "
+            "ones. Time equal widths yourself and pass them with --from-csv FILE --engine llamacpp."
+        )
     needed = tokens + NEW_TOKENS + 1
     if model.tokenizer is None or needed > context_length(model):
         reason = "no tokenizer" if model.tokenizer is None else f"only {context_length(model)} positions"

@@ -18,6 +18,7 @@ from flextron.drawing import save_figure
 from flextron.elastic import ElasticModel
 from flextron.environment import describe_device
 from flextron.explaining import measured_ms
+from flextron.pricing import Ceiling
 from flextron.routers.token_routing import TokenRouting
 from flextron.routing import route, route_tokens
 from flextron.subnet import Subnet
@@ -36,9 +37,9 @@ class _Run:
     what: Subnet | TokenRouting
     cost: float | None = None
     """By the table, as a part of the full model's; of a token routing known when it has run."""
-    measured: float | None = None
-    """Time measured now, as a part of the full model's."""
     metric: str | None = None
+    ceiling: Ceiling | None = None
+    """Of a budget of time, by whose measure it is timed, once it has been scored."""
 
 
 def evaluate_on_tasks(model: ElasticModel, config: EvaluateConfig, *, warn: Callable[[str], None]) -> str:
@@ -77,18 +78,25 @@ def _runs(model: ElasticModel, config: EvaluateConfig, warn: Callable[[str], Non
         for note in answer.notes:
             warn(note)
         ceiling = answer.ceilings[0]
-        times = measured_ms(model, ceiling, answer.subnet, config.model) if ceiling.table.unit == "ms" else None
-        runs[budget] = _static(answer.subnet, ceiling.table, None if times is None else times[0] / times[1])
+        runs[budget] = _static(answer.subnet, ceiling.table, ceiling if ceiling.table.unit == "ms" else None)
     for budget in config.budget if config.per_token else ():
         routing = route_tokens(model, budget, config.model, any_device=config.any_device, warn=warn)
         runs[f"{budget} per token"] = _Run(routing, metric=routed[budget].ceilings[0].table.metric)
     return runs
 
 
-def _static(subnet: Subnet, table: CostTable | None, measured: float | None = None) -> _Run:
+def _static(subnet: Subnet, table: CostTable | None, ceiling: Ceiling | None = None) -> _Run:
     if table is None:
         return _Run(subnet)
-    return _Run(subnet, table.price(subnet) / table.full, measured, table.metric)
+    return _Run(subnet, table.price(subnet) / table.full, table.metric, ceiling)
+
+
+def _measured(model: ElasticModel, run: _Run, folder: str) -> float | None:
+    """Time measured now, as a part of the full model's; None where the table is not of here."""
+    if run.ceiling is None or not isinstance(run.what, Subnet):
+        return None
+    times = measured_ms(model, run.ceiling, run.what, folder)
+    return None if times is None else times[0] / times[1]
 
 
 def _summary(
@@ -107,7 +115,7 @@ def _summary(
                 "share": fmean(result.share for result in own),
                 "cost": fmean(costs) if costs else run.cost,
                 "cost_metric": run.metric,
-                "measured": run.measured,
+                "measured": _measured(model, run, config.model),
                 "average": average.accuracy,
                 "standard_error": average.standard_error,
                 "retention": average.retention,

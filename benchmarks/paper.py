@@ -58,10 +58,12 @@ class Size:
     seeds: int
 
 
+JOINT = ("--router", METRIC, "--visits", "1", "1", "0", "6")
+"""Random sub-networks are what the router may answer; one visit in eight each is of the full model and the smallest."""
 STEPS = ("--visits-per-step", "1", "--blocks-per-visit", "1", "--evaluate-tokens", "0")
 SIZES = {
     "tiny": Size((0.6,), (0.6,), (0.6,), 2048, 256, 1024, STEPS, 160, 512, 6144, 1024, 2, 1),
-    "small": Size((0.8, 0.6, 0.5), (0.6,), (0.6,), 8192, 256, 16384, STEPS, 160, 512, 6144, 4096, 20, 1),
+    "small": Size((0.8, 0.6, 0.5), (0.6,), (0.8, 0.5), 8192, 256, 16384, STEPS, 160, 512, 6144, 4096, 20, 1),
     "full": Size(
         (0.9, 0.8, 0.7, 0.6, 0.5),
         (0.8, 0.7, 0.6, 0.5),
@@ -198,16 +200,12 @@ def losses(paper: Paper, name: str, model: str | Path, *chosen: str) -> None:
         paper.flextron(f"losses {name}, {Path(text).name}", *arguments, output=file)
 
 
-def routers(paper: Paper, folder: Path) -> None:
-    """Stages: a latency table and both routers of a checkpoint."""
+def train_router(paper: Paper, name: str, folder: Path, *options: str) -> None:
+    """Stage: a router of a checkpoint."""
     settings, size = paper.settings, paper.size
-    common, timed = ["--device", settings.device], ["--phase", "prefill", "--rounds", "2"]
-    paper.flextron(f"table of {folder.name}", "measure-latency", str(folder), *timed, *common)
-    learn = ["--phase", "prefill", "--text", settings.rank, "--tokens", str(size.measure_tokens), *common]
-    learn += ["--evaluations", str(size.evaluations)]
-    paper.flextron(f"router of {folder.name}", "train-router", str(folder), *learn)
-    tokens = ["--per-token", "--token-tokens", str(size.token_tokens)]
-    paper.flextron(f"token router of {folder.name}", "train-router", str(folder), *learn, *tokens)
+    arguments = ["train-router", str(folder), "--phase", "prefill", "--text", settings.rank, "--any-device"]
+    arguments += ["--tokens", str(size.measure_tokens), "--evaluations", str(size.evaluations)]
+    paper.flextron(name, *arguments, "--device", settings.device, *options)
 
 
 def budgets_of(paper: Paper) -> list[str]:
@@ -216,20 +214,28 @@ def budgets_of(paper: Paper) -> list[str]:
 
 
 def elastic(paper: Paper) -> tuple[Path, Path]:
-    """Stages: rank, train elastically, table, routers; then the router's answers, and losses."""
+    """Stages: rank, table, router, train weights and router together, token router; then answers, and losses."""
     settings, size = paper.settings, paper.size
     ranked = paper.out / "ranked"
     tokens = ["--tokens", str(size.rank_tokens), "--sensitivity-tokens", str(size.sensitivity_tokens)]
     tokens += ["--text", settings.rank, "--device", settings.device]
     paper.flextron("rank", "rank", paper.model, str(ranked), *tokens, "--dtype", "bfloat16")
-    trained = train(paper, "elastic", ranked)
-    routers(paper, trained)
+    timed = ["--phase", "prefill", "--rounds", "2", "--device", settings.device]
+    paper.flextron("table", "measure-latency", str(ranked), *timed)
+    train_router(paper, "router before training", ranked)
+    trained = train(paper, "elastic", ranked, *JOINT)
+    train_router(paper, "token router", trained, "--per-token", "--token-tokens", str(size.token_tokens))
     for budget in size.budgets:
         answer = ["--budget", f"{METRIC}={budget}x", "--out", str(answer_of(paper, budget))]
         paper.flextron(f"answer to {budget}x", "route", str(trained), *answer, "--device", settings.device)
     losses(paper, "elastic", trained, "--budget", *budgets_of(paper), "--per-token")
-    losses(paper, "ranked only", ranked, "--subnet", "full", *[str(answer_of(paper, b)) for b in size.budgets])
+    losses(paper, "ranked only", ranked, "--subnet", "full", *answers_of(paper))
     return ranked, trained
+
+
+def answers_of(paper: Paper) -> list[str]:
+    """Files of all of the router's sub-networks."""
+    return [str(answer_of(paper, budget)) for budget in paper.size.budgets]
 
 
 def answer_of(paper: Paper, budget: float) -> Path:
@@ -328,16 +334,23 @@ def prune_with_mergekit(paper: Paper, full: Path, budget: float, out: Path) -> N
         write_text(partial / "pruned.json", json.dumps(about) + "\n")
 
 
-def ablations(paper: Paper, ranked: Path) -> None:
-    """Stages: (h) training without ranking, without distillation, without the sandwich, at the router's answers."""
-    answers = [str(answer_of(paper, budget)) for budget in paper.size.budgets]
-    unranked = train(paper, "no-ranking", paper.model)
-    for name, options in (
-        ("no-distillation", ["--text-weight", "1"]),
-        ("no-sandwich", ["--visits", "0", "0", "0", "1"]),
+def ablations(paper: Paper, ranked: Path, trained: Path) -> None:
+    """Stages: (h) training without ranking, distillation, sandwich; a router without a surrogate."""
+    settings, size = paper.settings, paper.size
+    joint = [*JOINT, "--no-retrain-router"]
+    for name, model, options in (
+        ("no-ranking", paper.model, []),
+        ("no-distillation", ranked, [*joint, "--text-weight", "1"]),
+        ("no-sandwich", ranked, [*joint, "--visits", "0", "0", "0", "1"]),
     ):
-        losses(paper, name, train(paper, name, ranked, *options), "--subnet", "full", *answers)
-    losses(paper, "no-ranking", unranked, "--subnet", "full", *answers)
+        folder = train(paper, name, model, *options)
+        losses(paper, name, folder, "--subnet", "full", *answers_of(paper))
+    out = paper.out / "no-surrogate"
+    arguments = [str(trained), "--out", str(out), "--phase", "prefill", "--budgets", *map(str, size.budgets)]
+    arguments += ["--text", settings.rank, "--tokens", str(size.measure_tokens)]
+    arguments += ["--evaluations", str(size.evaluations), "--device", settings.device, "--any-device"]
+    paper.benchmark("router without a surrogate", "no_surrogate.py", *arguments)
+    losses(paper, "no-surrogate", trained, "--subnet", *(str(out / f"{budget}x.json") for budget in size.budgets))
 
 
 def tasks(paper: Paper, trained: Path) -> None:
@@ -354,9 +367,9 @@ def tasks(paper: Paper, trained: Path) -> None:
 
 def seeds(paper: Paper, ranked: Path) -> None:
     """Stages: elastic training with further seeds, at the router's answers."""
-    answers = [str(answer_of(paper, budget)) for budget in paper.size.budgets]
     for seed in range(1, paper.size.seeds):
-        losses(paper, f"seed-{seed}", train(paper, f"seed-{seed}", ranked, seed=seed), "--subnet", "full", *answers)
+        folder = train(paper, f"seed-{seed}", ranked, *JOINT, "--no-retrain-router", seed=seed)
+        losses(paper, folder.name, folder, "--subnet", "full", *answers_of(paper))
 
 
 def main(settings: Settings) -> None:
@@ -366,7 +379,7 @@ def main(settings: Settings) -> None:
     choices(paper, trained)
     alone(paper, ranked)
     rivals(paper, ranked)
-    ablations(paper, ranked)
+    ablations(paper, ranked, trained)
     seeds(paper, ranked)
     tasks(paper, trained)
     page = write_page(settings.out)

@@ -73,7 +73,7 @@ def train(config: TrainConfig) -> Path:
     router, device, is_first = run.router, str(run.device), run.is_first
     tokens = None if run.tokens is None else run.tokens.about
     del run  # its weights, gradients and moments
-    if router is not None and is_first:
+    if router is not None and config.visit.retrain_router and is_first:
         _train_routers(config, router, tokens, device)
     return config.out
 

@@ -89,6 +89,8 @@ class VisitOptions:
     """How far random sub-networks stray from the greedy choice for their share; 0 is the greedy choice itself."""
     router: str | None = None
     """Metric of a router of MODEL, such as tpot or ttft: random sub-networks are then what it samples for budgets over its range, and it is trained on anew afterwards, for the new weights. The last stage of the method: weights and router together."""
+    retrain_router: bool = True
+    """With --router, train it on afterwards; without, the checkpoint has no router until flextron train-router."""
     per_token: bool = False
     """With --router, random sub-networks differ from token to token, by the token router of MODEL, which is trained anew afterwards too."""
     visits_per_step: int = 2
@@ -102,6 +104,8 @@ class VisitOptions:
         check_at_least("spread", self.spread, 0)
         if self.per_token and self.router is None:
             raise ValueError("--per-token needs the metric of a token router of MODEL, such as --router ttft.")
+        if not self.retrain_router and self.router is None:
+            raise ValueError("--no-retrain-router needs the metric of a router of MODEL, such as --router ttft.")
         if min(self.visits) < 0 or sum(self.visits) <= 0:
             raise ValueError(f"visits must be four weights from 0 up, one of them above 0; got {list(self.visits)}.")
 

@@ -94,7 +94,8 @@ def train_router(
             raise RouterError(_inaccurate(error, len(pairs)))
         validated = run.fit()
         router.continue_from(start or greedy)  # what it learnt from poorer surrogates would stay
-        optimise(router, run.surrogate, seed=seed, steps=LAST_STEPS * STEPS)
+        with one_thread():
+            optimise(router, run.surrogate, seed=seed, steps=LAST_STEPS * STEPS)
         checks = run.check(greedy, advance)
     about = RouterAbout(
         metric=table.metric,
@@ -127,7 +128,8 @@ class _Run:
         while len(self.pairs) < pairs or not predicted:
             fitted = len(self.pairs) >= FIRST_PAIRS
             if fitted and _accurate(self.fit()):
-                optimise(self.router, self.surrogate, seed=self.seed + len(self.pairs))
+                with one_thread():
+                    optimise(self.router, self.surrogate, seed=self.seed + len(self.pairs))
             missing = pairs - len(self.pairs)
             explored = self._explore(draw)[: missing if missing > 0 else ROUND_PAIRS]
             if not explored:  # a small space, of which all that the router may answer is measured
@@ -211,23 +213,34 @@ def _near_answers(router: StaticRouter, places_B: Floats, spreads_B: Floats, dra
     return np.asarray(noisy_BSK.argmax(-1))
 
 
-def optimise(router: StaticRouter, surrogate: Surrogate, *, seed: int, steps: int | None = None) -> None:
-    """Update the router, from where it is, on the surrogate's loss and the distance to the budget.
+def optimise(
+    router: StaticRouter,
+    losses_of: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    seed: int,
+    steps: int = STEPS,
+    batch: int = BATCH,
+    learning_rate: float = LEARNING_RATE,
+) -> None:
+    """Update the router, from where it is, on the loss of its choices and their distance to the budget.
 
     Gumbel-softmax, hard in the forward pass; the temperature falls from 1 to 0.05 while logits are scaled from 1 to 10.
+
+    Args:
+        losses_of: losses [B] of choices [B, S, K], differentiable: a surrogate, or the LLM itself.
+        batch: budgets of one step.
     """
-    steps = steps or STEPS
-    optimizer = torch.optim.Adam(router.parameters(), lr=LEARNING_RATE)
+    optimizer = torch.optim.Adam(router.parameters(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    with one_thread(), torch.random.fork_rng(devices=[]), torch.enable_grad():
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
         for step in range(steps):
             done = step / steps
-            places_B = (torch.arange(BATCH) + torch.rand(BATCH)) / BATCH
+            places_B = (torch.arange(batch) + torch.rand(batch)) / batch
             budgets_B = router.lowest + (1 - router.lowest) * places_B
             choices_BSK = F.gumbel_softmax(router(budgets_B) * 10**done, tau=0.05**done, hard=True)
             missed_B = (router.cost(choices_BSK) - budgets_B).abs()
-            loss = (surrogate(choices_BSK) + COST_WEIGHT * missed_B).mean()
+            loss = (losses_of(choices_BSK) + COST_WEIGHT * missed_B).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -1,0 +1,146 @@
+"""The ablation without a surrogate: the static router is trained through the LLM, at the same compute.
+
+    python benchmarks/no_surrogate.py out/trained --phase prefill --out no-surrogate/
+
+The same router, from the same start, by the same Gumbel-softmax; but every step is a forward and a backward pass of the
+frozen LLM in which all parts run and each is multiplied by the router's choice, 1 or 0. A step costs about three
+forward passes, so it takes a third as many steps as the other router measured sub-networks on as many tokens. Writes
+the answer to each budget as a file for `flextron evaluate --subnet`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from tyro.conf import Positional
+
+from flextron import ElasticModel
+from flextron.atomic import write_text
+from flextron.checkpoint import quiet_transformers
+from flextron.data import TokenBlocks
+from flextron.distillation import hidden_states, losses
+from flextron.elastic import SubLayer
+from flextron.environment import faster_dtype
+from flextron.latency import PHASES
+from flextron.per_token import Forward, masked_parts, running
+from flextron.pricing import Ceiling
+from flextron.progress import bar
+from flextron.routers.making import sensitivity_of, unused_blocks
+from flextron.routers.router import route_along
+from flextron.routers.static import StaticRouter
+from flextron.routers.training import BATCH, LAST_STEPS, LEARNING_RATE, STEPS, optimise
+from flextron.tables import find_table
+
+PASSES_PER_STEP = 3
+"""Forward passes that a step costs: one forward, and a backward of two."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Train a router through the LLM."""
+
+    model: Positional[str]
+    """Folder of an elastic checkpoint with sensitivities and a latency table."""
+    out: Path
+    """Folder for the answers, one file for each budget."""
+    phase: Literal["prefill", "decode"] = "decode"
+    """Whose time the budgets are parts of."""
+    budgets: tuple[float, ...] = (0.8, 0.6, 0.5)
+    """Parts of the full model's time."""
+    text: str = "sample/train"
+    """Text to train on; what the model was ranked on is left out."""
+    tokens: int = 512
+    """Tokens that the other router measured each sub-network on."""
+    evaluations: int = 256
+    """Sub-networks that it measured."""
+    lowest: float = 0.45
+    """Lowest budget to train for."""
+    learning_rate: float | None = None
+    """By default the other router's, times as many as its steps are more: the same way in all."""
+    seed: int = 0
+    """Of the budgets and the noise."""
+    any_device: bool = False
+    """Use a latency table of another device or version."""
+    device: str = "auto"
+    """Where to run; auto takes a GPU if there is one."""
+
+
+class ThroughTheModel:
+    """Losses of choices by the LLM itself, half to the text and half to the full model's predictions.
+
+    Shapes: B rows of text, each with choices of its own; S sub-layers, K choices, U units.
+    """
+
+    def __init__(self, model: ElasticModel, blocks: TokenBlocks, advance: Any) -> None:
+        self.model, self.advance = model, advance
+        self.rows = itertools.cycle(blocks.tokens)
+        model.lm.requires_grad_(False).eval()
+
+    def __call__(self, choices_BSK: torch.Tensor) -> torch.Tensor:
+        """Nats per token of each row, [B]: all rows' mean, whose gradient reaches each row's choices."""
+        lm = self.model.lm
+        tokens_BT = torch.stack(list(itertools.islice(self.rows, len(choices_BSK)))).to(self.model.device)
+        needed_BSK = choices_BSK.flip(-1).cumsum(-1).flip(-1)  # a block of units runs where a choice as wide is made
+        layers = self.model.search_space.layers
+        runs = [
+            (
+                self._run(layer.mlp, "neurons", needed_BSK[:, i]),
+                self._run(layer.attention, "kv_groups", needed_BSK[:, layers + i]),
+            )
+            for i, layer in enumerate(self.model.layers)
+        ]
+        arithmetic = faster_dtype(self.model.device)
+        casts = torch.autocast(self.model.device.type, arithmetic, enabled=arithmetic != torch.float32)
+        with casts:
+            with torch.no_grad():
+                taught_BTD = hidden_states(lm, tokens_BT, None)
+            with running(self.model, runs):
+                hidden_BTD = hidden_states(lm, tokens_BT, None)
+            found = losses(lm, hidden_BTD, tokens_BT, teacher=lm, teacher_hidden_BTD=taught_BTD, text_weight=0.5)
+        self.advance()
+        return found.total / tokens_BT[:, 1:].numel()
+
+    def _run(self, sub: SubLayer, axis: str, needed_BK: torch.Tensor) -> Forward:
+        sizes = np.diff(getattr(self.model.search_space, axis), prepend=0)
+        per_unit = sub.heads_per_unit if axis == "kv_groups" else 1
+        repeats = torch.tensor(sizes * per_unit, device=self.model.device)
+        mask_B1U = needed_BK.to(self.model.device)[:, : len(sizes)].repeat_interleave(repeats, -1)[:, None]
+
+        def run(forward: Forward, hidden_BTD: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            return masked_parts(sub, forward, mask_B1U.to(hidden_BTD.dtype), hidden_BTD, *args, **kwargs)
+
+        return run
+
+
+def main(settings: Settings) -> None:
+    """Train, and write the answers."""
+    quiet_transformers()
+    model = ElasticModel.from_pretrained(settings.model, device=settings.device)
+    table = find_table(model, settings.model, PHASES[settings.phase], foreign=settings.any_device)
+    sensitivity = sensitivity_of(model, settings.model)
+    steps = settings.evaluations // PASSES_PER_STEP
+    blocks, _ = unused_blocks(model, sensitivity, settings.text, tokens=steps * settings.tokens)
+    rows = max(1, settings.tokens // blocks.tokens.shape[1])
+    router = StaticRouter.of(sensitivity, table, lowest=settings.lowest)
+    rate = settings.learning_rate or LEARNING_RATE * LAST_STEPS * STEPS / steps
+    start = time.monotonic()
+    with bar(steps, description="router through the LLM", show=True) as advance:
+        through = ThroughTheModel(model, blocks, advance)
+        optimise(router, through, seed=settings.seed, steps=steps, batch=rows, learning_rate=rate)
+    print(f"{steps} steps at {rate:.3f} in {time.monotonic() - start:.0f} s (with a surrogate: {STEPS} of {BATCH})")
+    settings.out.mkdir(parents=True, exist_ok=True)
+    for budget in settings.budgets:
+        subnet = route_along(router, table.search_space, [Ceiling(table, budget * table.full, f"{budget}x")])
+        write_text(settings.out / f"{budget}x.json", subnet.to_json() + "\n")
+        print(f"{budget}x: {table.price(subnet) / table.full:.3f}x of the full model's time")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))

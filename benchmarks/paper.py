@@ -205,6 +205,7 @@ def train_router(paper: Paper, name: str, folder: Path, *options: str) -> None:
     settings, size = paper.settings, paper.size
     arguments = ["train-router", str(folder), "--phase", "prefill", "--text", settings.rank, "--any-device"]
     arguments += ["--tokens", str(size.measure_tokens), "--evaluations", str(size.evaluations)]
+    arguments += ["--lowest", str(min(size.budgets))]  # below, losses of a model that is not trained yet are too large
     paper.flextron(name, *arguments, "--device", settings.device, *options)
 
 
@@ -349,6 +350,7 @@ def ablations(paper: Paper, ranked: Path, trained: Path) -> None:
     arguments = [str(trained), "--out", str(out), "--phase", "prefill", "--budgets", *map(str, size.budgets)]
     arguments += ["--text", settings.rank, "--tokens", str(size.measure_tokens)]
     arguments += ["--evaluations", str(size.evaluations), "--device", settings.device, "--any-device"]
+    arguments += ["--lowest", str(min(size.budgets))]
     paper.benchmark("router without a surrogate", "no_surrogate.py", *arguments)
     losses(paper, "no-surrogate", trained, "--subnet", *(str(out / f"{budget}x.json") for budget in size.budgets))
 

@@ -214,8 +214,8 @@ def _table(results: Results, place: int, text: str) -> list[str]:
         *lines,
         "",
         "Times were measured in interleaved runs, except those of per-token routing, optipfair and mergekit, which are "
-        "by the latency table; rows (e) and (h) have the router's widths, but for the router without a surrogate, whose "
-        "own are within the budget by the latency table.",
+        "by the latency table; rows (e) and (h) have the router's widths, except the router without a surrogate: its "
+        "own keep to the budget by the latency table.",
         "",
     ]
 

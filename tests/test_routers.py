@@ -193,6 +193,26 @@ class TestAnswers:
         subnet = route_along(net, space, [Ceiling(groups, 0.5 * groups.full, "kv=0.5x")])
         assert subnet.neurons == space.full.neurons
 
+    def test_widths_are_multiples_where_asked(self, llama, net, table):
+        space = llama.search_space
+        step = 2 * space.neurons[1]
+        before = 0.0
+        for share in np.linspace(0.3, 1, 15):
+            limit = ceiling(table, float(share))
+            subnet = route_along(net, space, [limit], neuron_step=step)
+            assert all(n % step == 0 or n == space.neurons[-1] for n in subnet.neurons)
+            assert meets([limit], subnet)
+            assert table.price(subnet) >= before
+            before = table.price(subnet)
+        assert before == table.full
+        free = route_along(net, space, [ceiling(table, 0.6)], neuron_step=space.neurons[1])
+        assert free == route_along(net, space, [ceiling(table, 0.6)])
+
+    @pytest.mark.parametrize("step", [0, -64, 1000])
+    def test_a_step_without_multiples_is_refused(self, llama, net, table, step):
+        with pytest.raises(ValueError, match=f"neuron_step is {step}.*offers"):
+            route_along(net, llama.search_space, [ceiling(table, 0.6)], neuron_step=step)
+
     def test_untrained_it_is_about_the_greedy_choice(self, llama, sensitivity, table):
         net = StaticRouter.of(sensitivity, table, lowest=0.4)
         increases = increase_matrix(sensitivity)

@@ -54,6 +54,7 @@ def route(
     any_device: bool = False,
     sensitivity: Sensitivity | None = None,
     engine: str | None = None,
+    neuron_step: int | None = None,
     warn: Callable[[str], None] = lambda _: None,
 ) -> Routed:
     """The best sub-network of `model` within a budget such as "12ms", "0.6x" or "ttft=200ms,150MB".
@@ -66,11 +67,13 @@ def route(
         any_device: use a latency table of another device or version if there is no other, and `warn`.
         sensitivity: to use instead of the folder's, where there is no router.
         engine: whose latency table a budget means, such as `tables.LLAMA_CPP`; by default one measured in this process.
+        neuron_step: let every MLP's width be a multiple of it, such as 64 for tensor cores or 256 for k-quants.
 
     Raises:
         BudgetError: a budget that cannot be read, or that is below the smallest sub-network.
         CostError: no latency table for it.
         RouterError: a router that is damaged or of another checkpoint.
+        ValueError: a step of which the search space has no multiples.
     """
     folder = model.folder if folder is None else folder
     budget = Budget.parse(budget) if isinstance(budget, str) else budget
@@ -84,10 +87,10 @@ def route(
     notes = check_possible(limits)
     metric = _metric_with_router(budget, folder)
     if metric is None or folder is None:
-        return Routed(_greedy(limits, folder, sensitivity), limits, tuple(notes), None)
+        return Routed(_greedy(limits, folder, sensitivity, neuron_step), limits, tuple(notes), None)
     router = Router.load(folder, metric, model)
     notes += _clamped(router, limits)
-    return Routed(router.choose(limits), limits, tuple(notes), router)
+    return Routed(router.choose(limits, neuron_step=neuron_step), limits, tuple(notes), router)
 
 
 def route_tokens(
@@ -172,7 +175,9 @@ def _clamped(router: Router, limits: tuple[Ceiling, ...]) -> list[str]:
     ]
 
 
-def _greedy(limits: tuple[Ceiling, ...], folder: str | Path | None, sensitivity: Sensitivity | None) -> Subnet:
+def _greedy(
+    limits: tuple[Ceiling, ...], folder: str | Path | None, sensitivity: Sensitivity | None, neuron_step: int | None
+) -> Subnet:
     if sensitivity is None:
         if folder is None or not Sensitivity.is_in(folder):
             raise BudgetError(
@@ -180,10 +185,10 @@ def _greedy(limits: tuple[Ceiling, ...], folder: str | Path | None, sensitivity:
                 "Make them with `flextron rank MODEL OUT` and `flextron train-router OUT`."
             )
         sensitivity = Sensitivity.load(folder)
-    return greedy_answer(sensitivity, limits)
+    return greedy_answer(sensitivity, limits, neuron_step=neuron_step)
 
 
-def greedy_answer(sensitivity: Sensitivity, limits: Sequence[Ceiling]) -> Subnet:
+def greedy_answer(sensitivity: Sensitivity, limits: Sequence[Ceiling], *, neuron_step: int | None = None) -> Subnet:
     """The untrained router's answer: by sensitivities and costs, of several limits each cost as a part of its limit.
 
     Raises:
@@ -192,4 +197,5 @@ def greedy_answer(sensitivity: Sensitivity, limits: Sequence[Ceiling]) -> Subnet
     parts = [replace(limit.table.scaled(1 / limit.limit), unit="parts of the limit") for limit in limits]
     table = reduce(lambda sum_, part: sum_.plus(part, metric="limits"), parts)
     lowest = min(0.99, max(GREEDY_LOWEST, 1.05 * table.smallest / table.full))
-    return route_along(StaticRouter.of(sensitivity, table, lowest=lowest), table.search_space, limits)
+    router = StaticRouter.of(sensitivity, table, lowest=lowest)
+    return route_along(router, table.search_space, limits, neuron_step=neuron_step)

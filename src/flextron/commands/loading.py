@@ -83,4 +83,5 @@ def routed(model: ElasticModel, budget: str, config: GenerateConfig | ExportConf
     from flextron.tables import LLAMA_CPP
 
     engine = LLAMA_CPP if isinstance(config, ExportConfig) and config.to == "gguf" else None
-    return route(model, budget, config.model, any_device=config.any_device, engine=engine, warn=note)
+    step = config.neuron_step if isinstance(config, ExportConfig) else None
+    return route(model, budget, config.model, any_device=config.any_device, engine=engine, neuron_step=step, warn=note)

@@ -125,7 +125,14 @@ def run_route(config: RouteConfig) -> None:
     folder = loading.folder_of(config.model)
     model = loading.load(config)
     warnings: list[str] = []
-    routed = route(model, config.budget, folder, any_device=config.any_device, warn=warnings.append)
+    routed = route(
+        model,
+        config.budget,
+        folder,
+        any_device=config.any_device,
+        neuron_step=config.neuron_step,
+        warn=warnings.append,
+    )
     explained = explain(model, routed, folder, measure=config.measure, warnings=warnings)
     print(as_json(config.budget, explained) if config.json else as_text(routed, explained, folder))
     if config.out is not None:

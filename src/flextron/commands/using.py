@@ -132,8 +132,15 @@ def _to_export(model: ElasticModel, config: ExportConfig) -> Subnet:
     else:
         table = formula_table(model, "parameters")
         limits = (Ceiling(table, table.price(loading.chosen(model, config)), f"the parameters of {config.subnet}"),)
+    step = config.neuron_step or 1
+
+    def fits(subnet: Subnet) -> bool:
+        neurons = subnet.neurons[0]
+        rounded = neurons % step == 0 or neurons == model.search_space.neurons[-1]
+        return rounded and can_state(model, subnet, to=config.to, quantize=config.quantize)
+
     try:
-        return equal_widths_within(limits, lambda s: can_state(model, s, to=config.to, quantize=config.quantize))
+        return equal_widths_within(limits, fits)
     except BudgetError:
         if config.to == "gguf":  # no widths at all can be stated: say why
             refuse_in_gguf(model, model.search_space.full, config.quantize)

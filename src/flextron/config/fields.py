@@ -22,6 +22,13 @@ BudgetArgument = Annotated[
 BudgetsArgument = Annotated[
     tuple[str, ...], arg(help=f"Further sub-networks, the best within what each may cost, such as 0.9x 0.6x: {FORMS}.")
 ]
+NeuronStepArgument = Annotated[
+    int | None,
+    arg(
+        help="Let every MLP's width within the budget be a multiple of this, or full: 64 for tensor cores, 256 for "
+        "k-quants. Without, all widths of the search space."
+    ),
+]
 RouteArgument = Annotated[str, arg(help=f"What the sub-network may cost: {FORMS}.")]
 
 

@@ -9,6 +9,7 @@ from flextron.budget import Budget
 from flextron.config.fields import (
     Dtype,
     ModelArgument,
+    NeuronStepArgument,
     Phase,
     Quantization,
     RouteArgument,
@@ -134,6 +135,7 @@ class RouteConfig:
     model: ModelArgument
     """Folder of an elastic checkpoint."""
     budget: RouteArgument
+    neuron_step: NeuronStepArgument = None
     measure: bool = True
     """Measure the times that the budget limits, a few seconds each, where the latency table was measured here."""
     picture: Path | None = None

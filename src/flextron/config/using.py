@@ -15,6 +15,7 @@ from flextron.config.fields import (
     Dtype,
     Engine,
     ModelArgument,
+    NeuronStepArgument,
     OutArgument,
     Quantization,
     check_at_least,
@@ -161,6 +162,7 @@ class ExportConfig:
     subnet: str = "full"
     """Sub-network: full; a share of the layers' weights such as 60%; equal widths such as neurons=768,kv_groups=2; or a Subnet's JSON file."""
     budget: BudgetArgument = None
+    neuron_step: NeuronStepArgument = None
     equal_widths: bool = False
     """Take equal widths in all layers, of at most the cost of that sub-network, or within that budget."""
     to: Engine = "hf"
@@ -182,6 +184,8 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         check_one_choice(self.subnet, self.budget)
+        if self.neuron_step is not None and self.budget is None:
+            raise ValueError(f"neuron_step is {self.neuron_step}; it is of --budget, whose answer it rounds.")
         if self.to == "gguf":
             check_ending("out", self.out, (".gguf",))
             if self.remote_code:

@@ -10,13 +10,19 @@ from collections.abc import Sequence
 import numpy as np
 
 from flextron.pricing import Ceiling
-from flextron.routers.choices import Floats, Indices, choice_counts, cost_matrix, prices, to_subnet
+from flextron.routers.choices import Floats, Indices, Mask, cost_matrix, prices, to_subnet
 from flextron.subnet import SearchSpace, Subnet
 
 TOLERANCE = 1e-9
 
 
-def answer(space: SearchSpace, path_NS: Indices, utilities_SK: Floats, ceilings: Sequence[Ceiling]) -> Subnet:
+def answer(
+    space: SearchSpace,
+    path_NS: Indices,
+    utilities_SK: Floats,
+    ceilings: Sequence[Ceiling],
+    usable_SK: Mask,
+) -> Subnet:
     """The sub-network of a path that keeps all `ceilings` and uses one up, to within a step of a sub-layer.
 
     Costs rise along the path, so the last that fits is found at once; from there to the next one, sub-layers are
@@ -27,6 +33,7 @@ def answer(space: SearchSpace, path_NS: Indices, utilities_SK: Floats, ceilings:
         path_NS: nested sub-networks from the smallest of the space to the full model.
         utilities_SK: what each choice is worth; only their differences within a sub-layer matter.
         ceilings: limits, all of which the smallest sub-network keeps (`pricing.check_possible` says so).
+        usable_SK: choices that may be taken (`choices.usable`), the path's among them.
     """
     tables = [
         (cost_matrix(ceiling.table), ceiling.table.fixed, ceiling.limit * (1 + TOLERANCE)) for ceiling in ceilings
@@ -37,11 +44,13 @@ def answer(space: SearchSpace, path_NS: Indices, utilities_SK: Floats, ceilings:
     last = int(np.flatnonzero(fits_N).max(initial=0))
     if last + 1 == len(path_NS):
         return to_subnet(space, path_NS[last])
-    for_free_SK = _widest_for_free(space, [costs_SK for costs_SK, _, _ in tables])
+    for_free_SK = _widest_for_free(usable_SK, [costs_SK for costs_SK, _, _ in tables])
     current_S, next_S = path_NS[last].copy(), path_NS[last + 1]
     costs_SK = np.sum([costs / limit for costs, _, limit in tables], axis=0)
     for layer in _by_gain(utilities_SK, costs_SK, current_S, next_S):
         for choice in range(next_S[layer], current_S[layer], -1):
+            if not usable_SK[layer, choice]:
+                continue
             wider_S = current_S.copy()
             wider_S[layer] = choice
             if all(prices(costs, fixed, wider_S[None])[0] <= limit for costs, fixed, limit in tables):
@@ -52,14 +61,14 @@ def answer(space: SearchSpace, path_NS: Indices, utilities_SK: Floats, ceilings:
     return to_subnet(space, for_free_SK[np.arange(len(current_S)), current_S])
 
 
-def _widest_for_free(space: SearchSpace, costs: Sequence[Floats]) -> Indices:
-    """For each choice the widest that costs the same in every table, [S, K]: an MLP costs nothing in a KV cache."""
-    counts_S = choice_counts(space)
-    widest_SK = np.tile(np.arange(counts_S.max()), (len(counts_S), 1))
-    for layer, count in enumerate(counts_S):
-        for choice in range(count - 2, -1, -1):
-            if all(costs_SK[layer, choice] == costs_SK[layer, choice + 1] for costs_SK in costs):
-                widest_SK[layer, choice] = widest_SK[layer, choice + 1]
+def _widest_for_free(usable_SK: Mask, costs: Sequence[Floats]) -> Indices:
+    """For each choice the widest usable one of the same cost in every table, [S, K]; an MLP is free in a KV cache."""
+    widest_SK = np.tile(np.arange(usable_SK.shape[1]), (len(usable_SK), 1))
+    for layer, usable_K in enumerate(usable_SK):
+        choices = np.flatnonzero(usable_K)
+        for choice, wider in zip(choices[-2::-1], choices[:0:-1], strict=True):
+            if all(costs_SK[layer, choice] == costs_SK[layer, wider] for costs_SK in costs):
+                widest_SK[layer, choice] = widest_SK[layer, wider]
     return widest_SK
 
 

@@ -52,6 +52,27 @@ def to_subnet(space: SearchSpace, indices_S: Indices) -> Subnet:
     return Subnet(tuple(space.neurons[i] for i in neurons), tuple(space.kv_groups[i] for i in kv_groups))
 
 
+def usable(space: SearchSpace, neuron_step: int | None = None) -> Mask:
+    """Which columns are choices, [S, K]; with a step, of neurons its multiples and all of them only.
+
+    Raises:
+        ValueError: no width between none and all is a multiple of it, or the narrowest is none.
+    """
+    usable_SK = allowed(space)
+    if neuron_step is None:
+        return usable_SK
+    widths = np.array(space.neurons)
+    multiples = widths % neuron_step == 0 if neuron_step > 0 else np.zeros(len(widths), bool)
+    if not multiples[0] or not multiples[widths > 0][:-1].any():
+        raise ValueError(
+            f"neuron_step is {neuron_step}; the search space offers {', '.join(map(str, space.neurons))}, of which the "
+            "narrowest and one more below the full width must be multiples of it. Take a divisor of them, or rank anew "
+            "with --neuron-step."
+        )
+    usable_SK[: space.layers, : len(widths)] = multiples | (widths == widths[-1])
+    return usable_SK
+
+
 def as_matrix(space: SearchSpace, rows: dict[str, Any]) -> Floats:
     """Numbers for each layer and choice, by axis, as [S, K]; columns that are no choices hold 0."""
     matrix = np.zeros(allowed(space).shape)

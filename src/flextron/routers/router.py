@@ -19,7 +19,7 @@ from flextron.elastic import ElasticModel
 from flextron.errors import RouterError
 from flextron.pricing import Ceiling
 from flextron.routers.answering import answer
-from flextron.routers.choices import Floats, Indices, to_indices
+from flextron.routers.choices import Floats, Indices, Mask, allowed, to_indices, usable
 from flextron.routers.pairs import FOLDER
 from flextron.routers.static import StaticRouter
 from flextron.routers.surrogate import Surrogate, SurrogateError
@@ -71,13 +71,22 @@ class Router:
     surrogate: Surrogate
     about: RouterAbout
 
-    def choose(self, ceilings: Sequence[Ceiling]) -> Subnet:
-        """The best sub-network that keeps all limits, which `pricing.check_possible` has passed."""
-        return answer(self.search_space, *self._path_and_utilities, ceilings)
+    def choose(self, ceilings: Sequence[Ceiling], *, neuron_step: int | None = None) -> Subnet:
+        """The best sub-network that keeps all limits, which `pricing.check_possible` has passed.
+
+        Args:
+            neuron_step: let every MLP's width be a multiple of it, or full.
+
+        Raises:
+            ValueError: the search space has no multiples of it.
+        """
+        if neuron_step is not None:
+            return route_along(self.net, self.search_space, ceilings, neuron_step=neuron_step)
+        return answer(self.search_space, *self._path_and_utilities, ceilings, allowed(self.search_space))
 
     @cached_property
     def _path_and_utilities(self) -> tuple[Indices, Floats]:
-        return path_and_utilities(self.net)
+        return path_and_utilities(self.net, allowed(self.search_space))
 
     def predicted_loss(self, subnet: Subnet) -> float:
         """What the surrogate expects, in nats per token of the text that it learnt from."""
@@ -142,12 +151,15 @@ def metrics_with_router(folder: str | Path) -> list[str]:
     return sorted(name for name in found if not name.startswith("."))  # a killed save leaves .NAME.partial-*
 
 
-def route_along(net: StaticRouter, space: SearchSpace, ceilings: Sequence[Ceiling]) -> Subnet:
+def route_along(
+    net: StaticRouter, space: SearchSpace, ceilings: Sequence[Ceiling], *, neuron_step: int | None = None
+) -> Subnet:
     """The answer of a router, trained or not, to limits."""
-    return answer(space, *path_and_utilities(net), ceilings)
+    usable_SK = usable(space, neuron_step)
+    return answer(space, *path_and_utilities(net, usable_SK), ceilings, usable_SK)
 
 
 @torch.no_grad()
-def path_and_utilities(net: StaticRouter) -> tuple[Indices, Floats]:
+def path_and_utilities(net: StaticRouter, usable_SK: Mask) -> tuple[Indices, Floats]:
     """What the answers of a router are found by: its nested sub-networks [N, S], and utilities [S, K]."""
-    return net.path(), np.asarray(net.utilities_SK.double())
+    return net.path(usable_SK), np.asarray(net.utilities_SK.double())

@@ -138,14 +138,16 @@ class StaticRouter(nn.Module):
         return self.fixed + torch.einsum("bsk,sk->b", choices_BSK, self.costs_SK)
 
     @torch.no_grad()
-    def path(self) -> Indices:
+    def path(self, usable_SK: Mask) -> Indices:
         """Nested sub-networks from the smallest to the full model, [N, S]: the answers to a fine grid of budgets.
 
-        No sub-layer gets narrower from one to the next. Below the lowest budget the price of cost rises on.
+        Of usable choices [S, K] only, the smallest and the full width among them. No sub-layer gets narrower from one
+        to the next. Below the lowest budget the price of cost rises on.
         """
         place_N = torch.linspace(-1, 1, 2 * GRID)
         budgets_N = self.lowest + (1 - self.lowest) * place_N.clamp(0, 1)
         logits_NSK = self(budgets_N, -BEYOND * place_N.clamp(-1, 0))
+        logits_NSK = logits_NSK.masked_fill(~torch.tensor(usable_SK, device=logits_NSK.device), -torch.inf)
         indices_NS = np.asarray(logits_NSK.argmax(-1))
         full_S = np.asarray(self.allowed_SK.sum(-1, keepdim=True).T) - 1
         ends = [np.zeros_like(full_S), np.maximum.accumulate(indices_NS, axis=0), full_S]  # rounding could narrow one

@@ -242,7 +242,7 @@ def optimise(
             missed_B = (router.cost(choices_BSK) - budgets_B).abs()
             loss = (losses_of(choices_BSK) + COST_WEIGHT * missed_B).mean()
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
 

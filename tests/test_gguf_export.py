@@ -397,6 +397,7 @@ class TestCommand:
             (["out.bin", "--to", "gguf"], "its name must end in .gguf"),
             (["out.gguf", "--to", "gguf", "--remote-code"], "remote_code is of --to hf"),
             (["out", "--quantize", "q8_0"], "quantize is q8_0; it is of --to gguf"),
+            (["out", "--neuron-step", "256"], "neuron_step is 256; it is of --budget"),
             (["out", "--to", "vllm"], "vllm"),
         ],
     )

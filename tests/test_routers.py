@@ -545,6 +545,18 @@ class TestTogether:
         train(config)  # done already
         assert (out / "routers" / "tpot" / WEIGHTS).read_bytes() == saved
 
+    def test_it_may_be_left_to_a_command_of_its_own(self, ranked, tmp_path):
+        out = tmp_path / "trained"
+        visit = VisitOptions(router="tpot", visits=(0, 0, 0, 1), retrain_router=False)
+        text = TextOptions(tokens=128, block_tokens=64)
+        train(TrainConfig(str(ranked), out, text=text, visit=visit, watch=WatchOptions(evaluate_tokens=0)))
+        assert ElasticModel.from_pretrained(out).search_space
+        assert not (out / "routers").exists()
+
+    def test_without_a_router_there_is_none_to_leave(self):
+        with pytest.raises(ValueError, match="--no-retrain-router needs the metric of a router"):
+            VisitOptions(retrain_router=False)
+
     def test_a_router_that_is_not_there_is_an_error(self, ranked, tmp_path):
         config = TrainConfig(str(ranked), tmp_path / "trained", visit=VisitOptions(router="ttft"))
         with pytest.raises(RouterError, match="no router for ttft"):

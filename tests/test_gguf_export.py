@@ -432,6 +432,21 @@ class TestTimes:
         }
         assert len(files) == 2
 
+    @pytest.mark.parametrize("wanted", ["f16", "q8_0", "q4_k_m"])
+    def test_the_table_of_the_same_weights_is_preferred(self, timed, tmp_path, wanted):
+        folder = shutil.copytree(timed, tmp_path / "elastic")
+        (file,) = (folder / "latency").glob("*.json")
+        table = CostTable.load(file)
+        for kind in ("f16", "q8_0"):
+            save_table(folder, replace(table, conditions={"engine": LLAMA_CPP, "quantization": kind}))
+        model = ElasticModel.from_pretrained(folder)
+        warnings: list[str] = []
+        found = find_table(model, folder, "tpot", engine=LLAMA_CPP, quantization=wanted, warn=warnings.append)
+        if wanted == "q4_k_m":
+            assert "was measured with weights in f16, not in q4_k_m" in warnings[0]
+        else:
+            assert (found.conditions["quantization"], warnings) == (wanted, [])
+
     def test_a_csv_of_llamacpp_is_a_table_of_llama_cpp(self, timed, tmp_path):
         folder = shutil.copytree(timed, tmp_path / "elastic")
         model = ElasticModel.from_pretrained(folder)

@@ -54,6 +54,7 @@ def route(
     any_device: bool = False,
     sensitivity: Sensitivity | None = None,
     engine: str | None = None,
+    quantization: str | None = None,
     neuron_step: int | None = None,
     warn: Callable[[str], None] = lambda _: None,
 ) -> Routed:
@@ -67,6 +68,7 @@ def route(
         any_device: use a latency table of another device or version if there is no other, and `warn`.
         sensitivity: to use instead of the folder's, where there is no router.
         engine: whose latency table a budget means, such as `tables.LLAMA_CPP`; by default one measured in this process.
+        quantization: with `engine`, the type of weights whose table is preferred, such as "q8_0".
         neuron_step: let every MLP's width be a multiple of it, such as 64 for tensor cores or 256 for k-quants.
 
     Raises:
@@ -81,7 +83,16 @@ def route(
     def latency(metric: str, tokens: int | None) -> CostTable:
         if folder is None:
             raise BudgetError(f"a budget of time ({metric}) needs the folder of a checkpoint with a latency table.")
-        return find_table(model, folder, metric, tokens=tokens, foreign=any_device, engine=engine, warn=warn)
+        return find_table(
+            model,
+            folder,
+            metric,
+            tokens=tokens,
+            foreign=any_device,
+            engine=engine,
+            quantization=quantization,
+            warn=warn,
+        )
 
     limits = ceilings(model, budget, latency)
     notes = check_possible(limits)

@@ -47,6 +47,7 @@ def find_table(
     tokens: int | None = None,
     foreign: bool = False,
     engine: str | None = None,
+    quantization: str | None = None,
     warn: Callable[[str], None] = lambda _: None,
 ) -> CostTable:
     """The table of a checkpoint for this device, type and these versions, of the text length nearest to `tokens`.
@@ -57,6 +58,7 @@ def find_table(
         metric: "ttft" or "tpot".
         engine: prefer a table of this outside engine, such as `LLAMA_CPP`, and `warn` where there is none; by default
             one that was measured in this process.
+        quantization: with `engine`, prefer a table of weights of this type, and `warn` where there is none.
         foreign: take one of another device or version if there is no other, the same device first, and `warn`.
 
     Raises:
@@ -80,7 +82,12 @@ def find_table(
     def distance(table: CostTable) -> tuple[list[bool], int, int]:
         differs = [_differs(table, *item) for item in present.items()]
         nameless = "device" not in table.conditions  # of an outside engine: only where none was measured here
-        return [not is_of(table, engine), *differs, nameless], _batch(table), abs(_length(table) - (tokens or 0))
+        other_weights = quantization is not None and _differs(table, "quantization", quantization)
+        return (
+            [not is_of(table, engine), other_weights, *differs, nameless],
+            _batch(table),
+            abs(_length(table) - (tokens or 0)),
+        )
 
     nearest = min(tables, key=distance)
     differ = "; ".join(foreign_conditions(nearest, present))
@@ -89,6 +96,9 @@ def find_table(
         warn(
             f"the latency table of {phase} was measured in {where}, not in {engine or 'flextron'}, where times differ."
         )
+    elif quantization is not None and _differs(nearest, "quantization", quantization):
+        measured = nearest.conditions["quantization"]
+        warn(f"the latency table of {phase} was measured with weights in {measured}, not in {quantization}.")
     if differ and not foreign:
         raise CostError(
             f"no latency table of {phase} in {folder} was measured here ({differ}). "

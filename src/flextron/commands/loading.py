@@ -82,6 +82,9 @@ def routed(model: ElasticModel, budget: str, config: GenerateConfig | ExportConf
     from flextron.routing import route
     from flextron.tables import LLAMA_CPP
 
-    engine = LLAMA_CPP if isinstance(config, ExportConfig) and config.to == "gguf" else None
-    step = config.neuron_step if isinstance(config, ExportConfig) else None
-    return route(model, budget, config.model, any_device=config.any_device, engine=engine, neuron_step=step, warn=note)
+    how: dict[str, Any] = {"any_device": config.any_device, "warn": note}
+    if isinstance(config, ExportConfig):
+        how["neuron_step"] = config.neuron_step
+        if config.to == "gguf":
+            how |= {"engine": LLAMA_CPP, "quantization": config.quantize}
+    return route(model, budget, config.model, **how)

@@ -380,10 +380,10 @@ def main(settings: Settings) -> None:
     ranked, trained = elastic(paper)
     choices(paper, trained)
     alone(paper, ranked)
+    tasks(paper, trained)
     rivals(paper, ranked)
     ablations(paper, ranked, trained)
     seeds(paper, ranked)
-    tasks(paper, trained)
     page = write_page(settings.out)
     print(f"wrote {page} after {sum(paper.seconds.values()) / 60:.0f} minutes in all")
 

@@ -289,7 +289,8 @@ def _published() -> list[str]:
 def _left_out(results: Results) -> list[str]:
     """What a whole comparison would have and this one has not."""
     size = results.about["size"]
-    lines = []
+    found = {method for row in results.losses(0).values() for method in row}
+    lines = [f"- {name}." for method, name in NAMES.items() if method not in found]
     if size["seeds"] == 1:
         lines.append("- More than one seed of training: standard errors are of the text, not of training.")
     for what, key in (("Tasks", "tasks_at"), ("Other tools' pruning", "rivals_at")):

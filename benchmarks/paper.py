@@ -276,6 +276,9 @@ def rivals(paper: Paper, ranked: Path) -> None:
             print(f"{tool} is not installed, so it is left out: pip install -e '.[rivals]'", flush=True)
             continue
         for budget in paper.size.rivals_at:
+            if tool == "optipfair" and not _neurons_within(paper, budget):
+                print(f"optipfair prunes neurons only, and even without any the model takes over {budget}x", flush=True)
+                continue
             pruned = paper.out / f"{tool}-{budget}x-pruned"
             paper.once(pruned.name, lambda b=budget, p=pruned, run=prune: run(paper, full, b, p))
             options = ["--visits", "1", "0", "0", "0", "--teacher", str(full)]
@@ -290,6 +293,14 @@ def table_of(paper: Paper) -> Any:
     return next(CostTable.load(file) for file in sorted((paper.out / "elastic" / "latency").glob("*.json")))
 
 
+def _neurons_within(paper: Paper, budget: float) -> list[int]:
+    """Equal widths of all MLPs within a budget, the attention whole."""
+    table = table_of(paper)
+    space = table.search_space
+    groups = space.kv_groups[-1]
+    return [n for n in space.neurons if n and table.price(space.uniform(n, groups)) <= budget * table.full]
+
+
 def prune_with_optipfair(paper: Paper, full: Path, budget: float, out: Path) -> None:
     """Neurons by largest weights (MAW), as many in all layers as the budget allows."""
     import optipfair
@@ -298,8 +309,7 @@ def prune_with_optipfair(paper: Paper, full: Path, budget: float, out: Path) -> 
     table = table_of(paper)
     space = table.search_space
     groups = space.kv_groups[-1]
-    fits = [n for n in space.neurons if table.price(space.uniform(n, groups)) <= budget * table.full]
-    part = 100 * (1 - max(fits) / space.neurons[-1])
+    part = 100 * (1 - max(_neurons_within(paper, budget)) / space.neurons[-1])
     lm = AutoModelForCausalLM.from_pretrained(full)
     pruned = optipfair.prune_model(lm, pruning_percentage=part, show_progress=False)
     with new_folder(out) as partial:

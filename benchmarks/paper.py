@@ -186,16 +186,8 @@ def losses(paper: Paper, name: str, model: str | Path, *chosen: str) -> None:
     """Stage: losses of sub-networks of a checkpoint on all texts."""
     for place, text in enumerate(paper.settings.texts):
         file = paper.out / "losses" / f"{name.replace('/', '-')}-{place}.json"
-        options = [
-            "--text",
-            text,
-            "--tokens",
-            str(paper.size.loss_tokens),
-            "--json",
-            "--any-device",
-            "--dtype",
-            "bfloat16",
-        ]
+        options = ["--text", text, "--tokens", str(paper.size.loss_tokens), "--json"]
+        options += ["--any-device", "--dtype", "bfloat16"]
         arguments = ["evaluate", str(model), *chosen, *options, "--device", paper.settings.device]
         paper.flextron(f"losses {name}, {Path(text).name}", *arguments, output=file)
 

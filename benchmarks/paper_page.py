@@ -42,7 +42,7 @@ NAMES = {
     "optipfair": "(f) optipfair, trained alone, same tokens each",
     "mergekit": "(f) mergekit, trained alone, same tokens each",
     "ranked only": "(h) no elastic training",
-    "no-ranking": "(h) no ranking",
+    "no-ranking": "(h) no ranking, and no router to visit by",
     "no-distillation": "(h) no distillation",
     "no-sandwich": "(h) no sandwich: random sub-networks only",
     "no-surrogate": "(h) no surrogate: the router trained through the LLM",

@@ -14,17 +14,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import tyro
 
 from flextron.atomic import new_folder, write_text
 from flextron.demo import smollm2_path
-from flextron.environment import describe_environment
-from paper_page import write_page
+from flextron.environment import default_device, describe_environment, faster_dtype
+from paper_page import table_of, write_page
 
 HERE = Path(__file__).parent
 METRIC = "ttft"
@@ -38,8 +38,8 @@ class Size:
     """Parts of the full model's time."""
     tasks_at: tuple[float, ...]
     """Budgets at which tasks are run."""
-    rivals_at: tuple[float, ...]
-    """Budgets to which other tools prune."""
+    costly_at: tuple[float, ...]
+    """Budgets of what trains a model of its own on all tokens, (e) and (f), and of ablations."""
     rank_tokens: int
     sensitivity_tokens: int
     train_tokens: int
@@ -58,12 +58,13 @@ class Size:
     seeds: int
 
 
-JOINT = ("--router", METRIC, "--visits", "1", "1", "0", "6")
-"""Random sub-networks are what the router may answer; one visit in eight each is of the full model and the smallest."""
+JOINT = ("--router", METRIC, "--visits", "1", "0", "0", "7", "--spread", "0")
+"""The router's answers to budgets over its range are trained; one visit in eight is of the full model."""
+METHODS = ("router", "greedy", "evolution", "equal widths", "layer dropping")
 STEPS = ("--visits-per-step", "1", "--blocks-per-visit", "1", "--evaluate-tokens", "0")
 SIZES = {
     "tiny": Size((0.6,), (0.6,), (0.6,), 2048, 256, 1024, STEPS, 160, 512, 6144, 1024, 2, 1),
-    "small": Size((0.8, 0.6, 0.5), (0.6,), (0.8, 0.5), 8192, 256, 16384, STEPS, 160, 512, 6144, 4096, 20, 1),
+    "small": Size((0.9, 0.8, 0.7, 0.6, 0.5), (0.6,), (0.8, 0.5), 8192, 512, 16384, STEPS, 160, 512, 6144, 4096, 20, 1),
     "full": Size(
         (0.9, 0.8, 0.7, 0.6, 0.5),
         (0.8, 0.7, 0.6, 0.5),
@@ -116,21 +117,22 @@ class Paper:
     """All stages, in order; what each leaves is in the folder."""
 
     settings: Settings
-    seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.out = self.settings.out
         self.size = self.settings.of
         self.model = str(smollm2_path()) if self.settings.model == "smollm2" else self.settings.model
         self.done = self.out / "stages.json"
-        asked = {**json.loads(json.dumps(asdict(self.settings), default=str)), "model": self.model}
-        del asked["out"]
-        if self.done.is_file():
-            found = json.loads(self.done.read_text(encoding="utf8"))
-            if found["settings"] != asked:
-                raise SystemExit(f"error: {self.out} is of other settings. Name another --out, or delete it.")
-            self.seconds = found["seconds"]
-        self.about = {"settings": asked, "size": asdict(self.size), "environment": describe_environment().splitlines()}
+        settings = {**asdict(self.settings), "model": self.model}
+        del settings["out"]
+        asked = json.loads(json.dumps({"settings": settings, "size": asdict(self.size)}, default=str))
+        found = json.loads(self.done.read_text(encoding="utf8")) if self.done.is_file() else None
+        if found is not None and any(found[key] != asked[key] for key in asked):
+            raise SystemExit(f"error: {self.out} is of other settings. Name another --out, or delete it.")
+        self.seconds = found["seconds"] if found else {}
+        device = default_device() if self.settings.device == "auto" else self.settings.device
+        self.dtype = found["dtype"] if found else str(faster_dtype(device)).removeprefix("torch.")
+        self.about = {**asked, "dtype": self.dtype, "environment": describe_environment().splitlines()}
 
     def once(self, name: str, run: Callable[[], None]) -> None:
         """Run a stage that is not done yet."""
@@ -187,7 +189,7 @@ def losses(paper: Paper, name: str, model: str | Path, *chosen: str) -> None:
     for place, text in enumerate(paper.settings.texts):
         file = paper.out / "losses" / f"{name.replace('/', '-')}-{place}.json"
         options = ["--text", text, "--tokens", str(paper.size.loss_tokens), "--json"]
-        options += ["--any-device", "--dtype", "bfloat16"]
+        options += ["--any-device", "--dtype", paper.dtype]
         arguments = ["evaluate", str(model), *chosen, *options, "--device", paper.settings.device]
         paper.flextron(f"losses {name}, {Path(text).name}", *arguments, output=file)
 
@@ -212,7 +214,7 @@ def elastic(paper: Paper) -> tuple[Path, Path]:
     ranked = paper.out / "ranked"
     tokens = ["--tokens", str(size.rank_tokens), "--sensitivity-tokens", str(size.sensitivity_tokens)]
     tokens += ["--text", settings.rank, "--device", settings.device]
-    paper.flextron("rank", "rank", paper.model, str(ranked), *tokens, "--dtype", "bfloat16")
+    paper.flextron("rank", "rank", paper.model, str(ranked), *tokens, "--dtype", paper.dtype)
     timed = ["--phase", "prefill", "--rounds", "2", "--device", settings.device]
     paper.flextron("table", "measure-latency", str(ranked), *timed)
     train_router(paper, "router before training", ranked)
@@ -240,8 +242,8 @@ def choices(paper: Paper, trained: Path) -> None:
     """Stage: (a) to (d), other ways to choose within the same weights, timed and measured side by side."""
     settings, size = paper.settings, paper.size
     out = paper.out / "choices.json"
-    arguments = ["--model", str(trained), "--phase", "prefill", "--dtype", "bfloat16", "--device", settings.device]
-    arguments += ["--budgets", *map(str, size.budgets), "--between", "--texts", *settings.texts]
+    arguments = ["--model", str(trained), "--phase", "prefill", "--dtype", paper.dtype, "--device", settings.device]
+    arguments += ["--budgets", *map(str, size.budgets), "--between", "--methods", *METHODS, "--texts", *settings.texts]
     arguments += ["--tokens", str(size.loss_tokens), "--measure-on", settings.rank, "--rounds", "2"]
     arguments += ["--measure-tokens", str(size.measure_tokens), "--evaluations", str(size.evaluations)]
     arguments += ["--any-device", "--out", str(out), "--picture", str(paper.out / "choices.png")]
@@ -251,10 +253,11 @@ def choices(paper: Paper, trained: Path) -> None:
 def alone(paper: Paper, ranked: Path) -> None:
     """Stages: (e) the same sub-networks, each trained alone, with a share of the tokens and with all of them."""
     size = paper.size
-    for budget in size.budgets:
-        answer = str(answer_of(paper, budget))
-        only = ["--visits", "0", "0", "1", "0", "--presets", answer]
-        for name, tokens in (("share", size.train_tokens // len(size.budgets)), ("each", size.train_tokens)):
+    share = size.train_tokens // len(size.budgets)
+    for name, tokens, budgets in (("share", share, size.budgets), ("each", size.train_tokens, size.costly_at)):
+        for budget in budgets:
+            answer = str(answer_of(paper, budget))
+            only = ["--visits", "0", "0", "1", "0", "--presets", answer]
             folder = train(paper, f"alone-{name}-{budget}x", ranked, *only, tokens=tokens)
             losses(paper, folder.name, folder, "--subnet", answer)
 
@@ -267,7 +270,7 @@ def rivals(paper: Paper, ranked: Path) -> None:
         if find_spec(tool) is None:
             print(f"{tool} is not installed, so it is left out: pip install -e '.[rivals]'", flush=True)
             continue
-        for budget in paper.size.rivals_at:
+        for budget in paper.size.costly_at:
             if tool == "optipfair" and not _neurons_within(paper, budget):
                 print(f"optipfair prunes neurons only, and even without any the model takes over {budget}x", flush=True)
                 continue
@@ -278,16 +281,9 @@ def rivals(paper: Paper, ranked: Path) -> None:
             losses(paper, folder.name, folder, "--subnet", "full")
 
 
-def table_of(paper: Paper) -> Any:
-    """The latency table that prices every rival."""
-    from flextron.costs import CostTable
-
-    return next(CostTable.load(file) for file in sorted((paper.out / "elastic" / "latency").glob("*.json")))
-
-
 def _neurons_within(paper: Paper, budget: float) -> list[int]:
     """Equal widths of all MLPs within a budget, the attention whole."""
-    table = table_of(paper)
+    table = table_of(paper.out)
     space = table.search_space
     groups = space.kv_groups[-1]
     return [n for n in space.neurons if n and table.price(space.uniform(n, groups)) <= budget * table.full]
@@ -298,7 +294,7 @@ def prune_with_optipfair(paper: Paper, full: Path, budget: float, out: Path) -> 
     import optipfair
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    table = table_of(paper)
+    table = table_of(paper.out)
     space = table.search_space
     groups = space.kv_groups[-1]
     part = 100 * (1 - max(_neurons_within(paper, budget)) / space.neurons[-1])
@@ -317,7 +313,7 @@ def prune_with_mergekit(paper: Paper, full: Path, budget: float, out: Path) -> N
     """A run of layers cut out, as short as the budget allows, that ends before the last layer."""
     from flextron.subnet import Subnet
 
-    table = table_of(paper)
+    table = table_of(paper.out)
     space = table.search_space
     layers, neurons, groups = space.layers, space.neurons[-1], space.kv_groups[-1]
 
@@ -330,7 +326,7 @@ def prune_with_mergekit(paper: Paper, full: Path, budget: float, out: Path) -> N
     parts = [[0, kept - 1], [layers - 1, layers]]
     slices = [{"sources": [{**source, "layer_range": part}]} for part in parts]
     recipe = out.with_suffix(".yaml")
-    write_text(recipe, json.dumps({"slices": slices, "merge_method": "passthrough", "dtype": "bfloat16"}) + "\n")
+    write_text(recipe, json.dumps({"slices": slices, "merge_method": "passthrough", "dtype": paper.dtype}) + "\n")
     with new_folder(out) as partial:
         call([str(Path(sys.executable).with_name("mergekit-yaml")), str(recipe), str(partial), "--copy-tokenizer"])
         about = {"layers": kept, "cost": price(kept) / table.full}
@@ -341,20 +337,21 @@ def ablations(paper: Paper, ranked: Path, trained: Path) -> None:
     """Stages: (h) training without ranking, distillation, sandwich; a router without a surrogate."""
     settings, size = paper.settings, paper.size
     joint = [*JOINT, "--no-retrain-router"]
+    answers = [str(answer_of(paper, budget)) for budget in size.costly_at]
     for name, model, options in (
-        ("no-ranking", paper.model, []),
+        ("no-ranking", paper.model, ["--visits", "1", "0", "7", "0", "--presets", *answers_of(paper)]),
         ("no-distillation", ranked, [*joint, "--text-weight", "1"]),
         ("no-sandwich", ranked, [*joint, "--visits", "0", "0", "0", "1"]),
     ):
         folder = train(paper, name, model, *options)
-        losses(paper, name, folder, "--subnet", "full", *answers_of(paper))
+        losses(paper, name, folder, "--subnet", *answers)
     out = paper.out / "no-surrogate"
-    arguments = [str(trained), "--out", str(out), "--phase", "prefill", "--budgets", *map(str, size.budgets)]
+    arguments = [str(trained), "--out", str(out), "--phase", "prefill", "--budgets", *map(str, size.costly_at)]
     arguments += ["--text", settings.rank, "--tokens", str(size.measure_tokens)]
     arguments += ["--evaluations", str(size.evaluations), "--device", settings.device, "--any-device"]
     arguments += ["--lowest", str(min(size.budgets))]
     paper.benchmark("router without a surrogate", "no_surrogate.py", *arguments)
-    losses(paper, "no-surrogate", trained, "--subnet", *(str(out / f"{budget}x.json") for budget in size.budgets))
+    losses(paper, "no-surrogate", trained, "--subnet", *(str(out / f"{budget}x.json") for budget in size.costly_at))
 
 
 def tasks(paper: Paper, trained: Path) -> None:

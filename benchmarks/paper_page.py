@@ -2,7 +2,8 @@
 
     python benchmarks/paper_page.py out/paper docs/results.md
 
-All differences are paired by blocks of the same text; ± is the standard error over these blocks.
+All differences are paired by blocks of the same text, and taken at equal cost: the router's losses are interpolated
+between its answers and the full model. ± is the standard error over these blocks.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 import re
 import shutil
 import sys
+from bisect import bisect_left
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -21,6 +23,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from flextron.atomic import write_text
+from flextron.costs import CostTable
 from flextron.drawing import save_figure
 from flextron.subnet import Subnet
 
@@ -42,9 +45,9 @@ NAMES = {
     "optipfair": "(f) optipfair, trained alone, same tokens each",
     "mergekit": "(f) mergekit, trained alone, same tokens each",
     "ranked only": "(h) no elastic training",
-    "no-ranking": "(h) no ranking, and no router to visit by",
+    "no-ranking": "(h) no ranking, trained on these widths",
     "no-distillation": "(h) no distillation",
-    "no-sandwich": "(h) no sandwich: random sub-networks only",
+    "no-sandwich": "(h) no sandwich: the full model is not trained",
     "no-surrogate": "(h) no surrogate: the router trained through the LLM",
 }
 MUST_LOSE = ("equal widths", "layer dropping", "greedy", "optipfair", "mergekit", "alone-share")
@@ -56,8 +59,10 @@ class Loss:
     """Of one method at one budget on one text."""
 
     blocks: tuple[float, ...]
-    cost: float | None = None
-    """As a part of the full model's time, by the latency table."""
+    cost: float
+    """As a part of the full model's time."""
+    timed: bool = True
+    """Whether the cost was measured; else it is the latency table's."""
 
     @property
     def nats(self) -> float:
@@ -83,6 +88,7 @@ class Results:
         self.about = _read(folder / "stages.json")
         self.settings = self.about["settings"]
         self.choices = _read(folder / "choices.json")
+        self.table = table_of(folder)
         self.texts: list[str] = self.settings["texts"]
         answers = sorted((folder / "answers").glob("*x.json"), reverse=True)
         self.answers = {float(file.name.removesuffix("x.json")): file for file in answers}
@@ -92,62 +98,96 @@ class Results:
         """Parts of the full model's time, from the largest."""
         return list(self.answers)
 
-    def evaluated(self, name: str, text: int) -> dict[str, Loss]:
-        """Losses of a checkpoint by the names that they were asked by; nothing where the stage was left out."""
+    def evaluated(self, name: str, text: int) -> dict[str, dict[str, Any]]:
+        """Evaluations of a checkpoint by the names that they were asked by; nothing where the stage was left out."""
         file = self.folder / "losses" / f"{name}-{text}.json"
-        if not file.is_file():
-            return {}
-        return {Path(row["name"]).name: Loss(tuple(row["blocks"]), row["cost"]) for row in _read(file)}
+        return {Path(row["name"]).name: row for row in _read(file)} if file.is_file() else {}
 
     def full(self, text: int) -> dict[str, Loss]:
         """The full model, before and after elastic training."""
-        found = {"before": self.evaluated("ranked only", text).get("full")}
-        found["after"] = self.evaluated("elastic", text).get("full")
-        return {name: loss for name, loss in found.items() if loss is not None}
+        found = {"before": self.evaluated("ranked only", text), "after": self.evaluated("elastic", text)}
+        return {name: Loss(tuple(rows["full"]["blocks"]), 1.0) for name, rows in found.items()}
 
     def losses(self, text: int) -> Losses:
         """All methods."""
         return {budget: self._at(budget, text) for budget in self.budgets}
 
+    def above(self, loss: Loss, text: int) -> tuple[float, float]:
+        """Difference to what the router has at the same cost, and its standard error.
+
+        Between its answers and the full model its losses are interpolated, below its lowest budget extended.
+        """
+        ours = self.evaluated("elastic", text)
+        points = [(1.0, self.full(text)["after"].blocks)]
+        for budget in self.budgets:
+            cost = self._timed("router", budget)[1] if loss.timed else self._price(self.answers[budget])
+            points.append((cost, tuple(ours[f"ttft={budget}x"]["blocks"])))
+        return loss.above(_interpolated(sorted(points), loss.cost))
+
     def _at(self, budget: float, text: int) -> dict[str, Loss]:
         answer = self.answers[budget].name
         ours = self.evaluated("elastic", text)
-        price = self._chosen("router", budget)[1]
-        found = {OURS: Loss(ours[f"ttft={budget}x"].blocks, price), TOKENWISE: ours[f"ttft={budget}x per token"]}
+        cost = self._timed("router", budget)[1]
+        tokenwise = ours[f"ttft={budget}x per token"]
+        found = {
+            OURS: Loss(tuple(ours[f"ttft={budget}x"]["blocks"]), cost),
+            TOKENWISE: Loss(tuple(tokenwise["blocks"]), tokenwise["cost"], timed=False),
+        }
         evaluations = self.choices[f"loss, {self.texts[text]}, {budget}"]
         for method in ("greedy", "knapsack", "evolution", "random", "equal widths", "layer dropping"):
-            subnet, part = self._chosen(method, budget)
+            if f"choice, {method}, {budget}" not in self.choices:
+                continue
+            subnet, part = self._timed(method, budget)
             rows = [row for row in evaluations if subnet is not None and Subnet(**row["subnet"]) == subnet]
             if rows:
                 found[method] = Loss(tuple(rows[0]["blocks"]), part)
-        for name in ("alone-share", "alone-each"):
-            found |= _named(name, self.evaluated(f"{name}-{budget}x", text).get(answer), price)
+        same_widths = {f"alone-{kind}": f"alone-{kind}-{budget}x" for kind in ("share", "each")}
+        same_widths |= {name: name for name in ("ranked only", "no-ranking", "no-distillation", "no-sandwich")}
+        for name, file in same_widths.items():
+            rows_by_name = self.evaluated(file, text)
+            if answer in rows_by_name:
+                found[name] = Loss(tuple(rows_by_name[answer]["blocks"]), cost)
         for tool in ("optipfair", "mergekit"):
-            loss = self.evaluated(f"{tool}-{budget}x", text).get("full")
-            if loss is not None:
-                found |= _named(tool, loss, _read(self.folder / f"{tool}-{budget}x-pruned" / "pruned.json")["cost"])
-        for name in ("ranked only", "no-ranking", "no-distillation", "no-sandwich"):
-            found |= _named(name, self.evaluated(name, text).get(answer), price)
-        return found | _named("no-surrogate", self.evaluated("no-surrogate", text).get(answer), None)
+            rows_by_name = self.evaluated(f"{tool}-{budget}x", text)
+            if rows_by_name:
+                price = _read(self.folder / f"{tool}-{budget}x-pruned" / "pruned.json")["cost"]
+                found[tool] = Loss(tuple(rows_by_name["full"]["blocks"]), price, timed=False)
+        rows_by_name = self.evaluated("no-surrogate", text)
+        if answer in rows_by_name:
+            price = self._price(self.folder / "no-surrogate" / answer)
+            found["no-surrogate"] = Loss(tuple(rows_by_name[answer]["blocks"]), price, timed=False)
+        return found
 
-    def _chosen(self, method: str, budget: float) -> tuple[Subnet | None, float | None]:
-        """A method's sub-network, and its measured time as a part of the full model's."""
+    def _timed(self, method: str, budget: float) -> tuple[Subnet | None, float]:
+        """A method's sub-network, and its measured time as a part of the full model's; not a number without one."""
         found = self.choices[f"choice, {method}, {budget}"]["subnet"]
         if found is None:
-            return None, None
+            return None, math.nan
         subnet, times = Subnet(**found), self.choices["times"]
         return subnet, times["ms"][subnet.to_json()] / times["full_ms"]
 
+    def _price(self, answer: Path) -> float:
+        """What the latency table says of a sub-network's file, as a part of the full model's time."""
+        return self.table.price(Subnet.load(answer)) / self.table.full
+
     def seeds(self, budget: float, text: int) -> list[float]:
         """Loss of the router's answer after elastic training, for every seed."""
-        answer = self.answers[budget].name
-        others = [self.evaluated(f"seed-{seed}", text).get(answer) for seed in (1, 2)]
+        others = [self.evaluated(f"seed-{seed}", text).get(self.answers[budget].name) for seed in (1, 2)]
         first = self.evaluated("elastic", text)[f"ttft={budget}x"]
-        return [loss.nats for loss in (first, *others) if loss is not None]
+        return [fmean(row["blocks"]) for row in (first, *others) if row is not None]
 
 
-def _named(name: str, loss: Loss | None, cost: float | None) -> dict[str, Loss]:
-    return {} if loss is None else {name: Loss(loss.blocks, cost)}
+def table_of(folder: Path) -> CostTable:
+    """The latency table that prices every rival."""
+    return next(CostTable.load(file) for file in sorted((folder / "elastic" / "latency").glob("*.json")))
+
+
+def _interpolated(points: list[tuple[float, tuple[float, ...]]], cost: float) -> Loss:
+    """Losses between those at neighbouring costs, block by block; beyond the ends along the last line."""
+    right = min(max(bisect_left([at for at, _ in points], cost), 1), len(points) - 1)
+    (low, at_low), (high, at_high) = points[right - 1], points[right]
+    part = (cost - low) / (high - low) if high > low else 0.0
+    return Loss(tuple(a + part * (b - a) for a, b in zip(at_low, at_high, strict=True)), cost)
 
 
 def write_page(folder: Path, page: Path | None = None) -> Path:
@@ -187,8 +227,8 @@ def _table(results: Results, place: int, text: str) -> list[str]:
     lines = [
         f"## Loss on {_short(text)}",
         "",
-        f"Full model, nats per token: {full}. In every cell: measured part of the full model's time, nats per token, "
-        "and the difference to the first row, ± its paired standard error (above 0: worse than the router).",
+        f"Full model, nats per token: {full}. In every cell: part of the full model's time, nats per token, "
+        "and the difference to the router at just that cost, ± its paired standard error (above 0: worse).",
         "",
         "| method | " + " | ".join(f"{budget}x" for budget in losses) + " |",
         "|:---|" + "---:|" * len(losses),
@@ -200,10 +240,9 @@ def _table(results: Results, place: int, text: str) -> list[str]:
             if loss is None:
                 cells.append("–")
                 continue
-            difference, error = loss.above(row[OURS])
+            difference, error = results.above(loss, place)
             beside = "" if method == OURS else f" ({difference:+.3f} ± {error:.3f})"
-            cost = "" if loss.cost is None else f"{loss.cost:.2f}x: "
-            cells.append(f"{cost}{loss.nats:.3f}{beside}")
+            cells.append(f"{loss.cost:.2f}x: {loss.nats:.3f}{beside}")
         if set(cells) != {"–"}:
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
     several = {budget: results.seeds(budget, place) for budget in losses}
@@ -213,9 +252,9 @@ def _table(results: Results, place: int, text: str) -> list[str]:
     return [
         *lines,
         "",
-        "Times were measured in interleaved runs, except those of per-token routing, optipfair and mergekit, which are "
-        "by the latency table; rows (e) and (h) have the router's widths, except the router without a surrogate: its "
-        "own keep to the budget by the latency table.",
+        "Times were measured in interleaved runs, and the router's losses interpolated between its answers and the "
+        "full model. Costs of per-token routing, optipfair, mergekit and the router without a surrogate are the latency "
+        "table's, and compared with the router's by that table. Other rows of (e) and (h) have the router's widths.",
         "",
     ]
 
@@ -228,7 +267,7 @@ def _verdict(results: Results) -> list[str]:
             for method, loss in row.items():
                 if method in (OURS, TOKENWISE):
                     continue
-                difference, error = loss.above(row[OURS])
+                difference, error = results.above(loss, place)
                 said = f"{NAMES[method]} at {budget}x on {_short(text)} ({difference:+.3f} ± {error:.3f})"
                 sure = abs(difference) > 2 * error
                 (unclear if not sure else ahead if difference > 0 else behind).append((method, said))
@@ -293,7 +332,8 @@ def _left_out(results: Results) -> list[str]:
     lines = [f"- {name}." for method, name in NAMES.items() if method not in found]
     if size["seeds"] == 1:
         lines.append("- More than one seed of training: standard errors are of the text, not of training.")
-    for what, key in (("Tasks", "tasks_at"), ("Other tools' pruning", "rivals_at")):
+    several = "(e) with the same tokens each, (f) and ablations"
+    for what, key in (("Tasks", "tasks_at"), (several, "costly_at")):
         if set(size[key]) != set(size["budgets"]):
             lines.append(f"- {what} at budgets other than {', '.join(f'{each}x' for each in size[key])}.")
     if size["limit"]:
@@ -335,11 +375,9 @@ def _figure(results: Results) -> Figure:
         rows = results.losses(place)
         for method, (style, color) in shown.items():
             points = [(row[method].cost, row[method].nats) for row in rows.values() if method in row]
-            if points and all(cost is not None for cost, _ in points):
+            if points:
                 axes.plot(*zip(*sorted(points), strict=True), style, color=color, label=method, markersize=5)
-        full = results.full(place).get("after")
-        if full is not None:
-            axes.plot(1, full.nats, "k*", markersize=11, label="full model")
+        axes.plot(1, results.full(place)["after"].nats, "k*", markersize=11, label="full model")
         axes.set(title=_short(results.texts[place]), xlabel="part of the full model's time", ylabel="nats per token")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)

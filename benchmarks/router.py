@@ -75,6 +75,8 @@ class Settings:
     """Sub-networks that the router measures; each search shares as many among all budgets."""
     timed_tokens: int = 512
     """Tokens of the prompt or context, where a latency table is measured."""
+    methods: tuple[str, ...] = tuple(STYLES)
+    """Ways to choose, the router first."""
     curve: int = 0
     """Budgets over the router's range at which the order of its answers' losses and predicted times is checked."""
     rounds: int = 3
@@ -91,6 +93,10 @@ class Settings:
     """JSON file to write."""
     picture: Path | None = None
     """PNG file to write."""
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.methods) - set(STYLES):
+            raise ValueError(f"methods are {', '.join(STYLES)}; got {', '.join(sorted(unknown))}.")
 
     @property
     def all_budgets(self) -> list[float]:
@@ -196,7 +202,7 @@ def _choose(model: ElasticModel, table: CostTable, settings: Settings, kept: Kep
         "layer dropping": partial(baselines.drop_layers, influence, table),
     }
     chosen: Chosen = {}
-    for method in STYLES:
+    for method in settings.methods:
         found = {
             budget: _choice(method, methods[method], budget, table, meter, kept) for budget in settings.all_budgets
         }
@@ -357,9 +363,9 @@ def _print_losses(
     text: str, losses: dict[float, dict[str, dict[str, Any]]], full: dict[str, Any], settings: Settings
 ) -> None:
     print(f"\n{text}: nats per token; full model {full['nats_per_token']:.3f} ± {full['standard_error']:.3f}\n")
-    print(_header(list(STYLES)))
+    print(_header(list(settings.methods)))
     for budget, row in losses.items():
-        cells = [f"{row[method]['nats_per_token']:.3f}" if method in row else "–" for method in STYLES]
+        cells = [f"{row[method]['nats_per_token']:.3f}" if method in row else "–" for method in settings.methods]
         print(f"| {_name(budget, settings)} | {' | '.join(cells)} |")
 
 
@@ -368,7 +374,7 @@ def _print_times(chosen: Chosen, table: CostTable, times: dict[str, Any], settin
         "\nMeasured ms / allowed ms (measured part of the full model's); "
         f"full model {times['full_ms']:.2f} measured, {table.full:.2f} in the table; noise {times['noise']:.1%}\n"
     )
-    print(_header(list(STYLES)))
+    print(_header(list(settings.methods)))
     for budget in settings.all_budgets:
         allowed = budget * table.full
         found = [_ms(times, of_method[budget]) if budget in of_method else None for of_method in chosen.values()]
@@ -399,6 +405,8 @@ def _draw(
     figure = Figure(figsize=(1 + 6.5 * len(losses), 5.2), layout="constrained")
     for axes, (text, rows) in zip(figure.subplots(1, len(losses), squeeze=False)[0], losses.items(), strict=True):
         for method, (style, color) in STYLES.items():
+            if method not in chosen:
+                continue
             points = [
                 (_ms(times, subnet), rows[budget][method]["nats_per_token"])
                 for budget, subnet in chosen[method].items()

@@ -190,6 +190,21 @@ class TestAgreesWithAPlainLoop:
         ]
         assert full.scores == {"acc": tuple(a for a, _ in expected), "acc_norm": tuple(n for _, n in expected)}
 
+    @pytest.mark.parametrize(
+        ("given", "read"),
+        [
+            ("A man is on a roof. he", "A man is on a roof. He"),
+            ("The interior is shown. A man wets it. the man", "The interior is shown. A man wets it. The man"),
+            ("How to dress. use what fits.", "How to dress. use what fits."),  # nothing is left to finish
+            ("a man sits", "a man sits"),
+        ],
+    )
+    def test_the_sentence_that_hellaswag_finishes_has_a_capital(self, tmp_path, given, read):
+        rows = [{**story(number), "ctx": given} if number == 3 else story(number) for number in range(16)]
+        (tmp_path / "hellaswag_val.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        splits = local.hellaswag(str(tmp_path))
+        assert read in [*splits["examples"]["ctx"], *splits["test"]["ctx"]]
+
     def test_log_likelihoods_are_those_of_lm_eval(self, model):
         """With shared beginnings, contexts and continuations of several lengths, and small batches."""
         draw = torch.Generator().manual_seed(0)

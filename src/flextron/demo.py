@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from flextron import report
 from flextron.atomic import new_folder, write_text
@@ -22,7 +21,7 @@ from flextron.config import QuickstartConfig, TextOptions, TrainConfig, VisitOpt
 from flextron.costs import CostTable
 from flextron.data import TokenBlocks, load_blocks
 from flextron.elastic import ElasticModel
-from flextron.environment import describe_device, faster_dtype
+from flextron.environment import default_device, describe_device, faster_dtype
 from flextron.errors import CostError, FlextronError, RouterError
 from flextron.evaluation import evaluate
 from flextron.explaining import save_usage, usage_of
@@ -131,7 +130,7 @@ def _elastic_model(config: QuickstartConfig) -> tuple[ElasticModel, Sensitivity]
         model = ElasticModel.from_pretrained(folder, device=config.device)
     else:
         source = smollm2_path() if config.model == "smollm2" else config.model
-        dtype = faster_dtype("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = faster_dtype(default_device() if config.device == "auto" else config.device)
         _say(f"loading {source} in {dtype}, the faster type here")
         model = ElasticModel.from_pretrained(source, dtype=dtype, device=config.device)
         _say(f"ranking neurons and KV groups on {config.rank_tokens} tokens")

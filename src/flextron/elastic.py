@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flextron import checkpoint
 from flextron.checkpoint import Checkpoint, Ranking
+from flextron.environment import default_device
 from flextron.errors import CheckpointError, FlextronError
 from flextron.families import Axis, Family, family_of
 from flextron.projections import Projection, Width, make_elastic, make_skippable
@@ -249,7 +250,7 @@ class ElasticModel:
 
 def _move(lm: PreTrainedModel, device: str | torch.device) -> None:
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = default_device()
     try:
         if torch.device(device) != lm.device:
             lm.to(device)

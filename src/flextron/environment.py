@@ -40,6 +40,11 @@ def describe_device(device: str | torch.device) -> str:
     return f"{_processor()}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
 
 
+def default_device() -> str:
+    """What "auto" stands for: a GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def arithmetic_dtype(precision: str, device: str | torch.device) -> torch.dtype:
     """The type that bf16 or fp32 names; for auto, the faster of both on the device."""
     return {"bf16": torch.bfloat16, "fp32": torch.float32}.get(precision) or faster_dtype(device)

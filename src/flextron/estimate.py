@@ -18,7 +18,7 @@ from flextron.choice import choose
 from flextron.config import TrainConfig
 from flextron.distillation import CHUNK_TOKENS, CHUNK_TOKENS_OF_A_GPU, check_teacher
 from flextron.elastic import ElasticLayer, ElasticModel
-from flextron.environment import arithmetic_dtype
+from flextron.environment import arithmetic_dtype, default_device
 from flextron.errors import CheckpointError
 from flextron.families import family_of
 from flextron.projections import Projection
@@ -111,7 +111,7 @@ def estimate_training(config: TrainConfig, *, processes: int = 1) -> TrainEstima
     model = _without_weights(config.model)
     sampler = _checked_sampler(model, config)
     teacher = _teacher(model, config)
-    arithmetic = arithmetic_dtype(config.optimizer.precision, "cuda" if torch.cuda.is_available() else "cpu")
+    arithmetic = arithmetic_dtype(config.optimizer.precision, default_device())
     visits = (sampler.next().subnet for _ in range(config.steps * config.visit.visits_per_step))
     visit_compute, step_compute = _compute(model, teacher or model, list(islice(visits, SAMPLED_VISITS)), config)
     return TrainEstimate(

@@ -284,7 +284,7 @@ def time_interleaved(
     ratios: list[list[float]] = [[] for _ in subnets]
     references: list[float] = []
     reference = prepare(full)
-    reference()
+    before = reference()
     with bar(rounds * len(subnets), description="time", show=show) as advance:
         for round_ in range(rounds + RETRIES):
             again = [index for index, seen in enumerate(ratios) if round_ < rounds or _spread(seen) > SPREAD]
@@ -292,7 +292,10 @@ def time_interleaved(
                 run = prepare(subnets[index])
                 if round_ == 0 or repeats > 1:
                     run()  # warms up
-                times, around = _alternate(run, reference, repeats)
+                if repeats > 1:  # else the full model has just run, for the one before
+                    before = reference()
+                times, around = _alternate(run, reference, repeats, before)
+                before = around[-1]
                 references += around
                 ratios[index].append(median(2 * t / (a + b) for t, (a, b) in zip(times, pairwise(around), strict=True)))
                 if round_ < rounds:
@@ -303,10 +306,10 @@ def time_interleaved(
 
 
 def _alternate(
-    run: Callable[[], float], reference: Callable[[], float], repeats: int
+    run: Callable[[], float], reference: Callable[[], float], repeats: int, before: float
 ) -> tuple[list[float], list[float]]:
-    """Times of `run`, and of the reference before the first, between any two, and after the last."""
-    times, around = [], [reference()]
+    """Times of `run`, and of the reference `before` the first, between any two, and after the last."""
+    times, around = [], [before]
     for _ in range(repeats):
         times.append(run())
         around.append(reference())

@@ -200,17 +200,22 @@ def make_sampler(
         presets=[choose(model, wish, sensitivity=measured or even) for wish in options.presets],
         weights=options.visits,
         spread=options.spread,
-        routed=None if router is None else partial(_routed, model, router, tokens),
+        routed=None if router is None else partial(_routed, model, router, tokens, options.spread),
         seed=seed,
     )
 
 
 def _routed(
-    model: ElasticModel, router: Router, tokens: TokenRouterInUse | None, place: float, draw: np.random.Generator
+    model: ElasticModel,
+    router: Router,
+    tokens: TokenRouterInUse | None,
+    spread: float,
+    place: float,
+    draw: np.random.Generator,
 ) -> Visit:
     """What a router, or with it a token router, may answer to the budget at a place of its range."""
     if tokens is None:
-        return Visit("random", sample_answer(router, place, draw))
+        return Visit("random", sample_answer(router, place, spread, draw))
     budget = router.net.lowest + (1 - router.net.lowest) * place
     subnets = answers(router, tokens.table, [budget])
     return Visit("random", subnets[0], TokenRouting(model, tokens.router, [budget], subnets))

@@ -86,7 +86,7 @@ class VisitOptions:
     presets: tuple[str, ...] = ()
     """Sub-networks that are visited in turn, with the third weight of --visits, such as --visits 1 1 1 2."""
     spread: float = 0.5
-    """How far random sub-networks stray from the greedy choice for their share; 0 is the greedy choice itself."""
+    """How far random sub-networks stray from the greedy choice for their share, or with --router from its answer to their budget; 0 is that choice itself."""
     router: str | None = None
     """Metric of a router of MODEL, such as tpot or ttft: random sub-networks are then what it samples for budgets over its range, and it is trained on anew afterwards, for the new weights. The last stage of the method: weights and router together."""
     retrain_router: bool = True

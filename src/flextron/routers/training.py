@@ -247,7 +247,10 @@ def optimise(
             schedule.step()
 
 
-def sample_answer(router: Router, place: float, draw: np.random.Generator) -> Subnet:
-    """What a router may answer to the budget at `place`, 0 to 1, of its range: its utilities with noise."""
-    spread = draw.choice(SPREADS[:-1])
+def sample_answer(router: Router, place: float, spread: float, draw: np.random.Generator) -> Subnet:
+    """A router's answer to the budget at `place`, 0 to 1, of its range, or near it: its utilities with noise.
+
+    Args:
+        spread: standard deviation of the logarithm of the noise; 0 is the answer itself.
+    """
     return to_subnet(router.search_space, _near_answers(router.net, np.array([place]), np.array([spread]), draw)[0])

@@ -67,7 +67,8 @@ def winogrande(data: str, **_: Any) -> dict[str, Dataset]:
 
 def hellaswag(data: str, **_: Any) -> dict[str, Dataset]:
     """Splits of HellaSwag: ten documents drawn once and for all, and the others."""
-    documents = _documents(data, "hellaswag", "hellaswag_val")
+    rows = _rows(Path(data), "hellaswag", "hellaswag_val")
+    documents = Dataset.from_list([{**row, "ctx": _capitalised(row["ctx"])} for row in rows])
     if len(documents) <= EXAMPLES:
         raise FlextronError(f"hellaswag_val has {len(documents)} documents; {EXAMPLES} are examples, give more.")
     drawn = random.Random(0).sample(range(len(documents)), EXAMPLES)  # noqa: S311 - a fixed draw, no secret
@@ -75,6 +76,14 @@ def hellaswag(data: str, **_: Any) -> dict[str, Dataset]:
     known = {json.dumps(document, sort_keys=True) for document in examples}
     others = [place for place, document in enumerate(documents) if json.dumps(document, sort_keys=True) not in known]
     return {"examples": examples, "test": documents.select(others)}
+
+
+def _capitalised(context: str) -> str:
+    """A context whose last sentence, which the endings finish, begins with a capital, as in lm-eval's prompts."""
+    start = context.rfind(". ") + 2
+    if start == 1 or context.endswith((".", "!", "?")):  # one sentence only, or none to finish
+        return context
+    return context[:start] + context[start : start + 1].upper() + context[start + 1 :]
 
 
 def mmlu(data: str, **_: Any) -> dict[str, Dataset]:

@@ -42,6 +42,8 @@ class Size:
     """Budgets of what trains a model of its own on all tokens, (e) and (f), and of ablations."""
     rank_tokens: int
     sensitivity_tokens: int
+    rounds: int
+    """Timings of each sub-network that the latency table is fitted to."""
     train_tokens: int
     visits: tuple[str, ...]
     """How training is told, beside text and tokens."""
@@ -63,14 +65,15 @@ JOINT = ("--router", METRIC, "--visits", "1", "0", "0", "7", "--spread", "0")
 METHODS = ("router", "greedy", "evolution", "equal widths", "layer dropping")
 STEPS = ("--visits-per-step", "1", "--blocks-per-visit", "1", "--evaluate-tokens", "0")
 SIZES = {
-    "tiny": Size((0.6,), (0.6,), (0.6,), 2048, 256, 1024, STEPS, 160, 512, 6144, 1024, 2, 1),
-    "small": Size((0.9, 0.8, 0.7, 0.6, 0.5), (0.6,), (0.8, 0.5), 8192, 512, 16384, STEPS, 160, 512, 6144, 4096, 20, 1),
+    "tiny": Size((0.6,), (0.6,), (0.6,), 2048, 256, 1, 1024, STEPS, 160, 512, 6144, 1024, 2, 1),
+    "small": Size((0.9, 0.8, 0.7, 0.6, 0.5), (0.6,), (0.6,), 8192, 512, 1, 12288, STEPS, 160, 512, 6144, 4096, 20, 1),
     "full": Size(
         (0.9, 0.8, 0.7, 0.6, 0.5),
         (0.8, 0.7, 0.6, 0.5),
         (0.9, 0.8, 0.7, 0.6, 0.5),
         131072,
         4096,
+        2,
         92_000_000,
         ("--visits-per-step", "4", "--blocks-per-visit", "16"),
         256,
@@ -215,7 +218,7 @@ def elastic(paper: Paper) -> tuple[Path, Path]:
     tokens = ["--tokens", str(size.rank_tokens), "--sensitivity-tokens", str(size.sensitivity_tokens)]
     tokens += ["--text", settings.rank, "--device", settings.device]
     paper.flextron("rank", "rank", paper.model, str(ranked), *tokens, "--dtype", paper.dtype)
-    timed = ["--phase", "prefill", "--rounds", "2", "--device", settings.device]
+    timed = ["--phase", "prefill", "--rounds", str(size.rounds), "--device", settings.device]
     paper.flextron("table", "measure-latency", str(ranked), *timed)
     train_router(paper, "router before training", ranked)
     trained = train(paper, "elastic", ranked, *JOINT)
@@ -224,13 +227,13 @@ def elastic(paper: Paper) -> tuple[Path, Path]:
         answer = ["--budget", f"{METRIC}={budget}x", "--out", str(answer_of(paper, budget))]
         paper.flextron(f"answer to {budget}x", "route", str(trained), *answer, "--device", settings.device)
     losses(paper, "elastic", trained, "--budget", *budgets_of(paper), "--per-token")
-    losses(paper, "ranked only", ranked, "--subnet", "full", *answers_of(paper))
+    losses(paper, "ranked only", ranked, "--subnet", "full", *answers_of(paper, size.costly_at))
     return ranked, trained
 
 
-def answers_of(paper: Paper) -> list[str]:
-    """Files of all of the router's sub-networks."""
-    return [str(answer_of(paper, budget)) for budget in paper.size.budgets]
+def answers_of(paper: Paper, budgets: tuple[float, ...]) -> list[str]:
+    """Files of the router's sub-networks."""
+    return [str(answer_of(paper, budget)) for budget in budgets]
 
 
 def answer_of(paper: Paper, budget: float) -> Path:
@@ -336,12 +339,11 @@ def prune_with_mergekit(paper: Paper, full: Path, budget: float, out: Path) -> N
 def ablations(paper: Paper, ranked: Path, trained: Path) -> None:
     """Stages: (h) training without ranking, distillation, sandwich; a router without a surrogate."""
     settings, size = paper.settings, paper.size
-    joint = [*JOINT, "--no-retrain-router"]
-    answers = [str(answer_of(paper, budget)) for budget in size.costly_at]
+    answers = answers_of(paper, size.costly_at)
     for name, model, options in (
-        ("no-ranking", paper.model, ["--visits", "1", "0", "7", "0", "--presets", *answers_of(paper)]),
-        ("no-distillation", ranked, [*joint, "--text-weight", "1"]),
-        ("no-sandwich", ranked, [*joint, "--visits", "0", "0", "0", "1"]),
+        ("no-ranking", paper.model, ["--visits", "1", "0", "7", "0", "--presets", *answers_of(paper, size.budgets)]),
+        ("no-distillation", ranked, [*JOINT, "--text-weight", "1"]),
+        ("no-sandwich", ranked, [*JOINT, "--visits", "0", "0", "0", "1"]),
     ):
         folder = train(paper, name, model, *options)
         losses(paper, name, folder, "--subnet", *answers)
@@ -369,8 +371,8 @@ def tasks(paper: Paper, trained: Path) -> None:
 def seeds(paper: Paper, ranked: Path) -> None:
     """Stages: elastic training with further seeds, at the router's answers."""
     for seed in range(1, paper.size.seeds):
-        folder = train(paper, f"seed-{seed}", ranked, *JOINT, "--no-retrain-router", seed=seed)
-        losses(paper, folder.name, folder, "--subnet", "full", *answers_of(paper))
+        folder = train(paper, f"seed-{seed}", ranked, *JOINT, seed=seed)
+        losses(paper, folder.name, folder, "--subnet", "full", *answers_of(paper, paper.size.budgets))
 
 
 def main(settings: Settings) -> None:

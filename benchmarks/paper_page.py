@@ -253,8 +253,8 @@ def _table(results: Results, place: int, text: str) -> list[str]:
         *lines,
         "",
         "Times were measured in interleaved runs, and the router's losses interpolated between its answers and the "
-        "full model. Costs of per-token routing, optipfair, mergekit and the router without a surrogate are the latency "
-        "table's, and compared with the router's by that table. Other rows of (e) and (h) have the router's widths.",
+        "full model. Costs of per-token routing, optipfair, mergekit and the router without a surrogate are those of "
+        "the latency table, and compared with the router's by it. Other rows of (e) and (h) have the router's widths.",
         "",
     ]
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from itertools import pairwise
 from typing import ClassVar
 
 import numpy as np
@@ -16,9 +17,11 @@ from flextron.costs import linear_table
 from flextron.data import TokenBlocks
 from flextron.elastic import ElasticModel
 from flextron.errors import BudgetError, CostError, RouterError, SubnetError
+from flextron.explaining import as_text, explain
 from flextron.pricing import Ceiling, meets
 from flextron.routers import surrogate, training
 from flextron.routers.choices import allowed, cost_matrix, increase_matrix, prices, to_indices, to_subnet
+from flextron.routers.making import describe_router, unused_blocks
 from flextron.routers.pairs import LossMeter, Pairs
 from flextron.routers.router import ABOUT, WEIGHTS, Router, metrics_with_router, route_along
 from flextron.routers.static import StaticRouter
@@ -26,6 +29,7 @@ from flextron.routers.surrogate import Surrogate, SurrogateError, cross_validate
 from flextron.routers.training import optimise, train_router
 from flextron.routing import route
 from flextron.sampling import even_sensitivity
+from flextron.sensitivity import Sensitivity
 from flextron.subnet import AXES, SearchSpace, Subnet
 from flextron.tables import save_table
 from flextron.training import train
@@ -526,7 +530,7 @@ class TestTogether:
             str(ranked),
             out,
             text=TextOptions(tokens=512, block_tokens=64),
-            visit=VisitOptions(router="tpot", visits=(1, 0, 0, 3)),
+            visit=VisitOptions(router="tpot", visits=(1, 0, 0, 3), retrain_router=True),
             watch=WatchOptions(evaluate_tokens=0),
         )
         train(config)
@@ -545,17 +549,44 @@ class TestTogether:
         train(config)  # done already
         assert (out / "routers" / "tpot" / WEIGHTS).read_bytes() == saved
 
-    def test_it_may_be_left_to_a_command_of_its_own(self, ranked, tmp_path):
+    @pytest.mark.parametrize(("spread", "nested"), [(0.0, True), (1.0, False)])
+    def test_visits_are_its_answers_or_near_them(self, ranked, tmp_path, spread, nested):
         out = tmp_path / "trained"
-        visit = VisitOptions(router="tpot", visits=(0, 0, 0, 1), retrain_router=False)
-        text = TextOptions(tokens=128, block_tokens=64)
+        visit = VisitOptions(router="tpot", visits=(0, 0, 0, 1), spread=spread)
+        text = TextOptions(tokens=12 * 128, block_tokens=64)
         train(TrainConfig(str(ranked), out, text=text, visit=visit, watch=WatchOptions(evaluate_tokens=0)))
-        assert ElasticModel.from_pretrained(out).search_space
-        assert not (out / "routers").exists()
+        lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+        found = [visit["neurons"] + visit["kv_groups"] for line in lines for visit in line["visits"]]
+        assert len(found) == 24
+        in_order = sorted(found, key=sum)  # answers contain each other, so each is at least as wide everywhere
+        is_nested = all(a <= b for low, high in pairwise(in_order) for a, b in zip(low, high, strict=True))
+        assert is_nested == nested
+        assert len(set(map(tuple, found))) > 3
 
-    def test_without_a_router_there_is_none_to_leave(self):
-        with pytest.raises(ValueError, match="--no-retrain-router needs the metric of a router"):
-            VisitOptions(retrain_router=False)
+    def test_it_is_kept_with_losses_of_the_new_weights(self, ranked, tmp_path, capsys):
+        out = tmp_path / "trained"
+        visit = VisitOptions(router="tpot", visits=(0, 0, 0, 1))
+        text = TextOptions(tokens=128, block_tokens=64)
+        config = TrainConfig(str(ranked), out, text=text, visit=visit, watch=WatchOptions(evaluate_tokens=0))
+        train(config)
+        before, after = ElasticModel.from_pretrained(ranked), ElasticModel.from_pretrained(out)
+        old, new = Router.load(ranked, "tpot", before), Router.load(out, "tpot", after)
+        assert (old.about.kept, new.about.kept) == (False, True)
+        for check, was in zip(new.about.checks, old.about.checks, strict=True):
+            budget = f"{check.budget}x"
+            assert check.subnet == was.subnet == route(after, budget).subnet == route(before, budget).subnet
+            assert check.loss != was.loss
+        blocks, _ = unused_blocks(after, Sensitivity.load(out), "sample/train", tokens=512)
+        assert new.about.checks[0].loss == pytest.approx(LossMeter(after, blocks)(new.about.checks[0].subnet), abs=1e-4)
+        explained = explain(after, route(after, "0.6x"), out, measure=False)
+        assert explained["predicted_nats_per_token"] is None  # the surrogate knows the weights before training
+        assert "at whose answers the weights were trained" in as_text(route(after, "0.6x"), explained, out)
+        assert "surrogate of the weights before training" in describe_router(new)
+        train(config)  # done already
+
+    def test_without_a_router_there_is_none_to_train(self):
+        with pytest.raises(ValueError, match="--retrain-router needs the metric of a router"):
+            VisitOptions(retrain_router=True)
 
     def test_a_router_that_is_not_there_is_an_error(self, ranked, tmp_path):
         config = TrainConfig(str(ranked), tmp_path / "trained", visit=VisitOptions(router="ttft"))

@@ -45,7 +45,9 @@ def explain(
         "limits": [_limit(model, ceiling, routed.subnet, folder, measure=measure) for ceiling in routed.ceilings],
         "chosen_by": "greedy" if router is None else "router",
         "router_metric": None if router is None else router.about.metric,
-        "predicted_nats_per_token": None if router is None else router.predicted_loss(routed.subnet),
+        "predicted_nats_per_token": None
+        if router is None or router.about.kept  # whose surrogate knows other weights
+        else router.predicted_loss(routed.subnet),
         "notes": [*warnings, *routed.notes],
     }
 
@@ -108,6 +110,10 @@ def as_text(routed: Routed, explained: dict[str, Any], folder: str | Path) -> st
             lines.append(f"  measured: {format_cost(ms, 'ms')}, {ms / full_ms:.3f}x of {format_cost(full_ms, 'ms')}")
     if routed.router is None:
         lines.append(f"chosen by sensitivities (greedy); a router chooses better: flextron train-router {folder}")
+    elif routed.router.about.kept:
+        lines.append(
+            f"chosen by the router for {routed.router.about.metric}, at whose answers the weights were trained"
+        )
     else:
         about = routed.router.about
         expected = f"{explained['predicted_nats_per_token']:.3f} nats per token of {about.text}"

@@ -284,10 +284,12 @@ def time_interleaved(
     ratios: list[list[float]] = [[] for _ in subnets]
     references: list[float] = []
     reference = prepare(full)
+    reference()
     before = reference()
-    with bar(rounds * len(subnets), description="time", show=show) as advance:
-        for round_ in range(rounds + RETRIES):
-            again = [index for index, seen in enumerate(ratios) if round_ < rounds or _spread(seen) > SPREAD]
+    for round_ in range(rounds + RETRIES):
+        again = [index for index, seen in enumerate(ratios) if round_ < rounds or _spread(seen) > SPREAD]
+        name = f"time, round {round_ + 1} of {rounds}" if round_ < rounds else "time again what differs"
+        with bar(len(again), description=name, show=show and bool(again)) as advance:
             for index in map(int, draw.permutation(again)):
                 run = prepare(subnets[index])
                 if round_ == 0 or repeats > 1:
@@ -298,8 +300,7 @@ def time_interleaved(
                 before = around[-1]
                 references += around
                 ratios[index].append(median(2 * t / (a + b) for t, (a, b) in zip(times, pairwise(around), strict=True)))
-                if round_ < rounds:
-                    advance()
+                advance()
     middle = median(references)
     noise = median(abs(reference_ms / middle - 1) for reference_ms in references)
     return Timing(tuple(map(tuple, ratios)), middle, noise)

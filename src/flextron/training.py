@@ -34,7 +34,7 @@ from flextron.environment import arithmetic_dtype, describe_device
 from flextron.errors import FlextronError, TrainingError
 from flextron.estimate import check_processes
 from flextron.optimizer import adamw, schedule
-from flextron.routers.making import remake_router
+from flextron.routers.making import keep_router, remake_router
 from flextron.routers.router import Router, metrics_with_router
 from flextron.routers.token_making import has_token_router, load_token_router, remake_token_router
 from flextron.routers.token_training import TokenRouterAbout
@@ -73,17 +73,19 @@ def train(config: TrainConfig) -> Path:
     router, device, is_first = run.router, str(run.device), run.is_first
     tokens = None if run.tokens is None else run.tokens.about
     del run  # its weights, gradients and moments
-    if router is not None and config.visit.retrain_router and is_first:
-        _train_routers(config, router, tokens, device)
+    if router is not None and is_first:
+        _save_routers(config, router, tokens, device)
     return config.out
 
 
-def _train_routers(config: TrainConfig, router: Router, tokens: TokenRouterAbout | None, device: str) -> None:
-    """Train routers on for the new weights, where an earlier run has not."""
+def _save_routers(config: TrainConfig, router: Router, tokens: TokenRouterAbout | None, device: str) -> None:
+    """Give the new weights their routers, kept or trained on, where an earlier run has not."""
     metric = router.about.metric
     if metric not in metrics_with_router(config.out):
-        print("training the router on, for the new weights; interrupted, the same command goes on", file=sys.stderr)
-        remake_router(config.out, router, config.model, device=device, show=True)
+        what = "training the router on, for" if config.visit.retrain_router else "keeping the router: its losses with"
+        print(f"{what} the new weights; interrupted, the same command goes on", file=sys.stderr)
+        make = remake_router if config.visit.retrain_router else keep_router
+        make(config.out, router, config.model, device=device, show=True)
     if tokens is not None and not has_token_router(config.out, metric):
         print("training the token router anew; interrupted, the same command goes on", file=sys.stderr)
         remake_token_router(config.out, tokens, device=device, show=True)

@@ -88,9 +88,9 @@ class VisitOptions:
     spread: float = 0.5
     """How far random sub-networks stray from the greedy choice for their share, or with --router from its answer to their budget; 0 is that choice itself."""
     router: str | None = None
-    """Metric of a router of MODEL, such as tpot or ttft: random sub-networks are then what it samples for budgets over its range, and it is trained on anew afterwards, for the new weights. The last stage of the method: weights and router together."""
-    retrain_router: bool = True
-    """With --router, train it on afterwards; without, the checkpoint has no router until flextron train-router."""
+    """Metric of a router of MODEL, such as tpot or ttft: random sub-networks are then what it samples for budgets over its range, and it serves the trained weights. The last stage of the method: weights and router together."""
+    retrain_router: bool = False
+    """With --router, train it on afterwards, which moves its answers away from those that were trained; without, it is kept as it is."""
     per_token: bool = False
     """With --router, random sub-networks differ from token to token, by the token router of MODEL, which is trained anew afterwards too."""
     visits_per_step: int = 2
@@ -104,8 +104,8 @@ class VisitOptions:
         check_at_least("spread", self.spread, 0)
         if self.per_token and self.router is None:
             raise ValueError("--per-token needs the metric of a token router of MODEL, such as --router ttft.")
-        if not self.retrain_router and self.router is None:
-            raise ValueError("--no-retrain-router needs the metric of a router of MODEL, such as --router ttft.")
+        if self.retrain_router and self.router is None:
+            raise ValueError("--retrain-router needs the metric of a router of MODEL, such as --router ttft.")
         if min(self.visits) < 0 or sum(self.visits) <= 0:
             raise ValueError(f"visits must be four weights from 0 up, one of them above 0; got {list(self.visits)}.")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,13 @@ from flextron.elastic import ElasticModel
 from flextron.environment import faster_dtype
 from flextron.errors import RouterError
 from flextron.latency import PHASES, measure_latency
+from flextron.progress import bar
 from flextron.routers.pairs import LossMeter, Pairs
 from flextron.routers.router import Router
-from flextron.routers.training import LEAST_EVALUATIONS, train_router
+from flextron.routers.static import StaticRouter
+from flextron.routers.training import CHECKED_BUDGETS, LEAST_EVALUATIONS, check_answers, train_router
 from flextron.sensitivity import Sensitivity, sensitivity_blocks
+from flextron.subnet import Subnet
 from flextron.tables import FOLDER as LATENCY_FOLDER
 from flextron.tables import describe, find_table, is_of, save_table
 
@@ -128,6 +132,36 @@ def _table(model: ElasticModel, folder: str | Path, phase: str, *, any_device: b
     return find_table(model, folder, PHASES[phase], foreign=any_device, warn=say)
 
 
+def keep_router(folder: str | Path, old: Router, before: str | Path, *, device: str, show: bool = False) -> Router:
+    """Take a router over to the weights in `folder`, which were trained on at its answers from those in `before`.
+
+    Its answers stay; their losses are measured again. The latency tables of `before` are taken over.
+
+    Raises:
+        FlextronError: no sensitivities or latency table, or a text that is not there any more.
+    """
+    _copy_tables(before, folder)
+    model = ElasticModel.from_pretrained(folder, device=device)
+    sensitivity = sensitivity_of(model, folder)
+    table = find_table(model, folder, old.about.metric, foreign=True)
+    blocks, _ = unused_blocks(model, sensitivity, old.about.text, tokens=_tokens_of(old))
+    greedy = StaticRouter.of(sensitivity, table, lowest=old.net.lowest)
+    with bar(2 * CHECKED_BUDGETS, description="router's answers", show=show) as advance:
+        meter = LossMeter(model, blocks, arithmetic=faster_dtype(model.device))
+
+        def measure(subnets: list[Subnet]) -> list[float]:
+            losses = []
+            for subnet in subnets:
+                losses.append(meter(subnet))
+                advance()
+            return losses
+
+        checks = check_answers(old.net, greedy, table, measure)
+    router = replace(old, about=replace(old.about, checks=checks, kept=True))
+    router.save(folder, model)
+    return router
+
+
 def remake_router(folder: str | Path, old: Router, before: str | Path, *, device: str, show: bool = False) -> Router:
     """Train the router of a checkpoint on, for the weights in `folder`, which were trained on from those in `before`.
 
@@ -136,16 +170,14 @@ def remake_router(folder: str | Path, old: Router, before: str | Path, *, device
     Raises:
         FlextronError: as `make_router`.
     """
-    tables = Path(before) / LATENCY_FOLDER
-    if tables.is_dir():
-        shutil.copytree(tables, Path(folder) / LATENCY_FOLDER, dirs_exist_ok=True)
+    _copy_tables(before, folder)
     phase = next(phase for phase, metric in PHASES.items() if metric == old.about.metric)
     return make_router(
         ElasticModel.from_pretrained(folder, device=device),
         folder,
         phase=phase,
         evaluations=max(LEAST_EVALUATIONS, min(old.about.pairs, MOST_EVALUATIONS)),
-        tokens=-(-old.about.tokens // 255) * 256,
+        tokens=_tokens_of(old),
         text=old.about.text,
         lowest=old.net.lowest,
         start=old,
@@ -154,13 +186,25 @@ def remake_router(folder: str | Path, old: Router, before: str | Path, *, device
     )
 
 
+def _copy_tables(before: str | Path, folder: str | Path) -> None:
+    tables = Path(before) / LATENCY_FOLDER
+    if tables.is_dir():
+        shutil.copytree(tables, Path(folder) / LATENCY_FOLDER, dirs_exist_ok=True)
+
+
+def _tokens_of(router: Router) -> int:
+    """What it was measured on, with the first of each block, which is not predicted."""
+    return -(-router.about.tokens // 255) * 256
+
+
 def describe_router(router: Router) -> str:
     """How good a router is, in a few lines: errors of its surrogate, and its answers beside the untrained one's."""
     about = router.about
+    before = " of the weights before training" if about.kept else ""
     lines = [
         f"router for {about.metric}, from {about.pairs} sub-networks measured on {about.tokens} tokens of {about.text}",
-        f"surrogate where the router looked last: {about.error}",
-        f"surrogate, cross-validated: {about.cross_validated}",
+        f"surrogate{before} where the router looked last: {about.error}",
+        f"surrogate{before}, cross-validated: {about.cross_validated}",
         "",
         "loss of its answers, half to the text and half to the full model's predictions, and of the greedy choice:",
         f"{'budget':<8}{'router':>12}{'greedy':>12}",

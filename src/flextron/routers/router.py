@@ -60,6 +60,9 @@ class RouterAbout:
     cross_validated: SurrogateError
     """On all pairs, each left out once."""
     checks: tuple[Check, ...]
+    kept: bool = False
+    """Whether it was made for other weights, which were then trained on at its answers: the checks are of the trained
+    ones; the surrogate and its errors are of those before, and too high."""
 
 
 @dataclass(frozen=True)

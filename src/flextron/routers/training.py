@@ -96,7 +96,7 @@ def train_router(
         router.continue_from(start or greedy)  # what it learnt from poorer surrogates would stay
         with one_thread():
             optimise(router, run.surrogate, seed=seed, steps=LAST_STEPS * STEPS)
-        checks = run.check(greedy, advance)
+        checks = check_answers(router, greedy, table, lambda subnets: run.measure(subnets, advance))
     about = RouterAbout(
         metric=table.metric,
         conditions=dict(table.conditions),
@@ -134,7 +134,7 @@ class _Run:
             explored = self._explore(draw)[: missing if missing > 0 else ROUND_PAIRS]
             if not explored:  # a small space, of which all that the router may answer is measured
                 break
-            self._measure(explored, advance)
+            self.measure(explored, advance)
             if fitted:
                 predicted += self.surrogate.predict(self._indices(explored)).tolist()
         last = min(len(predicted), ROUND_PAIRS)
@@ -148,19 +148,6 @@ class _Run:
         validated = cross_validated(self.surrogate, *data, seed=self.seed)
         self.surrogate.fit(*data)
         return validated
-
-    def check(self, greedy: StaticRouter, advance: Callable[[], None]) -> tuple[Check, ...]:
-        """Measure the answers of the trained and the untrained router to budgets over the range."""
-        budgets = [float(budget) for budget in np.linspace(self.router.lowest, 1, CHECKED_BUDGETS + 1)[:-1]]
-        answers = {
-            net: [
-                route_along(net, self.table.search_space, [Ceiling(self.table, budget * self.table.full, "")])
-                for budget in budgets
-            ]
-            for net in (self.router, greedy)
-        }
-        losses = {net: self._measure(subnets, advance) for net, subnets in answers.items()}
-        return tuple(map(Check, budgets, answers[self.router], losses[self.router], losses[greedy]))
 
     def _indices(self, subnets: list[Subnet]) -> Indices:
         return to_indices(self.table.search_space, subnets)
@@ -179,7 +166,7 @@ class _Run:
                 return [found[place] for place in draw.permutation(len(found))]
         return []
 
-    def _measure(self, subnets: list[Subnet], advance: Callable[[], None]) -> list[float]:
+    def measure(self, subnets: list[Subnet], advance: Callable[[], None]) -> list[float]:
         """Losses of sub-networks; those measured before are not measured again."""
         known = self.pairs.measured()
         for subnet in subnets:
@@ -188,6 +175,20 @@ class _Run:
                 self.pairs.add(subnet, known[subnet])
                 advance()
         return [known[subnet] for subnet in subnets]
+
+
+def check_answers(
+    router: StaticRouter, greedy: StaticRouter, table: CostTable, measure: Callable[[list[Subnet]], list[float]]
+) -> tuple[Check, ...]:
+    """Measured losses of the answers of the trained and the untrained router to budgets over the range."""
+    budgets = [float(budget) for budget in np.linspace(router.lowest, 1, CHECKED_BUDGETS + 1)[:-1]]
+
+    def answers(net: StaticRouter) -> list[Subnet]:
+        limits = [Ceiling(table, budget * table.full, "") for budget in budgets]
+        return [route_along(net, table.search_space, [limit]) for limit in limits]
+
+    own, others = answers(router), answers(greedy)
+    return tuple(map(Check, budgets, own, measure(own), measure(others)))
 
 
 def _accurate(error: SurrogateError) -> bool:

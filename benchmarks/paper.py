@@ -66,7 +66,7 @@ METHODS = ("router", "greedy", "evolution", "equal widths", "layer dropping")
 STEPS = ("--visits-per-step", "1", "--blocks-per-visit", "1", "--evaluate-tokens", "0")
 SIZES = {
     "tiny": Size((0.6,), (0.6,), (0.6,), 2048, 256, 1, 1024, STEPS, 160, 512, 6144, 1024, 2, 1),
-    "small": Size((0.9, 0.8, 0.7, 0.6, 0.5), (0.6,), (0.6,), 8192, 512, 1, 12288, STEPS, 160, 512, 6144, 4096, 20, 1),
+    "small": Size((0.9, 0.8, 0.7, 0.6, 0.5), (0.6,), (0.6,), 8192, 512, 2, 12288, STEPS, 160, 512, 6144, 4096, 20, 1),
     "full": Size(
         (0.9, 0.8, 0.7, 0.6, 0.5),
         (0.8, 0.7, 0.6, 0.5),

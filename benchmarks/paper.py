@@ -62,6 +62,8 @@ class Size:
 
 JOINT = ("--router", METRIC, "--visits", "1", "0", "0", "7", "--spread", "0")
 """The router's answers to budgets over its range are trained; one visit in eight is of the full model."""
+USERS_ERROR = 2
+"""Exit code of flextron where what was asked cannot be done, such as a router that is refused."""
 METHODS = ("router", "greedy", "evolution", "equal widths", "layer dropping")
 STEPS = ("--visits-per-step", "1", "--blocks-per-visit", "1", "--evaluate-tokens", "0")
 SIZES = {
@@ -198,12 +200,21 @@ def losses(paper: Paper, name: str, model: str | Path, *chosen: str) -> None:
 
 
 def train_router(paper: Paper, name: str, folder: Path, *options: str) -> None:
-    """Stage: a router of a checkpoint."""
+    """Stage: a router of a checkpoint; where its surrogate learns too little, from twice as many sub-networks."""
     settings, size = paper.settings, paper.size
-    arguments = ["train-router", str(folder), "--phase", "prefill", "--text", settings.rank, "--any-device"]
-    arguments += ["--tokens", str(size.measure_tokens), "--evaluations", str(size.evaluations)]
-    arguments += ["--lowest", str(min(size.budgets))]  # below, losses of a model that is not trained yet are too large
-    paper.flextron(name, *arguments, "--device", settings.device, *options)
+    command = [sys.executable, "-m", "flextron.cli", "train-router", str(folder), "--phase", "prefill", "--any-device"]
+    command += ["--text", settings.rank, "--tokens", str(size.measure_tokens), "--device", settings.device]
+    command += ["--lowest", str(min(size.budgets)), *options]  # below, losses before training are too large
+
+    def run() -> None:
+        try:
+            call([*command, "--evaluations", str(size.evaluations)])
+        except SystemExit as stop:
+            if stop.code != USERS_ERROR:
+                raise
+            call([*command, "--evaluations", str(2 * size.evaluations)])
+
+    paper.once(name, run)
 
 
 def budgets_of(paper: Paper) -> list[str]:

@@ -301,7 +301,7 @@ def _missing(results: Results) -> list[str]:
 def _tasks(results: Results, page: Path) -> list[str]:
     found = results.folder / "tasks" / "results.md"
     if not found.is_file():
-        return ["## Tasks", "", "Not run: no data of tasks was given (docs/tasks.md).", ""]
+        return ["## Tasks", "", "Not run; they need data (docs/tasks.md).", ""]
     picture = page.with_name(f"{page.stem}-tasks.png")
     shutil.copyfile(found.with_suffix(".png"), picture)
     return ["## Tasks", "", found.read_text(encoding="utf8"), f"![accuracy against cost]({picture.name})", ""]

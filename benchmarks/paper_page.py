@@ -213,8 +213,8 @@ def _head(results: Results) -> list[str]:
         f"Written by `benchmarks/paper_page.py` from what `python benchmarks/paper.py --size {settings['size']}` left "
         f"({minutes:.0f} minutes). {Path(settings['model']).name}: ranked on {size['rank_tokens']} tokens, trained on "
         f"{size['train_tokens']} of {', '.join(map(_short, settings['train']))}, "
-        f"seed {settings['seed']}. Losses: {size['loss_tokens']} tokens of each text. Budgets are parts of the full "
-        "model's time to the first token of a 512-token prompt.",
+        f"seed {settings['seed']}, {results.about['dtype']}. Losses: {size['loss_tokens']} tokens of each text. "
+        "Budgets are parts of the full model's time to the first token of a 512-token prompt.",
         "",
         "Conditions: " + "; ".join(line.partition(" on Linux")[0] for line in results.about["environment"]) + ".",
         "",

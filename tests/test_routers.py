@@ -287,14 +287,14 @@ class TestTraining:
     def pairs(self, tmp_path):
         return Pairs(tmp_path / "pairs.jsonl", {})
 
-    def test_the_router_is_no_worse_than_the_greedy_choice_where_sensitivities_mislead(self, sensitivity, table, pairs):
+    def test_the_router_beats_the_greedy_choice_where_sensitivities_mislead(self, sensitivity, table, pairs):
         meter = SyntheticMeter(sensitivity)
-        router = train_router(sensitivity, table, meter, pairs, evaluations=self.EVALUATIONS)
-        assert meter.measured <= self.EVALUATIONS
+        router = train_router(sensitivity, table, meter, pairs, evaluations=256)
+        assert meter.measured <= 256
         assert router.about.error.rank_correlation > 0.95
         gains = [check.greedy_loss - check.loss for check in router.about.checks]
         assert len(gains) == training.CHECKED_BUDGETS
-        assert np.mean(gains) > -0.001  # nats; rounding differs from processor to processor
+        assert np.mean(gains) >= 0
         for check in router.about.checks:
             assert table.price(check.subnet) <= check.budget * table.full * (1 + 1e-9)
 

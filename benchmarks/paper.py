@@ -4,20 +4,26 @@
     python benchmarks/paper.py --size full --train corpus/train-*.jsonl.xz --task-data eval/ --out out/full   # one GPU
 
 Each stage is a command of flextron or of benchmarks/, printed as it runs, and is not run again once it is done: after
-Ctrl-C or a crash the same command goes on. `paper_page.py` writes the page from what the stages have left.
+Ctrl-C or a crash the same command goes on. Stages that time nothing run --jobs at once, and print into OUT/logs.
+`paper_page.py` writes the page from what the stages have left.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from threading import Lock
+from typing import Literal, Protocol, TextIO, TypeAlias, get_args
 
 import tyro
 
@@ -44,6 +50,8 @@ class Size:
     sensitivity_tokens: int
     rounds: int
     """Timings of each sub-network that the latency table is fitted to."""
+    batch: int
+    """Prompts at once in what is timed: a GPU takes as long for one prompt whatever the widths."""
     train_tokens: int
     visits: tuple[str, ...]
     """How training is told, beside text and tokens."""
@@ -62,13 +70,16 @@ class Size:
 
 JOINT = ("--router", METRIC, "--visits", "1", "0", "0", "7", "--spread", "0")
 """The router's answers to budgets over its range are trained; one visit in eight is of the full model."""
+PRECISION = {"bfloat16": "bf16", "float32": "fp32"}
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
 USERS_ERROR = 2
 """Exit code of flextron where what was asked cannot be done, such as a router that is refused."""
 METHODS = ("router", "greedy", "evolution", "equal widths", "layer dropping")
 STEPS = ("--visits-per-step", "1", "--blocks-per-visit", "1", "--evaluate-tokens", "0")
 SIZES = {
-    "tiny": Size((0.6,), (0.6,), (0.6,), 2048, 256, 1, 1024, STEPS, 160, 512, 6144, 1024, 2, 1),
-    "small": Size((0.9, 0.8, 0.7, 0.6, 0.5), (0.6,), (0.6,), 8192, 512, 2, 12288, STEPS, 160, 512, 6144, 4096, 20, 1),
+    "tiny": Size((0.6,), (0.6,), (0.6,), 2048, 256, 1, 1, 1024, STEPS, 160, 512, 6144, 1024, 2, 1),
+    "small": Size((0.9, 0.8, 0.7, 0.6, 0.5), (0.6,), (0.6,), 4096, 512, 2, 1, 8192, STEPS, 160, 512, 6144, 4096, 20, 1),
     "full": Size(
         (0.9, 0.8, 0.7, 0.6, 0.5),
         (0.8, 0.7, 0.6, 0.5),
@@ -76,8 +87,9 @@ SIZES = {
         131072,
         4096,
         2,
+        64,
         92_000_000,
-        ("--visits-per-step", "4", "--blocks-per-visit", "16"),
+        ("--visits-per-step", "4", "--blocks-per-visit", "8"),
         256,
         8192,
         98304,
@@ -86,6 +98,10 @@ SIZES = {
         3,
     ),
 }
+
+
+Part = Literal["choices", "tasks", "share", "each", "rivals", "ablations", "seeds"]
+"""What is compared with: (a) to (d), tasks, (e) by tokens in all and by tokens each, (f), (h), further seeds."""
 
 
 @dataclass(frozen=True)
@@ -108,13 +124,32 @@ class Settings:
     """Of training; further seeds of the full size follow it."""
     device: str = "auto"
     """Where to run."""
+    parts: tuple[Part, ...] = get_args(Part)
+    """What to run beside rank, table, routers and training."""
+    train_tokens: int | None = None
+    """Tokens to train on; by default the size's."""
+    limit: int | None = None
+    """Documents of each task; by default the size's."""
+    jobs: int = 2
+    """Stages at once, where they time nothing; each has its part of the CPU's threads."""
     out: Path = Path("out/paper")
     """Folder of all results."""
 
     @property
     def of(self) -> Size:
         """How much of everything."""
-        return SIZES[self.size]
+        size = SIZES[self.size]
+        return replace(size, train_tokens=self.train_tokens or size.train_tokens, limit=self.limit or size.limit)
+
+
+class Chain(Protocol):
+    """Stages that time nothing, one after the other; returns chains that can run once it has."""
+
+    def __call__(self) -> Chains | None:
+        """Run it."""
+
+
+Chains: TypeAlias = Sequence[Chain]
 
 
 @dataclass
@@ -129,53 +164,102 @@ class Paper:
         self.model = str(smollm2_path()) if self.settings.model == "smollm2" else self.settings.model
         self.done = self.out / "stages.json"
         settings = {**asdict(self.settings), "model": self.model}
-        del settings["out"]
+        for name in ("out", "parts", "jobs"):  # which change no stage
+            del settings[name]
         asked = json.loads(json.dumps({"settings": settings, "size": asdict(self.size)}, default=str))
         found = json.loads(self.done.read_text(encoding="utf8")) if self.done.is_file() else None
         if found is not None and any(found[key] != asked[key] for key in asked):
             raise SystemExit(f"error: {self.out} is of other settings. Name another --out, or delete it.")
         self.seconds = found["seconds"] if found else {}
+        self.minutes = found["minutes"] if found else 0.0
         device = default_device() if self.settings.device == "auto" else self.settings.device
         self.dtype = found["dtype"] if found else str(faster_dtype(device)).removeprefix("torch.")
         self.about = {**asked, "dtype": self.dtype, "environment": describe_environment().splitlines()}
+        self.lock = Lock()
+        self.started = time.monotonic()
+        self.side_by_side = False
+        self.failed: SystemExit | None = None
 
-    def once(self, name: str, run: Callable[[], None]) -> None:
-        """Run a stage that is not done yet."""
+    def once(self, name: str, run: Callable[[Path | None], None]) -> None:
+        """Run a stage that is not done yet; it gets the file to print into, if any."""
         if name in self.seconds:
             return
+        if self.failed is not None:
+            raise self.failed
         print(f"== {name}", flush=True)
+        log = self.out / "logs" / f"{name.replace('/', '-')}.txt" if self.side_by_side else None
         start = time.monotonic()
-        run()
-        self.seconds[name] = round(time.monotonic() - start, 1)
+        try:
+            run(log)
+        except SystemExit as stop:
+            self.failed = stop
+            raise
+        with self.lock:
+            self.seconds[name] = round(time.monotonic() - start, 1)
+            self.save()
+        if log is not None:
+            print(f"== {name}: done in {self.seconds[name]:.0f} s", flush=True)
+
+    def save(self) -> None:
+        """Write what is done, and for how long all of it has run."""
         self.out.mkdir(parents=True, exist_ok=True)
-        write_text(self.done, json.dumps({**self.about, "seconds": self.seconds}, indent=1) + "\n")
+        minutes = round(self.minutes + (time.monotonic() - self.started) / 60, 2)
+        write_text(self.done, json.dumps({**self.about, "seconds": self.seconds, "minutes": minutes}, indent=1) + "\n")
 
     def flextron(self, name: str, *arguments: str, output: Path | None = None) -> None:
         """Stage: a command of flextron, whose standard output goes to a file if one is named."""
-        self.once(name, lambda: call([sys.executable, "-m", "flextron.cli", *arguments], output))
+        self.once(name, lambda log: self.call([sys.executable, "-m", "flextron.cli", *arguments], log, output))
 
     def benchmark(self, name: str, script: str, *arguments: str) -> None:
         """Stage: a script of benchmarks/."""
-        self.once(name, lambda: call([sys.executable, str(HERE / script), *arguments]))
+        self.once(name, lambda log: self.call([sys.executable, str(HERE / script), *arguments], log))
+
+    def call(self, command: list[str], log: Path | None = None, output: Path | None = None) -> None:
+        """Run a command, which prints into `log` if one is named; a failure ends this one with its exit code.
+
+        Raises:
+            SystemExit: it has failed, or was interrupted.
+        """
+        said = "$ " + " ".join(command[1:])
+        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.settings.jobs))} if log else {}
+        with nullcontext() if log is None else _opened(log) as file:
+            print(said, file=file, flush=True)
+            stdout = subprocess.PIPE if output is not None else file
+            try:
+                result = subprocess.run(command, check=False, stdout=stdout, stderr=file, env={**os.environ, **threads})
+            except KeyboardInterrupt:
+                raise SystemExit(130) from None
+        if result.returncode:
+            if log is not None and result.returncode != INTERRUPTED:
+                print(log.read_text(encoding="utf8")[-2000:], file=sys.stderr)
+            print(f"{said}\nstopped; the same command goes on from here.", file=sys.stderr)
+            raise SystemExit(result.returncode)
+        if output is not None:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            write_text(output, result.stdout.decode())
+
+    def together(self, chains: Chains) -> None:
+        """Run chains, --jobs at once; the first failure lets no further stage begin.
+
+        Raises:
+            SystemExit: a stage has failed, or was interrupted.
+        """
+        self.side_by_side = self.settings.jobs > 1
+        with ThreadPoolExecutor(self.settings.jobs) as pool:
+            running = {pool.submit(chain) for chain in chains}
+            try:
+                while running:
+                    done, running = wait(running, return_when=FIRST_COMPLETED)
+                    running |= {pool.submit(chain) for ended in done for chain in ended.result() or ()}
+            except KeyboardInterrupt:
+                self.failed = SystemExit(INTERRUPTED)
+                raise self.failed from None
+        self.side_by_side = False
 
 
-def call(command: list[str], output: Path | None = None) -> None:
-    """Run a command; a failure ends this one with its exit code.
-
-    Raises:
-        SystemExit: it has failed, or was interrupted.
-    """
-    print("$ " + " ".join(command[1:]), flush=True)
-    try:
-        result = subprocess.run(command, check=False, stdout=None if output is None else subprocess.PIPE)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    if result.returncode:
-        print("stopped; the same command goes on from here.", file=sys.stderr)
-        raise SystemExit(result.returncode)
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_text(output, result.stdout.decode())
+def _opened(log: Path) -> TextIO:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    return log.open("a", encoding="utf8")
 
 
 def train(paper: Paper, name: str, model: str | Path, *options: str, tokens: int | None = None, seed: int = 0) -> Path:
@@ -184,7 +268,7 @@ def train(paper: Paper, name: str, model: str | Path, *options: str, tokens: int
     folder = paper.out / name
     arguments = ["train", str(model), str(folder), "--data", *settings.train]
     arguments += ["--tokens", str(tokens or size.train_tokens), "--seed", str(settings.seed + seed)]
-    arguments += ["--device", settings.device, *size.visits, *options]
+    arguments += ["--device", settings.device, "--precision", PRECISION[paper.dtype], *size.visits, *options]
     paper.flextron(f"train {name}", *arguments)
     return folder
 
@@ -206,13 +290,13 @@ def train_router(paper: Paper, name: str, folder: Path, *options: str) -> None:
     command += ["--text", settings.rank, "--tokens", str(size.measure_tokens), "--device", settings.device]
     command += ["--lowest", str(min(size.budgets)), *options]  # below, losses before training are too large
 
-    def run() -> None:
+    def run(log: Path | None) -> None:
         try:
-            call([*command, "--evaluations", str(size.evaluations)])
+            paper.call([*command, "--evaluations", str(size.evaluations)], log)
         except SystemExit as stop:
             if stop.code != USERS_ERROR:
                 raise
-            call([*command, "--evaluations", str(2 * size.evaluations)])
+            paper.call([*command, "--evaluations", str(2 * size.evaluations)], log)
 
     paper.once(name, run)
 
@@ -222,24 +306,45 @@ def budgets_of(paper: Paper) -> list[str]:
     return [f"{METRIC}={budget}x" for budget in paper.size.budgets]
 
 
-def elastic(paper: Paper) -> tuple[Path, Path]:
-    """Stages: rank, table, router, train weights and router together, token router; then answers, and losses."""
+def prepare(paper: Paper) -> Path:
+    """Stages: rank, table, router and its answers, which training keeps."""
     settings, size = paper.settings, paper.size
     ranked = paper.out / "ranked"
     tokens = ["--tokens", str(size.rank_tokens), "--sensitivity-tokens", str(size.sensitivity_tokens)]
     tokens += ["--text", settings.rank, "--device", settings.device]
     paper.flextron("rank", "rank", paper.model, str(ranked), *tokens, "--dtype", paper.dtype)
-    timed = ["--phase", "prefill", "--rounds", str(size.rounds), "--device", settings.device]
-    paper.flextron("table", "measure-latency", str(ranked), *timed)
+    timed = ["--phase", "prefill", "--rounds", str(size.rounds), "--batch", str(size.batch)]
+    paper.flextron("table", "measure-latency", str(ranked), *timed, "--device", settings.device)
     train_router(paper, "router before training", ranked)
+
+    def answer(budget: float) -> None:
+        options = ["--budget", f"{METRIC}={budget}x", "--out", str(answer_of(paper, budget)), "--no-measure"]
+        options += ["--any-device", "--device", settings.device]
+        paper.flextron(f"answer to {budget}x", "route", str(ranked), *options)
+
+    paper.together([partial(answer, budget) for budget in size.budgets])
+    return ranked
+
+
+def elastic(paper: Paper, ranked: Path) -> Chains:
+    """Chain: train weights and router together; then all that needs them."""
+    parts = paper.settings.parts
     trained = train(paper, "elastic", ranked, *JOINT)
-    train_router(paper, "token router", trained, "--per-token", "--token-tokens", str(size.token_tokens))
-    for budget in size.budgets:
-        answer = ["--budget", f"{METRIC}={budget}x", "--out", str(answer_of(paper, budget))]
-        paper.flextron(f"answer to {budget}x", "route", str(trained), *answer, "--device", settings.device)
-    losses(paper, "elastic", trained, "--budget", *budgets_of(paper), "--per-token")
-    losses(paper, "ranked only", ranked, "--subnet", "full", *answers_of(paper, size.costly_at))
-    return ranked, trained
+    chains: list[Chain] = [lambda: per_token(paper, trained)]
+    if "ablations" in parts:
+        chains.append(lambda: no_surrogate(paper, trained))
+    if "choices" in parts:
+        chains.append(lambda: choices(paper, trained, rounds=0))
+    return chains
+
+
+def per_token(paper: Paper, trained: Path) -> Chains:
+    """Chain: token router; then losses and tasks, of static sub-networks and per token."""
+    train_router(paper, "token router", trained, "--per-token", "--token-tokens", str(paper.size.token_tokens))
+    chains: list[Chain] = [lambda: losses(paper, "elastic", trained, "--budget", *budgets_of(paper), "--per-token")]
+    if "tasks" in paper.settings.parts:
+        chains.append(lambda: tasks(paper, trained))
+    return chains
 
 
 def answers_of(paper: Paper, budgets: tuple[float, ...]) -> list[str]:
@@ -252,34 +357,50 @@ def answer_of(paper: Paper, budget: float) -> Path:
     return paper.out / "answers" / f"{budget}x.json"
 
 
-def choices(paper: Paper, trained: Path) -> None:
-    """Stage: (a) to (d), other ways to choose within the same weights, timed and measured side by side."""
+def choices(paper: Paper, trained: Path, *, rounds: int) -> None:
+    """Stage: (a) to (d), other ways to choose within the same weights; timed, too, with rounds of timing."""
     settings, size = paper.settings, paper.size
     out = paper.out / "choices.json"
     arguments = ["--model", str(trained), "--phase", "prefill", "--dtype", paper.dtype, "--device", settings.device]
     arguments += ["--budgets", *map(str, size.budgets), "--between", "--methods", *METHODS, "--texts", *settings.texts]
-    arguments += ["--tokens", str(size.loss_tokens), "--measure-on", settings.rank, "--rounds", "2"]
+    arguments += ["--tokens", str(size.loss_tokens), "--measure-on", settings.rank, "--rounds", str(rounds)]
     arguments += ["--measure-tokens", str(size.measure_tokens), "--evaluations", str(size.evaluations)]
     arguments += ["--any-device", "--out", str(out), "--picture", str(paper.out / "choices.png")]
-    paper.benchmark("other ways to choose", "router.py", *arguments)
+    paper.benchmark("times of other ways to choose" if rounds else "other ways to choose", "router.py", *arguments)
 
 
-def alone(paper: Paper, ranked: Path) -> None:
-    """Stages: (e) the same sub-networks, each trained alone, with a share of the tokens and with all of them."""
+def untrained(paper: Paper, ranked: Path) -> None:
+    """Chain: losses before training."""
+    losses(paper, "ranked only", ranked, "--subnet", "full", *answers_of(paper, paper.size.costly_at))
+
+
+def alone(paper: Paper, ranked: Path, kind: Literal["share", "each"]) -> Chains:
+    """Chains: (e) the same sub-networks, each trained alone, with a share of the tokens or with all of them."""
     size = paper.size
-    share = size.train_tokens // len(size.budgets)
-    for name, tokens, budgets in (("share", share, size.budgets), ("each", size.train_tokens, size.costly_at)):
-        for budget in budgets:
-            answer = str(answer_of(paper, budget))
-            only = ["--visits", "0", "0", "1", "0", "--presets", answer]
-            folder = train(paper, f"alone-{name}-{budget}x", ranked, *only, tokens=tokens)
-            losses(paper, folder.name, folder, "--subnet", answer)
+    tokens = size.train_tokens // len(size.budgets) if kind == "share" else size.train_tokens
+
+    def chain(budget: float) -> None:
+        answer = str(answer_of(paper, budget))
+        only = ["--visits", "0", "0", "1", "0", "--presets", answer]
+        folder = train(paper, f"alone-{kind}-{budget}x", ranked, *only, tokens=tokens)
+        losses(paper, folder.name, folder, "--subnet", answer)
+
+    return [partial(chain, budget) for budget in (size.budgets if kind == "share" else size.costly_at)]
 
 
-def rivals(paper: Paper, ranked: Path) -> None:
-    """Stages: (f) other tools' pruning of the same model, trained alone with as many tokens as all of ours together."""
+def rivals(paper: Paper, ranked: Path) -> Chains:
+    """Chains: (f) other tools' pruning of the same model, trained alone with as many tokens as all of ours together."""
     full = paper.out / "full"
     paper.flextron("the full model as a plain checkpoint", "export", str(ranked), str(full))
+
+    def chain(tool: str, prune: Prune, budget: float) -> None:
+        pruned = paper.out / f"{tool}-{budget}x-pruned"
+        paper.once(pruned.name, lambda log: prune(paper, full, budget, pruned, log))
+        options = ["--visits", "1", "0", "0", "0", "--teacher", str(full)]
+        folder = train(paper, f"{tool}-{budget}x", pruned, *options)
+        losses(paper, folder.name, folder, "--subnet", "full")
+
+    chains: list[Chain] = []
     for tool, prune in (("optipfair", prune_with_optipfair), ("mergekit", prune_with_mergekit)):
         if find_spec(tool) is None:
             print(f"{tool} is not installed, so it is left out: pip install -e '.[rivals]'", flush=True)
@@ -288,11 +409,8 @@ def rivals(paper: Paper, ranked: Path) -> None:
             if tool == "optipfair" and not _neurons_within(paper, budget):
                 print(f"optipfair prunes neurons only, and even without any the model takes over {budget}x", flush=True)
                 continue
-            pruned = paper.out / f"{tool}-{budget}x-pruned"
-            paper.once(pruned.name, lambda b=budget, p=pruned, run=prune: run(paper, full, b, p))
-            options = ["--visits", "1", "0", "0", "0", "--teacher", str(full)]
-            folder = train(paper, f"{tool}-{budget}x", pruned, *options)
-            losses(paper, folder.name, folder, "--subnet", "full")
+            chains.append(partial(chain, tool, prune, budget))
+    return chains
 
 
 def _neurons_within(paper: Paper, budget: float) -> list[int]:
@@ -303,7 +421,11 @@ def _neurons_within(paper: Paper, budget: float) -> list[int]:
     return [n for n in space.neurons if n and table.price(space.uniform(n, groups)) <= budget * table.full]
 
 
-def prune_with_optipfair(paper: Paper, full: Path, budget: float, out: Path) -> None:
+Prune = Callable[[Paper, Path, float, Path, Path | None], None]
+"""Prunes the plain checkpoint of a folder to a budget into another, and prints into a file."""
+
+
+def prune_with_optipfair(paper: Paper, full: Path, budget: float, out: Path, _log: Path | None) -> None:
     """Neurons by largest weights (MAW), as many in all layers as the budget allows."""
     import optipfair
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -314,16 +436,16 @@ def prune_with_optipfair(paper: Paper, full: Path, budget: float, out: Path) -> 
     part = 100 * (1 - max(_neurons_within(paper, budget)) / space.neurons[-1])
     lm = AutoModelForCausalLM.from_pretrained(full)
     pruned = optipfair.prune_model(lm, pruning_percentage=part, show_progress=False)
-    with new_folder(out) as partial:
-        pruned.save_pretrained(partial)
-        AutoTokenizer.from_pretrained(full).save_pretrained(partial)
+    with new_folder(out) as unfinished:
+        pruned.save_pretrained(unfinished)
+        AutoTokenizer.from_pretrained(full).save_pretrained(unfinished)
         size = pruned.config.intermediate_size
         cost = table.price(space.uniform(max(n for n in space.neurons if n <= size), groups)) / table.full
         about = {"neurons": size, "cost": cost, "weights": sum(p.numel() for p in pruned.parameters())}
-        write_text(partial / "pruned.json", json.dumps(about) + "\n")
+        write_text(unfinished / "pruned.json", json.dumps(about) + "\n")
 
 
-def prune_with_mergekit(paper: Paper, full: Path, budget: float, out: Path) -> None:
+def prune_with_mergekit(paper: Paper, full: Path, budget: float, out: Path, log: Path | None) -> None:
     """A run of layers cut out, as short as the budget allows, that ends before the last layer."""
     from flextron.subnet import Subnet
 
@@ -341,23 +463,32 @@ def prune_with_mergekit(paper: Paper, full: Path, budget: float, out: Path) -> N
     slices = [{"sources": [{**source, "layer_range": part}]} for part in parts]
     recipe = out.with_suffix(".yaml")
     write_text(recipe, json.dumps({"slices": slices, "merge_method": "passthrough", "dtype": paper.dtype}) + "\n")
-    with new_folder(out) as partial:
-        call([str(Path(sys.executable).with_name("mergekit-yaml")), str(recipe), str(partial), "--copy-tokenizer"])
+    with new_folder(out) as unfinished:
+        command = [str(Path(sys.executable).with_name("mergekit-yaml")), str(recipe), str(unfinished)]
+        paper.call([*command, "--copy-tokenizer"], log)
         about = {"layers": kept, "cost": price(kept) / table.full}
-        write_text(partial / "pruned.json", json.dumps(about) + "\n")
+        write_text(unfinished / "pruned.json", json.dumps(about) + "\n")
 
 
-def ablations(paper: Paper, ranked: Path, trained: Path) -> None:
-    """Stages: (h) training without ranking, distillation, sandwich; a router without a surrogate."""
-    settings, size = paper.settings, paper.size
-    answers = answers_of(paper, size.costly_at)
-    for name, model, options in (
-        ("no-ranking", paper.model, ["--visits", "1", "0", "7", "0", "--presets", *answers_of(paper, size.budgets)]),
-        ("no-distillation", ranked, [*JOINT, "--text-weight", "1"]),
-        ("no-sandwich", ranked, [*JOINT, "--visits", "0", "0", "0", "1"]),
-    ):
+def ablations(paper: Paper, ranked: Path) -> Chains:
+    """Chains: (h) training without ranking, distillation, sandwich."""
+    answers = answers_of(paper, paper.size.costly_at)
+
+    def chain(name: str, model: str | Path, *options: str) -> None:
         folder = train(paper, name, model, *options)
         losses(paper, name, folder, "--subnet", *answers)
+
+    presets = ["--visits", "1", "0", "7", "0", "--presets", *answers_of(paper, paper.size.budgets)]
+    return [
+        partial(chain, "no-ranking", paper.model, *presets),
+        partial(chain, "no-distillation", ranked, *JOINT, "--text-weight", "1"),
+        partial(chain, "no-sandwich", ranked, *JOINT, "--visits", "0", "0", "0", "1"),
+    ]
+
+
+def no_surrogate(paper: Paper, trained: Path) -> None:
+    """Stages: (h) a router without a surrogate, trained through the LLM."""
+    settings, size = paper.settings, paper.size
     out = paper.out / "no-surrogate"
     arguments = [str(trained), "--out", str(out), "--phase", "prefill", "--budgets", *map(str, size.costly_at)]
     arguments += ["--text", settings.rank, "--tokens", str(size.measure_tokens)]
@@ -375,29 +506,44 @@ def tasks(paper: Paper, trained: Path) -> None:
         return
     arguments = ["evaluate", str(trained), "--tasks", "paper", "--task-data", str(settings.task_data), "--per-token"]
     arguments += ["--budget", *(f"{METRIC}={budget}x" for budget in size.tasks_at), "--any-device"]
-    arguments += ["--out-dir", str(paper.out / "tasks"), "--device", settings.device]
+    arguments += ["--out-dir", str(paper.out / "tasks"), "--no-measure", "--device", settings.device]
     paper.flextron("tasks", *arguments, *([] if size.limit is None else ["--limit", str(size.limit)]))
 
 
-def seeds(paper: Paper, ranked: Path) -> None:
-    """Stages: elastic training with further seeds, at the router's answers."""
-    for seed in range(1, paper.size.seeds):
+def seeds(paper: Paper, ranked: Path) -> Chains:
+    """Chains: elastic training with further seeds, at the router's answers."""
+
+    def chain(seed: int) -> None:
         folder = train(paper, f"seed-{seed}", ranked, *JOINT, seed=seed)
         losses(paper, folder.name, folder, "--subnet", "full", *answers_of(paper, paper.size.budgets))
+
+    return [partial(chain, seed) for seed in range(1, paper.size.seeds)]
 
 
 def main(settings: Settings) -> None:
     """Run what is left, and write the page."""
     paper = Paper(settings)
-    ranked, trained = elastic(paper)
-    choices(paper, trained)
-    tasks(paper, trained)
-    alone(paper, ranked)
-    rivals(paper, ranked)
-    ablations(paper, ranked, trained)
-    seeds(paper, ranked)
+    ranked = prepare(paper)
+    chains: list[Chain] = [lambda: elastic(paper, ranked), lambda: untrained(paper, ranked)]
+    for part, make in PARTS.items():
+        if part in settings.parts:
+            chains += make(paper, ranked)
+    paper.together(chains)
+    if "choices" in settings.parts:
+        choices(paper, paper.out / "elastic", rounds=2)
+    paper.save()
     page = write_page(settings.out)
-    print(f"wrote {page} after {sum(paper.seconds.values()) / 60:.0f} minutes in all")
+    print(f"wrote {page} after {json.loads(paper.done.read_text(encoding='utf8'))['minutes']:.0f} minutes in all")
+
+
+PARTS: dict[Part, Callable[[Paper, Path], Chains]] = {
+    "each": lambda paper, ranked: alone(paper, ranked, "each"),
+    "rivals": rivals,
+    "ablations": ablations,
+    "seeds": seeds,
+    "share": lambda paper, ranked: alone(paper, ranked, "share"),
+}
+"""Of what is compared with, that which trains models of its own, the longest chains first."""
 
 
 if __name__ == "__main__":

@@ -232,6 +232,7 @@ def test_compiled(tokens, dtype):
 
 
 @needs_gpu
+@pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")  # where autograd's thread begins
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_compiled_gradients(dtype):
     widths_N = random_widths(300, device="cuda")

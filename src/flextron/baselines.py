@@ -19,7 +19,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
 from flextron.costs import CostTable
-from flextron.data import BATCH_TOKENS, TokenBlocks
+from flextron.data import TokenBlocks, batch_tokens
 from flextron.elastic import ElasticModel
 from flextron.errors import BudgetError, FlextronError, SubnetError
 from flextron.pricing import Ceiling, check_possible, format_cost, meets
@@ -114,7 +114,7 @@ def block_influence(model: ElasticModel, blocks: TokenBlocks) -> Floats:
     ]
     try:
         with model.use(model.search_space.full):
-            for tokens_BT in blocks.batches(BATCH_TOKENS):
+            for tokens_BT in blocks.batches(batch_tokens(model.device)):
                 model(tokens_BT.to(model.device), use_cache=False, logits_to_keep=1)
     finally:
         for hook in hooks:

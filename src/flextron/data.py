@@ -19,6 +19,8 @@ from flextron.errors import CheckpointError, FlextronError, TooLittleTextError
 
 SAMPLES = ("sample/train", "sample/validation")
 BATCH_TOKENS = 2048
+GPU_BATCHES = 16
+"""How much more a batch holds on a GPU, which small products leave idle."""
 """Tokens of one forward pass: enough to keep a processor busy, few enough that their logits fit in memory."""
 _OPENERS: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open}
 
@@ -47,6 +49,11 @@ class TokenBlocks:
     def batches(self, max_tokens: int) -> Iterator[torch.Tensor]:
         """Consecutive blocks as [B, T], of at most `max_tokens` tokens together but at least one block."""
         return iter(torch.split(self.tokens, max(1, max_tokens // self.tokens.shape[1])))
+
+
+def batch_tokens(device: torch.device, on_cpu: int = BATCH_TOKENS) -> int:
+    """Tokens of a batch on a device."""
+    return on_cpu if device.type == "cpu" else GPU_BATCHES * on_cpu
 
 
 def load_blocks(

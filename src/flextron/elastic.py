@@ -23,7 +23,7 @@ from flextron.checkpoint import Checkpoint, Ranking
 from flextron.environment import default_device
 from flextron.errors import CheckpointError, FlextronError
 from flextron.families import Axis, Family, family_of
-from flextron.projections import Projection, Width, make_elastic, make_skippable
+from flextron.projections import Projection, Width, make_elastic, make_norm_skippable, make_skippable
 from flextron.subnet import SearchSpace, Subnet
 
 
@@ -284,6 +284,8 @@ def _make_sub_layer_elastic(
     opens = [make_elastic(layer.get_submodule(path), width, opens=True, stacked=axis.stacked) for path in axis.opens]
     closes = make_elastic(layer.get_submodule(axis.closes), width, opens=False)
     make_skippable(layer.get_submodule(axis.module), width, gives_weights=gives_weights)
+    if axis.norm:
+        make_norm_skippable(layer.get_submodule(axis.norm), width)
     counters = tuple((layer.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in axis.counts)
     return SubLayer(tuple(opens), closes, axis, width, heads_per_unit, counters)
 

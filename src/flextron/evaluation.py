@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
-from flextron.data import BATCH_TOKENS, TokenBlocks
+from flextron.data import TokenBlocks, batch_tokens
 from flextron.elastic import ElasticModel
 from flextron.progress import progress
 from flextron.subnet import Subnet
@@ -64,7 +64,7 @@ def evaluate(
         if isinstance(run, Subnet):
             model.search_space.check(run)
     tokens_per_byte = blocks.predicted_tokens / blocks.predicted_bytes if blocks.predicted_bytes else math.nan
-    work = [(run, tokens_BT) for run in runs for tokens_BT in blocks.batches(BATCH_TOKENS)]
+    work = [(run, tokens_BT) for run in runs for tokens_BT in blocks.batches(batch_tokens(model.device))]
     losses = [_losses(model, *item) for item in (progress(work, "evaluate") if show else work)]
     losses_SN = torch.cat(losses).view(len(runs), -1)
     return [

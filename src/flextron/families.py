@@ -5,7 +5,7 @@ To add a family, see docs/add_a_family.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flextron.errors import UnknownFamilyError
 
@@ -22,6 +22,8 @@ class Axis:
     """Config fields that count the units or what shrinks with them; the first one counts the units."""
     stacked: int = 1
     """How many projections lie one below the other in each opening weight: 3 where Q, K, V are one matrix in blocks."""
+    norm: str = ""
+    """Path, inside a layer, of the norm that this sub-layer reads and no other, which is left out with it; or none."""
     counts: tuple[str, ...] = ()
     """Attributes, as paths inside a layer, in which the family's own code counts rows of one stacked block."""
 
@@ -47,22 +49,26 @@ _GATED_MLP = Axis(
     opens=("mlp.gate_proj", "mlp.up_proj"),
     closes="mlp.down_proj",
     config_keys=("intermediate_size",),
+    norm="post_attention_layernorm",
 )
 _GROUPED_ATTENTION = Axis(
     opens=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     closes="self_attn.o_proj",
     config_keys=("num_key_value_heads", "num_attention_heads"),
+    norm="input_layernorm",
 )
 LLAMA_LIKE = Family(layers="model.layers", mlp=_GATED_MLP, attention=_GROUPED_ATTENTION)
+GEMMA = replace(LLAMA_LIKE, mlp=replace(_GATED_MLP, norm="pre_feedforward_layernorm"))
 
 GPT2 = Family(
     layers="transformer.h",
-    mlp=Axis(opens=("mlp.c_fc",), closes="mlp.c_proj", config_keys=("n_inner",)),
+    mlp=Axis(opens=("mlp.c_fc",), closes="mlp.c_proj", config_keys=("n_inner",), norm="ln_2"),
     attention=Axis(
         opens=("attn.c_attn",),
         closes="attn.c_proj",
         config_keys=("num_attention_heads",),
         stacked=3,
+        norm="ln_1",
         counts=("attn.split_size",),
     ),
     exports_fewer_heads=False,
@@ -70,16 +76,22 @@ GPT2 = Family(
 
 GPT_NEOX = Family(
     layers="gpt_neox.layers",
-    mlp=Axis(opens=("mlp.dense_h_to_4h",), closes="mlp.dense_4h_to_h", config_keys=("intermediate_size",)),
+    mlp=Axis(
+        opens=("mlp.dense_h_to_4h",),
+        closes="mlp.dense_4h_to_h",
+        config_keys=("intermediate_size",),
+        norm="post_attention_layernorm",
+    ),
     attention=Axis(
         opens=("attention.query_key_value",),  # each head's Q, K, V together, so that a prefix of rows is whole heads
         closes="attention.dense",
         config_keys=("num_attention_heads",),
+        norm="input_layernorm",
     ),
     exports_fewer_heads=False,
 )
 
-PHI = Family(
+PHI = Family(  # whose two sub-layers read one norm
     layers="model.layers",
     mlp=Axis(opens=("mlp.fc1",), closes="mlp.fc2", config_keys=("intermediate_size",)),
     attention=Axis(
@@ -95,8 +107,8 @@ FAMILIES: dict[str, Family] = {
     "qwen2": LLAMA_LIKE,
     "qwen3": LLAMA_LIKE,
     "smollm3": LLAMA_LIKE,
-    "gemma2": LLAMA_LIKE,
-    "gemma3_text": LLAMA_LIKE,
+    "gemma2": GEMMA,
+    "gemma3_text": GEMMA,
     "granite": LLAMA_LIKE,
     "gpt2": GPT2,
     "gpt_neox": GPT_NEOX,

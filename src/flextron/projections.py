@@ -235,15 +235,35 @@ class _Skippable(nn.Module):
         return nothing, None
 
 
+class _SkippableNorm(nn.Module):
+    """A norm that is left out with the sub-layer that alone reads it."""
+
+    width: Width
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.width.kept or self.width.run is not None:
+            return super().forward(hidden_states)  # type: ignore[no-any-return]
+        if torch.is_grad_enabled():
+            return _WithZeroGradients.apply(hidden_states, *self.parameters())  # type: ignore[no-untyped-call, no-any-return]
+        return hidden_states
+
+
 @cache
-def _skippable(kind: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Elastic{kind.__name__}", (_Skippable, kind), {})
+def _mixed(mixin: type[nn.Module], kind: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Elastic{kind.__name__}", (mixin, kind), {})
+
+
+def make_norm_skippable(norm: nn.Module, width: Width) -> None:
+    """Let a norm be skipped, in place, where the sub-layer of `width`, which alone reads it, is."""
+    kind: Any = type(norm)
+    norm.__class__ = _mixed(_SkippableNorm, kind)
+    cast(_SkippableNorm, norm).width = width
 
 
 def make_skippable(sub_layer: nn.Module, width: Width, *, gives_weights: bool) -> None:
     """Let a sub-layer be skipped at width 0, in place; `gives_weights` says that it returns (output, weights)."""
     kind: Any = type(sub_layer)
-    sub_layer.__class__ = _skippable(kind)
+    sub_layer.__class__ = _mixed(_Skippable, kind)
     skippable = cast(_Skippable, sub_layer)
     skippable.width = width
     skippable.gives_weights = gives_weights

@@ -60,6 +60,8 @@ class EvaluateConfig:
     """With --tasks, the folder of their data (docs/tasks.md); by default $FLEXTRON_TASK_DATA, else the Hugging Face hub."""
     out_dir: Path | None = None
     """With --tasks, a folder for results.json, results.md and results.png; what it has from an earlier run is not computed again."""
+    measure: bool = True
+    """With --tasks, measure the times that budgets limit, a few seconds each, where the latency table was measured here."""
     any_device: bool = False
     """With --budget, use a latency table of another device or version if there is no other."""
     dtype: Dtype = "auto"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from flextron.atomic import write_text
-from flextron.data import TokenBlocks
+from flextron.data import TokenBlocks, batch_tokens
 from flextron.elastic import ElasticModel
 from flextron.errors import RouterError
 from flextron.sensitivity import full_predictions, mixed_loss
@@ -36,7 +36,7 @@ class LossMeter:
         self.measured = 0
         """Sub-networks measured so far: what methods are compared at."""
         with torch.inference_mode(), self._autocast():
-            batches = [tokens_BT.to(model.device) for tokens_BT in blocks.batches(1024)]
+            batches = [tokens_BT.to(model.device) for tokens_BT in blocks.batches(batch_tokens(model.device, 1024))]
             self._batches = [(tokens_BT, full_predictions(model, tokens_BT)) for tokens_BT in batches]
 
     @torch.inference_mode()

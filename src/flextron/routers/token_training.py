@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from flextron.costs import CostTable
-from flextron.data import TokenBlocks
+from flextron.data import TokenBlocks, batch_tokens
 from flextron.distillation import hidden_states, losses
 from flextron.elastic import ElasticLayer, ElasticModel
 from flextron.errors import RouterError
@@ -340,7 +340,7 @@ def calibrate(
                     model.device.type, dtype=arithmetic or model.dtype, enabled=_casts(model, arithmetic)
                 )
                 with routing.use(), casts, torch.inference_mode():
-                    for tokens_BT in blocks.batches(1024):
+                    for tokens_BT in blocks.batches(batch_tokens(model.device, 1024)):
                         model.lm.base_model(input_ids=tokens_BT.to(model.device), use_cache=False)
                 return routing
 

@@ -115,7 +115,7 @@ def _summary(
                 "share": fmean(result.share for result in own),
                 "cost": fmean(costs) if costs else run.cost,
                 "cost_metric": run.metric,
-                "measured": _measured(model, run, config.model),
+                "measured": _measured(model, run, config.model) if config.measure else None,
                 "average": average.accuracy,
                 "standard_error": average.standard_error,
                 "retention": average.retention,

@@ -91,6 +91,7 @@ def evaluate_tasks(
     results = []
     for task in loaded:
         settings = {**weights, "task": task.name, "shots": task.shots, "limit": limit, "data": task.data}
+        lm.encoded.clear()
         for name, run in runs.items():
             key = {"version": VERSION, "lm_eval": version("lm-eval"), **settings, "run": _identity(run)}
             if not kept.has(key):

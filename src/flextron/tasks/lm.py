@@ -23,7 +23,7 @@ from lm_eval.models.huggingface import HFLM
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from flextron.data import BATCH_TOKENS
+from flextron.data import batch_tokens as usual_batch_tokens
 from flextron.elastic import ElasticModel
 from flextron.progress import bar
 
@@ -53,11 +53,19 @@ class ElasticLM(HFLM):  # type: ignore[misc]
     def __init__(self, model: ElasticModel, *, batch_tokens: int | None = None) -> None:
         tokenizer = copy.deepcopy(model.tokenizer)  # which gets a padding token here
         super().__init__(pretrained=model.lm, tokenizer=tokenizer, backend="causal")
-        self.batch_tokens = batch_tokens or (BATCH_TOKENS if model.device.type == "cpu" else 16 * BATCH_TOKENS)
+        self.batch_tokens = batch_tokens or usual_batch_tokens(model.device)
+        self.encoded: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
+        """Pairs of text that have been cut into tokens: every run on a task has the same."""
         self.shown: str | None = None
         """What the bar is called; None shows none."""
         self.stderr = sys.stderr
         """Where the bar goes, also while lm-eval's own are kept away from standard error."""
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        pair = (context, continuation)
+        if pair not in self.encoded:
+            self.encoded[pair] = super()._encode_pair(context, continuation)
+        return self.encoded[pair]
 
     @torch.inference_mode()
     def _loglikelihood_tokens(

@@ -79,7 +79,7 @@ METHODS = ("router", "greedy", "evolution", "equal widths", "layer dropping")
 STEPS = ("--visits-per-step", "1", "--blocks-per-visit", "1", "--evaluate-tokens", "0")
 SIZES = {
     "tiny": Size((0.6,), (0.6,), (0.6,), 2048, 256, 1, 1, 1024, STEPS, 160, 512, 6144, 1024, 2, 1),
-    "small": Size((0.9, 0.8, 0.7, 0.6, 0.5), (0.6,), (0.6,), 4096, 512, 2, 1, 8192, STEPS, 160, 512, 6144, 4096, 20, 1),
+    "small": Size((0.9, 0.8, 0.7, 0.6, 0.5), (0.6,), (0.6,), 4096, 512, 2, 1, 8192, STEPS, 160, 512, 6144, 3072, 20, 1),
     "full": Size(
         (0.9, 0.8, 0.7, 0.6, 0.5),
         (0.8, 0.7, 0.6, 0.5),
@@ -89,7 +89,7 @@ SIZES = {
         2,
         64,
         92_000_000,
-        ("--visits-per-step", "4", "--blocks-per-visit", "8"),
+        ("--visits-per-step", "2", "--blocks-per-visit", "64"),
         256,
         8192,
         98304,

@@ -34,17 +34,24 @@ WRONG = {
     "stacked": ("gpt2", changed(GPT2, "attention", stacked=1)),
     "not stacked": ("gpt_neox", changed(FAMILIES["gpt_neox"], "attention", stacked=3)),
     "counts": ("gpt2", changed(GPT2, "attention", counts=())),
+    "norm": ("phi", changed(FAMILIES["phi"], "mlp", norm="input_layernorm")),  # which the attention reads too
 }
 
 
 def narrows_rightly(model_type: str) -> bool:
     lm = tiny.plain_model(model_type)
     groups = lm.config.num_attention_heads // (2 if hasattr(lm.config, "num_key_value_heads") else 1)
-    subnet = Subnet((12, 40, 0), (1, 2, 0))
-    expected = logits_of(masked(lm, subnet, groups=groups, family=RIGHT[model_type]), tiny.token_ids())
+    subnets = (Subnet((12, 40, 0), (1, 2, 0)), Subnet((0, 40, 12), (1, 0, 2)))
+    expected = [
+        logits_of(masked(copy.deepcopy(lm), subnet, groups=groups, family=RIGHT[model_type]), tiny.token_ids())
+        for subnet in subnets
+    ]
     model = ElasticModel(lm)
-    with model.use(subnet):
-        return not differs(logits_of(model, tiny.token_ids()), expected)
+    for subnet, logits in zip(subnets, expected, strict=True):
+        with model.use(subnet):
+            if differs(logits_of(model, tiny.token_ids()), logits):
+                return False
+    return True
 
 
 @pytest.mark.parametrize("field", WRONG)
@@ -57,6 +64,22 @@ def test_a_wrong_field_shows(field, monkeypatch):
     except (RuntimeError, AttributeError, TypeError, ValueError):
         right = False
     assert not right
+
+
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+def test_a_norm_is_left_out_with_the_only_sub_layer_that_reads_it(model_type):
+    model = ElasticModel(tiny.plain_model(model_type))
+    x_BTD = torch.randn(1, 3, model.config.hidden_size, requires_grad=True)
+    with model.use(Subnet((0, 40, 12), (1, 0, 2))):
+        for layer, sub in [(each, sub) for each in model.layers for sub in (each.mlp, each.attention)]:
+            if not sub.axis.norm:
+                assert model_type == "phi"
+                continue
+            norm = layer.module.get_submodule(sub.axis.norm)
+            with torch.no_grad():
+                assert (norm(x_BTD) is x_BTD) == (not sub.width.kept)
+            norm(x_BTD).sum().backward()  # every weight has a gradient, as when it is masked
+            assert all(p.grad is not None and (sub.width.kept or not p.grad.any()) for p in norm.parameters())
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))

@@ -259,6 +259,7 @@ def test_a_cuda_graph_serves_other_widths(tokens):
 
 
 @needs_gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("tokens", [1, 100, 6000], ids="N={}".format)
 def test_nothing_waits_for_the_device(tokens):
     inputs = [tensor.requires_grad_() for tensor in layer(tokens, dtype=torch.bfloat16, device="cuda")]

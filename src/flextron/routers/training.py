@@ -38,7 +38,7 @@ ATTEMPTS = 20
 """Rounds of nothing but known sub-networks after which there is nothing more to explore."""
 LARGEST_ERROR = 0.1
 """Mean absolute error of the surrogate, in nats, up to which a router is trained on it."""
-LARGEST_PART = 0.15
+LARGEST_PART = 0.2
 """As a part of the standard deviation of the losses, up to which it is trained as well: before training these differ by
 several nats."""
 LOWEST_RANK = 0.8

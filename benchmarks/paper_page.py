@@ -206,15 +206,16 @@ def write_page(folder: Path, page: Path | None = None) -> Path:
 
 def _head(results: Results) -> list[str]:
     settings, size = results.settings, results.about["size"]
-    minutes = sum(results.about["seconds"].values()) / 60
+    prompts = "a 512-token prompt" if size["batch"] == 1 else f"{size['batch']} prompts of 512 tokens at once"
     return [
         "# Results",
         "",
         f"Written by `benchmarks/paper_page.py` from what `python benchmarks/paper.py --size {settings['size']}` left "
-        f"({minutes:.0f} minutes). {Path(settings['model']).name}: ranked on {size['rank_tokens']} tokens, trained on "
+        f"({results.about['minutes']:.0f} minutes). "
+        f"{Path(settings['model']).name}: ranked on {size['rank_tokens']} tokens, trained on "
         f"{size['train_tokens']} of {', '.join(map(_short, settings['train']))}, "
         f"seed {settings['seed']}, {results.about['dtype']}. Losses: {size['loss_tokens']} tokens of each text. "
-        "Budgets are parts of the full model's time to the first token of a 512-token prompt.",
+        f"Budgets are parts of the full model's time to the first token of {prompts}.",
         "",
         "Conditions: " + "; ".join(line.partition(" on Linux")[0] for line in results.about["environment"]) + ".",
         "",
@@ -349,7 +350,8 @@ def _costs(results: Results) -> list[str]:
         kind = re.sub(r"-?\d.*$", "", name.partition(",")[0]).removesuffix(" to ").strip()
         kind = "losses" if kind.startswith("losses") else kind
         groups[kind] = groups.get(kind, 0) + seconds
-    lines = ["## What it took", "", "| stages | seconds |", "|:---|---:|"]
+    together = f"{results.about['minutes']:.0f} minutes in all; stages that time nothing ran side by side."
+    lines = ["## What it took", "", together, "", "| stages | seconds |", "|:---|---:|"]
     return [*lines, *(f"| {kind} | {seconds:.0f} |" for kind, seconds in groups.items())]
 
 

@@ -83,12 +83,12 @@ SIZES = {
     "full": Size(
         (0.9, 0.8, 0.7, 0.6, 0.5),
         (0.8, 0.7, 0.6, 0.5),
-        (0.9, 0.8, 0.7, 0.6, 0.5),
+        (0.6,),
         131072,
         4096,
         2,
         64,
-        92_000_000,
+        20_000_000,
         ("--visits-per-step", "2", "--blocks-per-visit", "64"),
         256,
         8192,
@@ -228,7 +228,7 @@ class Paper:
             try:
                 result = subprocess.run(command, check=False, stdout=stdout, stderr=file, env={**os.environ, **threads})
             except KeyboardInterrupt:
-                raise SystemExit(130) from None
+                raise SystemExit(INTERRUPTED) from None
         if result.returncode:
             if log is not None and result.returncode != INTERRUPTED:
                 print(log.read_text(encoding="utf8")[-2000:], file=sys.stderr)

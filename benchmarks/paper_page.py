@@ -179,7 +179,7 @@ class Results:
 
 def table_of(folder: Path) -> CostTable:
     """The latency table that prices every rival."""
-    return next(CostTable.load(file) for file in sorted((folder / "elastic" / "latency").glob("*.json")))
+    return next(CostTable.load(file) for file in sorted((folder / "ranked" / "latency").glob("*.json")))
 
 
 def _interpolated(points: list[tuple[float, tuple[float, ...]]], cost: float) -> Loss:

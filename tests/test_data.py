@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
 import tiny
-from flextron.data import document_end, documents, load_blocks
+from flextron.data import BATCH_TOKENS, batch_tokens, document_end, documents, load_blocks
 from flextron.errors import CheckpointError, FlextronError
 
 DOCUMENTS = ["First, é 😀.", "Second\nline.", "Third " + "long " * 50]
@@ -180,6 +180,12 @@ class TestBlocks:
         assert [len(batch) for batch in blocks.batches(29)] == [2, 2, 1]
         assert [len(batch) for batch in blocks.batches(3)] == [1] * 5
         assert torch.equal(torch.cat(list(blocks.batches(20))), blocks.tokens)
+
+
+def test_a_gpu_gets_larger_batches():
+    assert batch_tokens(torch.device("cpu")) == BATCH_TOKENS
+    assert batch_tokens(torch.device("cpu"), 100) == 100
+    assert batch_tokens(torch.device("cuda"), 100) == 1600
 
 
 class TestBytes:

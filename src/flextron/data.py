@@ -19,9 +19,9 @@ from flextron.errors import CheckpointError, FlextronError, TooLittleTextError
 
 SAMPLES = ("sample/train", "sample/validation")
 BATCH_TOKENS = 2048
-GPU_BATCHES = 16
-"""How much more a batch holds on a GPU, which small products leave idle."""
 """Tokens of one forward pass: enough to keep a processor busy, few enough that their logits fit in memory."""
+GPU_BATCHES = 16
+"""Times as many on a GPU, which small products leave idle."""
 _OPENERS: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open}
 
 
@@ -52,7 +52,7 @@ class TokenBlocks:
 
 
 def batch_tokens(device: torch.device, on_cpu: int = BATCH_TOKENS) -> int:
-    """Tokens of a batch on a device."""
+    """Tokens of one forward pass on a device, where a CPU gets `on_cpu`."""
     return on_cpu if device.type == "cpu" else GPU_BATCHES * on_cpu
 
 

@@ -530,7 +530,7 @@ def main(settings: Settings) -> None:
             chains += make(paper, ranked)
     paper.together(chains)
     if "choices" in settings.parts:
-        choices(paper, paper.out / "elastic", rounds=2)
+        choices(paper, paper.out / "elastic", rounds=4)
     paper.save()
     page = write_page(settings.out)
     print(f"wrote {page} after {json.loads(paper.done.read_text(encoding='utf8'))['minutes']:.0f} minutes in all")

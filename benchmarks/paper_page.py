@@ -253,7 +253,8 @@ def _table(results: Results, place: int, text: str) -> list[str]:
     return [
         *lines,
         "",
-        "Times were measured in interleaved runs, and the router's losses interpolated between its answers and the "
+        f"Times were measured in interleaved runs, while the full model's own varied by "
+        f"{results.choices['times']['noise']:.1%}; the router's losses are interpolated between its answers and the "
         "full model. Costs of per-token routing, optipfair, mergekit and the router without a surrogate are those of "
         "the latency table, and compared with the router's by it. Other rows of (e) and (h) have the router's widths.",
         "",

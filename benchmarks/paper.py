@@ -51,7 +51,7 @@ class Size:
     rounds: int
     """Timings of each sub-network that the latency table is fitted to."""
     batch: int
-    """Prompts at once in what is timed: a GPU takes as long for one prompt whatever the widths."""
+    """Prompts at once in what is timed: one alone would leave a GPU waiting for its launches."""
     train_tokens: int
     visits: tuple[str, ...]
     """How training is told, beside text and tokens."""

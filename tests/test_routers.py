@@ -321,20 +321,6 @@ class TestTraining:
             )
         assert len(pairs) >= self.EVALUATIONS - 2 * training.CHECKED_BUDGETS
 
-    @pytest.mark.parametrize(
-        ("error", "accurate"),
-        [
-            (SurrogateError(0.09, 0.9, 48, 0.1), True),
-            (SurrogateError(0.11, 0.9, 48, 0.1), False),
-            (SurrogateError(0.11, 0.9, 48, 1.0), True),  # of losses that differ by nats, before training
-            (SurrogateError(0.21, 0.9, 48, 1.0), False),
-            (SurrogateError(0.09, 0.7, 48, 1.0), False),
-            (SurrogateError(0.01, float("nan"), 48, 0.0), False),
-        ],
-    )
-    def test_the_limit_of_error_grows_with_the_spread_of_losses(self, error, accurate):
-        assert training._accurate(error) == accurate
-
     def test_too_few_evaluations_and_a_lowest_budget_above_the_full_model(self, sensitivity, table, pairs):
         meter = SyntheticMeter(sensitivity)
         with pytest.raises(ValueError, match=f"evaluations is 10; a router needs at least {self.EVALUATIONS}"):

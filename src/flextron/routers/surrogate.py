@@ -41,15 +41,12 @@ class SurrogateError:
     rank_correlation: float
     """Spearman's."""
     pairs: int
-    spread: float = 0.0
-    """Standard deviation of the measured losses, in nats."""
 
     @classmethod
     def of(cls, predicted_N: Floats, measured_N: Floats) -> SurrogateError:
         """Compare N predictions with N measurements."""
         rank = float(spearmanr(predicted_N, measured_N)[0]) if len(measured_N) > 2 else float("nan")
-        error = float(np.abs(predicted_N - measured_N).mean())
-        return cls(error, rank, len(measured_N), float(np.std(measured_N)))
+        return cls(float(np.abs(predicted_N - measured_N).mean()), rank, len(measured_N))
 
     def __str__(self) -> str:
         return (

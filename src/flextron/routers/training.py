@@ -37,10 +37,7 @@ LEAST_EVALUATIONS = FIRST_PAIRS + ROUND_PAIRS + 2 * CHECKED_BUDGETS
 ATTEMPTS = 20
 """Rounds of nothing but known sub-networks after which there is nothing more to explore."""
 LARGEST_ERROR = 0.1
-"""Mean absolute error of the surrogate, in nats, up to which a router is trained on it."""
-LARGEST_PART = 0.2
-"""As a part of the standard deviation of the losses, up to which it is trained as well: before training these differ by
-several nats."""
+"""Mean absolute error of the surrogate, in nats, above which a router is not trained on it."""
 LOWEST_RANK = 0.8
 STEPS = 1000
 LAST_STEPS = 3
@@ -195,18 +192,14 @@ def check_answers(
 
 
 def _accurate(error: SurrogateError) -> bool:
-    return error.mean_absolute <= _largest(error) and error.rank_correlation >= LOWEST_RANK
-
-
-def _largest(error: SurrogateError) -> float:
-    return max(LARGEST_ERROR, LARGEST_PART * error.spread)
+    return error.mean_absolute <= LARGEST_ERROR and error.rank_correlation >= LOWEST_RANK
 
 
 def _inaccurate(error: SurrogateError, pairs: int) -> str:
     return (
-        f"the surrogate does not predict losses well enough from {pairs} pairs: {error}; "
-        f"at most {_largest(error):.2f} nats and at least {LOWEST_RANK} are asked for. Measure more sub-networks "
-        "(--evaluations), on more tokens (--tokens), or a narrower range of budgets (--lowest)."
+        f"the surrogate does not predict losses well enough from {pairs} pairs: {error}; at most {LARGEST_ERROR} nats "
+        f"and at least {LOWEST_RANK} are asked for. Measure more sub-networks (--evaluations), on more tokens "
+        "(--tokens), or a narrower range of budgets (--lowest)."
     )
 
 

@@ -62,8 +62,7 @@ def test_side_by_side_commands_print_into_files_with_their_part_of_the_threads(s
 
 
 def test_a_failure_stops_what_has_not_begun_and_says_why(settings, capfd):
-    paper, ran = Paper(paper_script.replace(settings, jobs=1)), []
-    paper.settings = settings  # side by side, one worker after the other
+    paper, ran = Paper(settings), []
 
     def fails():
         paper.once("fails", lambda log: paper.call(python("import sys; print('no space'); sys.exit(3)"), log))

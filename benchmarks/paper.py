@@ -1,6 +1,6 @@
 """The paper's evaluation, reproduced here: every rival at the same cost, tasks, ablations, and a page with the results.
 
-    make paper PAPER="--task-data eval/"                      # small: two cores, an hour or more
+    make paper PAPER="--task-data eval/"                      # small: two cores
     python benchmarks/paper.py --size full --train corpus/train-*.jsonl.xz --task-data eval/ --out out/full   # one GPU
 
 Each stage is a command of flextron or of benchmarks/, printed as it runs, and is not run again once it is done: after
@@ -15,8 +15,9 @@ import os
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -48,10 +49,12 @@ class Size:
     """Budgets of what trains a model of its own on all tokens, (e) and (f), and of ablations."""
     rank_tokens: int
     sensitivity_tokens: int
-    rounds: int
-    """Timings of each sub-network that the latency table is fitted to."""
     batch: int
     """Prompts at once in what is timed: one alone would leave a GPU waiting for its launches."""
+    prompt_tokens: int
+    """Tokens of each of these prompts."""
+    rounds: int
+    """Timings of each sub-network that the latency table is fitted to."""
     train_tokens: int
     visits: tuple[str, ...]
     """How training is told, beside text and tokens."""
@@ -76,26 +79,53 @@ INTERRUPTED = 130
 USERS_ERROR = 2
 """Exit code of flextron where what was asked cannot be done, such as a router that is refused."""
 METHODS = ("router", "greedy", "evolution", "equal widths", "layer dropping")
-STEPS = ("--visits-per-step", "1", "--blocks-per-visit", "1", "--evaluate-tokens", "0")
+SMALL = Size(
+    budgets=(0.9, 0.8, 0.7, 0.6, 0.5),
+    tasks_at=(0.6,),
+    costly_at=(0.6,),
+    rank_tokens=4096,
+    sensitivity_tokens=512,
+    batch=1,
+    prompt_tokens=256,
+    rounds=2,
+    train_tokens=8192,
+    visits=("--visits-per-step", "1", "--blocks-per-visit", "1", "--evaluate-tokens", "0"),
+    evaluations=160,
+    measure_tokens=512,
+    token_tokens=6144,
+    loss_tokens=3072,
+    limit=20,
+    seeds=1,
+)
 SIZES = {
-    "tiny": Size((0.6,), (0.6,), (0.6,), 2048, 256, 1, 1, 1024, STEPS, 160, 512, 6144, 1024, 2, 1),
-    "small": Size((0.9, 0.8, 0.7, 0.6, 0.5), (0.6,), (0.6,), 4096, 512, 2, 1, 8192, STEPS, 160, 512, 6144, 3072, 20, 1),
+    "tiny": replace(
+        SMALL,
+        budgets=(0.6,),
+        rank_tokens=2048,
+        sensitivity_tokens=256,
+        rounds=1,
+        train_tokens=1024,
+        loss_tokens=1024,
+        limit=2,
+    ),
+    "small": SMALL,
     "full": Size(
-        (0.9, 0.8, 0.7, 0.6, 0.5),
-        (0.8, 0.7, 0.6, 0.5),
-        (0.6,),
-        131072,
-        4096,
-        2,
-        64,
-        20_000_000,
-        ("--visits-per-step", "2", "--blocks-per-visit", "64"),
-        256,
-        8192,
-        98304,
-        65536,
-        None,
-        3,
+        budgets=(0.9, 0.8, 0.7, 0.6, 0.5),
+        tasks_at=(0.8, 0.7, 0.6, 0.5),
+        costly_at=(0.6,),
+        rank_tokens=131072,
+        sensitivity_tokens=4096,
+        batch=64,
+        prompt_tokens=512,
+        rounds=2,
+        train_tokens=20_000_000,
+        visits=("--visits-per-step", "2", "--blocks-per-visit", "64"),
+        evaluations=256,
+        measure_tokens=8192,
+        token_tokens=98304,
+        loss_tokens=65536,
+        limit=None,
+        seeds=3,
     ),
 }
 
@@ -239,18 +269,21 @@ class Paper:
             write_text(output, result.stdout.decode())
 
     def together(self, chains: Chains) -> None:
-        """Run chains, --jobs at once; the first failure lets no further stage begin.
+        """Run chains, --jobs at once, what a chain returns before others; after a failure no further stage begins.
 
         Raises:
             SystemExit: a stage has failed, or was interrupted.
         """
         self.side_by_side = self.settings.jobs > 1
+        waiting, running = deque(chains), set[Future[Chains | None]]()
         with ThreadPoolExecutor(self.settings.jobs) as pool:
-            running = {pool.submit(chain) for chain in chains}
             try:
-                while running:
+                while waiting or running:
+                    while waiting and len(running) < self.settings.jobs:
+                        running.add(pool.submit(waiting.popleft()))
                     done, running = wait(running, return_when=FIRST_COMPLETED)
-                    running |= {pool.submit(chain) for ended in done for chain in ended.result() or ()}
+                    for ended in done:
+                        waiting.extendleft(reversed(ended.result() or ()))
             except KeyboardInterrupt:
                 self.failed = SystemExit(INTERRUPTED)
                 raise self.failed from None
@@ -313,7 +346,8 @@ def prepare(paper: Paper) -> Path:
     tokens = ["--tokens", str(size.rank_tokens), "--sensitivity-tokens", str(size.sensitivity_tokens)]
     tokens += ["--text", settings.rank, "--device", settings.device]
     paper.flextron("rank", "rank", paper.model, str(ranked), *tokens, "--dtype", paper.dtype)
-    timed = ["--phase", "prefill", "--rounds", str(size.rounds), "--batch", str(size.batch)]
+    timed = ["--phase", "prefill", "--rounds", str(size.rounds)]
+    timed += ["--batch", str(size.batch), "--tokens", str(size.prompt_tokens)]
     paper.flextron("table", "measure-latency", str(ranked), *timed, "--device", settings.device)
     train_router(paper, "router before training", ranked)
 
@@ -331,10 +365,10 @@ def elastic(paper: Paper, ranked: Path) -> Chains:
     parts = paper.settings.parts
     trained = train(paper, "elastic", ranked, *JOINT)
     chains: list[Chain] = [lambda: per_token(paper, trained)]
-    if "ablations" in parts:
-        chains.append(lambda: no_surrogate(paper, trained))
     if "choices" in parts:
         chains.append(lambda: choices(paper, trained, rounds=0))
+    if "ablations" in parts:
+        chains.append(lambda: no_surrogate(paper, trained))
     return chains
 
 
@@ -363,6 +397,7 @@ def choices(paper: Paper, trained: Path, *, rounds: int) -> None:
     out = paper.out / "choices.json"
     arguments = ["--model", str(trained), "--phase", "prefill", "--dtype", paper.dtype, "--device", settings.device]
     arguments += ["--budgets", *map(str, size.budgets), "--between", "--methods", *METHODS, "--texts", *settings.texts]
+    arguments += ["--timed-tokens", str(size.prompt_tokens)]
     arguments += ["--tokens", str(size.loss_tokens), "--measure-on", settings.rank, "--rounds", str(rounds)]
     arguments += ["--measure-tokens", str(size.measure_tokens), "--evaluations", str(size.evaluations)]
     arguments += ["--any-device", "--out", str(out), "--picture", str(paper.out / "choices.png")]

@@ -3,7 +3,8 @@
     python benchmarks/paper_page.py out/paper docs/results.md
 
 All differences are paired by blocks of the same text, and taken at equal cost: the router's losses are interpolated
-between its answers and the full model. ± is the standard error over these blocks.
+between its answers and the full model. ± is the standard error over these blocks and, where two sub-networks were
+timed, over the rounds of timing.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import re
 import shutil
 import sys
 from bisect import bisect_left
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -63,17 +65,36 @@ class Loss:
     """As a part of the full model's time."""
     timed: bool = True
     """Whether the cost was measured; else it is the latency table's."""
+    cost_error: float = 0.0
+    """Standard error of a measured cost, over rounds of timing; 0 for the router's own widths, which cost the same."""
 
     @property
     def nats(self) -> float:
         """Nats per token."""
         return fmean(self.blocks)
 
-    def above(self, other: Loss) -> tuple[float, float]:
-        """Difference to another, paired, and its standard error."""
-        differences = [a - b for a, b in zip(self.blocks, other.blocks, strict=True)]
-        error = stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
+    def above(self, curve: Sequence[Loss]) -> tuple[float, float]:
+        """Difference to what a curve of losses, by ascending cost, has at this cost; and its standard error.
+
+        Between its points the curve is a line, beyond the ends its last line goes on. The error is that of the blocks
+        and, where this cost has one, that of timing: of this cost and of both points', times the line's slope.
+        """
+        right = min(max(bisect_left([point.cost for point in curve], self.cost), 1), len(curve) - 1)
+        low, high = curve[right - 1], curve[right]
+        run = high.cost - low.cost
+        part = (self.cost - low.cost) / run if run > 0 else 0.0
+        line = [a + part * (b - a) for a, b in zip(low.blocks, high.blocks, strict=True)]
+        differences = [a - b for a, b in zip(self.blocks, line, strict=True)]
+        if len(differences) < 2:
+            return fmean(differences), math.nan
+        slope = (high.nats - low.nats) / run if self.cost_error and run > 0 else 0.0
+        costs = (self.cost_error, (1 - part) * low.cost_error, part * high.cost_error)
+        error = math.hypot(_standard_error(differences), *(slope * each for each in costs))
         return fmean(differences), error
+
+
+def _standard_error(values: Sequence[float]) -> float:
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 Losses = dict[float, dict[str, Loss]]
@@ -118,16 +139,17 @@ class Results:
         Between its answers and the full model its losses are interpolated, below its lowest budget extended.
         """
         ours = self.evaluated("elastic", text)
-        points = [(1.0, self.full(text)["after"].blocks)]
+        curve = [replace(self.full(text)["after"], timed=loss.timed)]
         for budget in self.budgets:
-            cost = self._timed("router", budget)[1] if loss.timed else self._price(self.answers[budget])
-            points.append((cost, tuple(ours[f"ttft={budget}x"]["blocks"])))
-        return loss.above(_interpolated(sorted(points), loss.cost))
+            blocks = tuple(ours[f"ttft={budget}x"]["blocks"])
+            cost, error = self._timed("router", budget)[1:] if loss.timed else (self._price(self.answers[budget]), 0.0)
+            curve.append(Loss(blocks, cost, loss.timed, error))
+        return loss.above(sorted(curve, key=lambda point: point.cost))
 
     def _at(self, budget: float, text: int) -> dict[str, Loss]:
         answer = self.answers[budget].name
         ours = self.evaluated("elastic", text)
-        cost = self._timed("router", budget)[1]
+        cost = self._timed("router", budget)[1]  # with the same widths it has no error of its own
         tokenwise = ours[f"ttft={budget}x per token"]
         found = {
             OURS: Loss(tuple(ours[f"ttft={budget}x"]["blocks"]), cost),
@@ -137,10 +159,10 @@ class Results:
         for method in ("greedy", "knapsack", "evolution", "random", "equal widths", "layer dropping"):
             if f"choice, {method}, {budget}" not in self.choices:
                 continue
-            subnet, part = self._timed(method, budget)
+            subnet, part, error = self._timed(method, budget)
             rows = [row for row in evaluations if subnet is not None and Subnet(**row["subnet"]) == subnet]
             if rows:
-                found[method] = Loss(tuple(rows[0]["blocks"]), part)
+                found[method] = Loss(tuple(rows[0]["blocks"]), part, cost_error=error)
         same_widths = {f"alone-{kind}": f"alone-{kind}-{budget}x" for kind in ("share", "each")}
         same_widths |= {name: name for name in ("ranked only", "no-ranking", "no-distillation", "no-sandwich")}
         for name, file in same_widths.items():
@@ -158,13 +180,14 @@ class Results:
             found["no-surrogate"] = Loss(tuple(rows_by_name[answer]["blocks"]), price, timed=False)
         return found
 
-    def _timed(self, method: str, budget: float) -> tuple[Subnet | None, float]:
-        """A method's sub-network, and its measured time as a part of the full model's; not a number without one."""
+    def _timed(self, method: str, budget: float) -> tuple[Subnet | None, float, float]:
+        """A method's sub-network, its measured time as a part of the full model's, and the standard error of that."""
         found = self.choices[f"choice, {method}, {budget}"]["subnet"]
         if found is None:
-            return None, math.nan
-        subnet, times = Subnet(**found), self.choices["times"]
-        return subnet, times["ms"][subnet.to_json()] / times["full_ms"]
+            return None, math.nan, math.nan
+        subnet = Subnet(**found)
+        ratios = self.choices["times"]["ratios"][subnet.to_json()]
+        return subnet, fmean(ratios), _standard_error(ratios)
 
     def _price(self, answer: Path) -> float:
         """What the latency table says of a sub-network's file, as a part of the full model's time."""
@@ -180,14 +203,6 @@ class Results:
 def table_of(folder: Path) -> CostTable:
     """The latency table that prices every rival."""
     return next(CostTable.load(file) for file in sorted((folder / "ranked" / "latency").glob("*.json")))
-
-
-def _interpolated(points: list[tuple[float, tuple[float, ...]]], cost: float) -> Loss:
-    """Losses between those at neighbouring costs, block by block; beyond the ends along the last line."""
-    right = min(max(bisect_left([at for at, _ in points], cost), 1), len(points) - 1)
-    (low, at_low), (high, at_high) = points[right - 1], points[right]
-    part = (cost - low) / (high - low) if high > low else 0.0
-    return Loss(tuple(a + part * (b - a) for a, b in zip(at_low, at_high, strict=True)), cost)
 
 
 def write_page(folder: Path, page: Path | None = None) -> Path:
@@ -206,7 +221,10 @@ def write_page(folder: Path, page: Path | None = None) -> Path:
 
 def _head(results: Results) -> list[str]:
     settings, size = results.settings, results.about["size"]
-    prompts = "a 512-token prompt" if size["batch"] == 1 else f"{size['batch']} prompts of 512 tokens at once"
+    tokens = size["prompt_tokens"]
+    prompts = (
+        f"a {tokens}-token prompt" if size["batch"] == 1 else f"{size['batch']} prompts of {tokens} tokens at once"
+    )
     return [
         "# Results",
         "",
@@ -229,7 +247,7 @@ def _table(results: Results, place: int, text: str) -> list[str]:
         f"## Loss on {_short(text)}",
         "",
         f"Full model, nats per token: {full}. In every cell: part of the full model's time, nats per token, "
-        "and the difference to the router at just that cost, ± its paired standard error (above 0: worse).",
+        "and the difference to the router at just that cost, ± its standard error (above 0: worse).",
         "",
         "| method | " + " | ".join(f"{budget}x" for budget in losses) + " |",
         "|:---|" + "---:|" * len(losses),
@@ -253,10 +271,11 @@ def _table(results: Results, place: int, text: str) -> list[str]:
     return [
         *lines,
         "",
-        f"Times were measured in interleaved runs, while the full model's own varied by "
-        f"{results.choices['times']['noise']:.1%}; the router's losses are interpolated between its answers and the "
-        "full model. Costs of per-token routing, optipfair, mergekit and the router without a surrogate are those of "
-        "the latency table, and compared with the router's by it. Other rows of (e) and (h) have the router's widths.",
+        "Times were measured in interleaved runs, while the full model's own varied by "
+        f"{results.choices['times']['noise']:.1%}; their standard errors count, times the slope of the router's "
+        "losses, which are interpolated between its answers and the full model. Costs of per-token routing, optipfair, "
+        "mergekit and the router without a surrogate are those of the latency table, and compared with the router's by "
+        "it. Other rows of (e) and (h) have the router's widths.",
         "",
     ]
 

@@ -306,8 +306,10 @@ def _times(model: ElasticModel, table: CostTable, chosen: Chosen, settings: Sett
         draw=np.random.default_rng(settings.seed),
         show=True,
     )
-    ms = {subnet.to_json(): milliseconds for subnet, milliseconds in zip(distinct, timing.milliseconds, strict=True)}
-    return {"ms": ms, "full_ms": timing.full_ms, "noise": timing.noise}
+    names = [subnet.to_json() for subnet in distinct]
+    ms = dict(zip(names, timing.milliseconds, strict=True))
+    ratios = dict(zip(names, timing.ratios, strict=True))
+    return {"ms": ms, "ratios": ratios, "full_ms": timing.full_ms, "noise": timing.noise}
 
 
 def _check_order(model: ElasticModel, table: CostTable, settings: Settings, kept: Kept) -> None:

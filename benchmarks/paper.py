@@ -22,6 +22,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
+from multiprocessing import get_context
 from pathlib import Path
 from threading import Lock
 from typing import Literal, Protocol, TextIO, TypeAlias, get_args
@@ -35,6 +36,9 @@ from paper_page import table_of, write_page
 
 HERE = Path(__file__).parent
 METRIC = "ttft"
+FORKS = get_context("forkserver")
+"""Where stages run side by side: on two cores, loading PyTorch and transformers would take a fifth of their time."""
+FORKS.set_forkserver_preload(["flextron.elastic", "flextron.cli", "flextron.explaining", "flextron.commands.training"])
 
 
 @dataclass(frozen=True)
@@ -238,11 +242,30 @@ class Paper:
 
     def flextron(self, name: str, *arguments: str, output: Path | None = None) -> None:
         """Stage: a command of flextron, whose standard output goes to a file if one is named."""
-        self.once(name, lambda log: self.call([sys.executable, "-m", "flextron.cli", *arguments], log, output))
+        self.once(name, lambda log: self.verb(arguments, log, output))
 
     def benchmark(self, name: str, script: str, *arguments: str) -> None:
         """Stage: a script of benchmarks/."""
         self.once(name, lambda log: self.call([sys.executable, str(HERE / script), *arguments], log))
+
+    def verb(self, arguments: Sequence[str], log: Path | None = None, output: Path | None = None) -> None:
+        """Run a command of flextron; side by side with others, from a process that has its libraries loaded already.
+
+        Raises:
+            SystemExit: as `call`.
+        """
+        if log is None:
+            return self.call([sys.executable, "-m", "flextron.cli", *arguments], output=output)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = None if output is None else log.with_suffix(".out")
+        process = FORKS.Process(target=run_verb, args=(tuple(arguments), log, unfinished, self.threads))
+        process.start()
+        process.join()
+        self._check(process.exitcode or 0, "$ flextron " + " ".join(arguments), log)
+        if output is not None and unfinished is not None:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            unfinished.replace(output)
+        return None
 
     def call(self, command: list[str], log: Path | None = None, output: Path | None = None) -> None:
         """Run a command, which prints into `log` if one is named; a failure ends this one with its exit code.
@@ -251,7 +274,7 @@ class Paper:
             SystemExit: it has failed, or was interrupted.
         """
         said = "$ " + " ".join(command[1:])
-        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.settings.jobs))} if log else {}
+        threads = {"OMP_NUM_THREADS": str(self.threads)} if log else {}
         with nullcontext() if log is None else _opened(log) as file:
             print(said, file=file, flush=True)
             stdout = subprocess.PIPE if output is not None else file
@@ -259,14 +282,23 @@ class Paper:
                 result = subprocess.run(command, check=False, stdout=stdout, stderr=file, env={**os.environ, **threads})
             except KeyboardInterrupt:
                 raise SystemExit(INTERRUPTED) from None
-        if result.returncode:
-            if log is not None and result.returncode != INTERRUPTED:
-                print(log.read_text(encoding="utf8")[-2000:], file=sys.stderr)
-            print(f"{said}\nstopped; the same command goes on from here.", file=sys.stderr)
-            raise SystemExit(result.returncode)
+        self._check(result.returncode, said, log)
         if output is not None:
             output.parent.mkdir(parents=True, exist_ok=True)
             write_text(output, result.stdout.decode())
+
+    def _check(self, code: int, said: str, log: Path | None) -> None:
+        if not code:
+            return
+        if log is not None and code != INTERRUPTED:
+            print(log.read_text(encoding="utf8")[-2000:], file=sys.stderr)
+        print(f"{said}\nstopped; the same command goes on from here.", file=sys.stderr)
+        raise SystemExit(code)
+
+    @property
+    def threads(self) -> int:
+        """Of each stage that runs side by side with others."""
+        return max(1, (os.cpu_count() or 1) // self.settings.jobs)
 
     def together(self, chains: Chains) -> None:
         """Run chains, --jobs at once, what a chain returns before others; after a failure no further stage begins.
@@ -295,6 +327,23 @@ def _opened(log: Path) -> TextIO:
     return log.open("a", encoding="utf8")
 
 
+def run_verb(arguments: Sequence[str], log: Path, output: Path | None, threads: int) -> None:
+    """In a process of its own: a command of flextron, which prints into files."""
+    import torch
+
+    from flextron.cli import main as flextron
+
+    with _opened(log) as file:
+        print("$ flextron " + " ".join(arguments), file=file, flush=True)
+        os.dup2(file.fileno(), 2)
+        os.dup2(file.fileno(), 1)
+    if output is not None:
+        with output.open("wb") as found:
+            os.dup2(found.fileno(), 1)
+    torch.set_num_threads(threads)
+    raise SystemExit(flextron(list(arguments)))
+
+
 def train(paper: Paper, name: str, model: str | Path, *options: str, tokens: int | None = None, seed: int = 0) -> Path:
     """Stage: training of one checkpoint."""
     settings, size = paper.settings, paper.size
@@ -319,17 +368,17 @@ def losses(paper: Paper, name: str, model: str | Path, *chosen: str) -> None:
 def train_router(paper: Paper, name: str, folder: Path, *options: str) -> None:
     """Stage: a router of a checkpoint; where its surrogate learns too little, from twice as many sub-networks."""
     settings, size = paper.settings, paper.size
-    command = [sys.executable, "-m", "flextron.cli", "train-router", str(folder), "--phase", "prefill", "--any-device"]
+    command = ["train-router", str(folder), "--phase", "prefill", "--any-device"]
     command += ["--text", settings.rank, "--tokens", str(size.measure_tokens), "--device", settings.device]
     command += ["--lowest", str(min(size.budgets)), *options]  # below, losses before training are too large
 
     def run(log: Path | None) -> None:
         try:
-            paper.call([*command, "--evaluations", str(size.evaluations)], log)
+            paper.verb([*command, "--evaluations", str(size.evaluations)], log)
         except SystemExit as stop:
             if stop.code != USERS_ERROR:
                 raise
-            paper.call([*command, "--evaluations", str(2 * size.evaluations)], log)
+            paper.verb([*command, "--evaluations", str(2 * size.evaluations)], log)
 
     paper.once(name, run)
 

@@ -89,3 +89,19 @@ def test_what_a_chain_returns_goes_before_others(settings):
         [lambda: [lambda: order.append("second"), lambda: order.append("third")], lambda: order.append("last")]
     )
     assert order == ["second", "third", "last"]
+
+
+def test_commands_side_by_side_share_loaded_libraries_and_print_into_files(settings, capfd):
+    paper, found = Paper(settings), settings.out / "losses" / "version.txt"
+    with pytest.raises(SystemExit) as stop:
+        paper.together(
+            [
+                lambda: paper.flextron("version", "--version", output=found),
+                lambda: paper.flextron("mistake", "route", str(settings.out), "--budget", "0.5x"),
+            ]
+        )
+    assert stop.value.code == paper_script.USERS_ERROR
+    assert found.read_text().startswith("flextron ")
+    assert paper.seconds.keys() == {"version"}
+    assert "error: " in (settings.out / "logs" / "mistake.txt").read_text()
+    assert "the same command goes on from here" in capfd.readouterr().err

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from typing import ClassVar
@@ -23,10 +24,10 @@ from flextron.routers import surrogate, training
 from flextron.routers.choices import allowed, cost_matrix, increase_matrix, prices, to_indices, to_subnet
 from flextron.routers.making import describe_router, unused_blocks
 from flextron.routers.pairs import LossMeter, Pairs
-from flextron.routers.router import ABOUT, WEIGHTS, Router, metrics_with_router, route_along
+from flextron.routers.router import ABOUT, WEIGHTS, Check, Router, metrics_with_router, route_along
 from flextron.routers.static import StaticRouter
 from flextron.routers.surrogate import Surrogate, SurrogateError, cross_validated
-from flextron.routers.training import optimise, train_router
+from flextron.routers.training import check_gain, optimise, train_router
 from flextron.routing import route
 from flextron.sampling import even_sensitivity
 from flextron.sensitivity import Sensitivity
@@ -62,10 +63,11 @@ def fewer_steps(monkeypatch):
 class SyntheticMeter:
     """A loss with an interaction that single sensitivities do not show, in place of a model's."""
 
-    def __init__(self, sensitivity, noise: float = 0.0) -> None:
+    def __init__(self, sensitivity, noise: float = 0.0, scale: float = 1.0) -> None:
         self.increases_SK = increase_matrix(sensitivity)
         self.space = sensitivity.search_space
         self.noise = np.random.default_rng(0), noise
+        self.scale = scale
         self.measured = 0
         self.blocks = TokenBlocks(torch.zeros(2, 8, dtype=torch.long), torch.ones(2, 8, dtype=torch.long), "synthetic")
 
@@ -74,7 +76,7 @@ class SyntheticMeter:
         indices = to_indices(self.space, [subnet])[0]
         parts = self.increases_SK[np.arange(len(indices)), indices] * np.linspace(0.6, 1.6, len(indices))
         draw, size = self.noise
-        return float(3 + parts.sum() + 0.2 * parts.sum() ** 2 + size * draw.standard_normal())
+        return float(3 + self.scale * (parts.sum() + 0.2 * parts.sum() ** 2) + size * draw.standard_normal())
 
 
 class TestChoices:
@@ -320,6 +322,26 @@ class TestTraining:
                 sensitivity, table, SyntheticMeter(sensitivity, noise=1.0), pairs, evaluations=self.EVALUATIONS
             )
         assert len(pairs) >= self.EVALUATIONS - 2 * training.CHECKED_BUDGETS
+
+    @pytest.mark.parametrize(
+        ("error", "gains", "kept"),
+        [
+            (0.3, (0.1, 0.2, 0.3), True),
+            (0.3, (0.0, 0.0, 0.1), False),
+            (0.3, (-0.1, -0.2, -0.3), False),
+            (0.3, (0.0, 0.0, 0.0), False),
+            (0.09, (0.0, 0.0, 0.0), True),
+        ],
+    )
+    def test_a_surrogate_far_off_must_lead_to_answers_that_beat_the_greedy_choice(self, error, gains, kept):
+        checks = [Check(0.5, None, 5.0 - gain, 5.0) for gain in gains]
+        with nullcontext() if kept else pytest.raises(RouterError, match="have to beat the greedy choice's"):
+            check_gain(SurrogateError(error, 0.99, 48), checks, 160)
+
+    def test_one_far_off_whose_answers_stay_the_greedy_ones_is_refused(self, sensitivity, table, pairs, monkeypatch):
+        monkeypatch.setattr(training, "optimise", lambda *_args, **_kwargs: None)
+        with pytest.raises(RouterError, match=r"have to beat the greedy choice's.*they gain 0\.000 ± 0\.000 nats"):
+            train_router(sensitivity, table, SyntheticMeter(sensitivity, scale=4), pairs, evaluations=self.EVALUATIONS)
 
     def test_too_few_evaluations_and_a_lowest_budget_above_the_full_model(self, sensitivity, table, pairs):
         meter = SyntheticMeter(sensitivity)

@@ -20,7 +20,7 @@ check: setup
 test-slow: setup  ## minutes each; by hand
 	$(BIN)/pytest -m slow
 
-paper: setup  ## every rival, ablation and task beside us, an hour or more on two cores: out/paper/results.md
+paper: setup  ## every rival, ablation and task beside us, about an hour on two cores: out/paper/results.md
 	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e ".[dev,rivals]"
 	$(BIN)/python benchmarks/paper.py $(PAPER)
 

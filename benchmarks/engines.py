@@ -3,8 +3,9 @@
 python benchmarks/engines.py out/trained
 
 For each budget, the router's per-layer widths and equal widths of at most the same size, exported to GGUF. Each round
-times all files in turn, in another order. A token reads every weight once, so the ideal speed-up of an output token is
-the full file's bytes over the sub-network's; a prompt's is that of the FLOPs.
+times all files, in another order, each right after the full model's. A token reads every weight once, so the ideal
+speed-up of an output token is the full file's bytes over the sub-network's; a prompt's is that of the FLOPs. Medians of
+times, and of ratios to the full model's just before, are printed.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Settings:
     new_tokens: int = 64
     """Tokens to write."""
     rounds: int = 5
-    """Interleaved rounds; medians are printed, after one round to warm up."""
+    """Interleaved rounds, after one to warm up."""
     any_device: bool = False
     """Use latency tables of another device or version."""
     out: Path | None = None
@@ -103,36 +104,41 @@ def _subnets(model: ElasticModel, quantize: str, settings: Settings) -> dict[str
     return found
 
 
-def _time(engines: list[LlamaCpp], tokens: list[int], settings: Settings) -> list[list[EngineTimes]]:
-    """Of each engine, its times in each round."""
-    times: list[list[EngineTimes]] = [[] for _ in engines]
+Pairs = list[tuple[EngineTimes, EngineTimes]]
+"""Of one file, in each round: the full model's times and, right after, its own."""
+
+
+def _time(engines: list[LlamaCpp], tokens: list[int], settings: Settings) -> list[Pairs]:
+    """Of each engine, its times in each round; the first engine has the full model."""
+    pairs: list[Pairs] = [[] for _ in engines]
     draw = random.Random(0)  # noqa: S311
     for round_ in range(settings.rounds + 1):
         for index in draw.sample(range(len(engines)), len(engines)):
-            found = engines[index].times(tokens, settings.new_tokens)
+            full, own = (engines[each].times(tokens, settings.new_tokens) for each in (0, index))
             if round_:  # the first warms up
-                times[index].append(found)
-    return times
+                pairs[index].append((full, own))
+    return pairs
 
 
-def _report(rows: list[Row], times: list[list[EngineTimes]], settings: Settings) -> list[dict[str, Any]]:
+def _report(rows: list[Row], times: list[Pairs], settings: Settings) -> list[dict[str, Any]]:
     """Print a table; the same as JSON."""
     print(f"\n{rows[0].quantize}, {settings.threads} threads, {settings.prompt_tokens} + {settings.new_tokens} tokens")
     print(
         f"{'sub-network':<16}{'MB':>8}{'prompt tok/s':>14}{'ideal':>7}{'got':>6}{'ms/token':>10}{'ideal':>7}{'got':>6}"
     )
     results: list[dict[str, Any]] = []
-    for row, seen in zip(rows, times, strict=True):
-        prompt_ms, token_ms = median(t.prompt_ms for t in seen), median(t.per_token_ms for t in seen)
-        full = results[0] if results else {"prompt_ms": prompt_ms, "token_ms": token_ms}
+    for row, pairs in zip(rows, times, strict=True):
+        prompt_ms = median(own.prompt_ms for _, own in pairs)
+        token_ms = median(own.per_token_ms for _, own in pairs)
         result = {
             **asdict(row),
-            "rounds": [asdict(t) for t in seen],
+            "rounds": [asdict(own) for _, own in pairs],
+            "full_before": [asdict(full) for full, _ in pairs],
             "prompt_ms": prompt_ms,
             "token_ms": token_ms,
-            "prompt_speedup": full["prompt_ms"] / prompt_ms,
+            "prompt_speedup": median(full.prompt_ms / own.prompt_ms for full, own in pairs),
             "prompt_ideal": rows[0].flops / row.flops,
-            "token_speedup": full["token_ms"] / token_ms,
+            "token_speedup": median(full.per_token_ms / own.per_token_ms for full, own in pairs),
             "token_ideal": rows[0].megabytes / row.megabytes,
         }
         results.append(result)

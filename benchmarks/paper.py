@@ -1,6 +1,6 @@
 """The paper's evaluation, reproduced here: every rival at the same cost, tasks, ablations, and a page with the results.
 
-    make paper PAPER="--task-data eval/"                      # small: two cores
+    make paper PAPER="--task-data eval/"                      # small: two cores, about an hour
     python benchmarks/paper.py --size full --train corpus/train-*.jsonl.xz --task-data eval/ --out out/full   # one GPU
 
 Each stage is a command of flextron or of benchmarks/, printed as it runs, and is not run again once it is done: after

@@ -113,15 +113,13 @@ SIZES = {
         limit=2,
     ),
     "small": SMALL,
-    "full": Size(
-        budgets=(0.9, 0.8, 0.7, 0.6, 0.5),
+    "full": replace(
+        SMALL,
         tasks_at=(0.8, 0.7, 0.6, 0.5),
-        costly_at=(0.6,),
         rank_tokens=131072,
         sensitivity_tokens=4096,
         batch=64,
         prompt_tokens=512,
-        rounds=2,
         train_tokens=20_000_000,
         visits=("--visits-per-step", "2", "--blocks-per-visit", "64"),
         evaluations=256,
@@ -220,7 +218,7 @@ class Paper:
             return
         if self.failed is not None:
             raise self.failed
-        print(f"== {name}", flush=True)
+        print(f"== {name}\n", end="", flush=True)  # at once, so that chains do not print into each other's lines
         log = self.out / "logs" / f"{name.replace('/', '-')}.txt" if self.side_by_side else None
         start = time.monotonic()
         try:
@@ -256,13 +254,13 @@ class Paper:
         """
         if log is None:
             return self.call([sys.executable, "-m", "flextron.cli", *arguments], output=output)
-        log.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = None if output is None else log.with_suffix(".out")
-        process = FORKS.Process(target=run_verb, args=(tuple(arguments), log, unfinished, self.threads))
+        unfinished = log.with_suffix(".out")
+        into = None if output is None else unfinished
+        process = FORKS.Process(target=run_verb, args=(tuple(arguments), log, into, self.threads))
         process.start()
         process.join()
         self._check(process.exitcode or 0, "$ flextron " + " ".join(arguments), log)
-        if output is not None and unfinished is not None:
+        if output is not None:
             output.parent.mkdir(parents=True, exist_ok=True)
             unfinished.replace(output)
         return None

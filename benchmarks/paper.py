@@ -32,12 +32,15 @@ import tyro
 from flextron.atomic import new_folder, write_text
 from flextron.demo import smollm2_path
 from flextron.environment import default_device, describe_environment, faster_dtype
-from paper_page import table_of, write_page
+from flextron.subnet import Subnet
+from paper_page import SHAPE, table_of, write_page
 
 HERE = Path(__file__).parent
 METRIC = "ttft"
 FORKS = get_context("forkserver")
 """Where stages run side by side: on two cores, loading PyTorch and transformers would take a fifth of their time."""
+LOADING = Lock()
+"""Held while this process loads a model: transformers does not load two at once."""
 FORKS.set_forkserver_preload(["flextron.elastic", "flextron.cli", "flextron.explaining", "flextron.commands.training"])
 
 
@@ -50,7 +53,7 @@ class Size:
     tasks_at: tuple[float, ...]
     """Budgets at which tasks are run."""
     costly_at: tuple[float, ...]
-    """Budgets of what trains a model of its own on all tokens, (e) and (f), and of ablations."""
+    """Budgets of what trains a model of its own on all tokens, the second of (e), and of ablations."""
     rank_tokens: int
     sensitivity_tokens: int
     batch: int
@@ -92,7 +95,7 @@ SMALL = Size(
     batch=1,
     prompt_tokens=256,
     rounds=2,
-    train_tokens=8192,
+    train_tokens=7168,
     visits=("--visits-per-step", "1", "--blocks-per-visit", "1", "--evaluate-tokens", "0"),
     evaluations=160,
     measure_tokens=512,
@@ -387,7 +390,7 @@ def budgets_of(paper: Paper) -> list[str]:
 
 
 def prepare(paper: Paper) -> Path:
-    """Stages: rank, table, router and its answers, which training keeps."""
+    """Stages: rank, and the latency table that prices everything."""
     settings, size = paper.settings, paper.size
     ranked = paper.out / "ranked"
     tokens = ["--tokens", str(size.rank_tokens), "--sensitivity-tokens", str(size.sensitivity_tokens)]
@@ -396,15 +399,21 @@ def prepare(paper: Paper) -> Path:
     timed = ["--phase", "prefill", "--rounds", str(size.rounds)]
     timed += ["--batch", str(size.batch), "--tokens", str(size.prompt_tokens)]
     paper.flextron("table", "measure-latency", str(ranked), *timed, "--device", settings.device)
-    train_router(paper, "router before training", ranked)
-
-    def answer(budget: float) -> None:
-        options = ["--budget", f"{METRIC}={budget}x", "--out", str(answer_of(paper, budget)), "--no-measure"]
-        options += ["--any-device", "--device", settings.device]
-        paper.flextron(f"answer to {budget}x", "route", str(ranked), *options)
-
-    paper.together([partial(answer, budget) for budget in size.budgets])
     return ranked
+
+
+def routed(paper: Paper, ranked: Path) -> Chains:
+    """Chain: router, which training keeps, and its answers; then all that needs them, the longest first."""
+    train_router(paper, "router before training", ranked)
+    for budget in paper.size.budgets:
+        options = ["--budget", f"{METRIC}={budget}x", "--out", str(answer_of(paper, budget)), "--no-measure"]
+        options += ["--any-device", "--device", paper.settings.device]
+        paper.flextron(f"answer to {budget}x", "route", str(ranked), *options)
+    chains: list[Chain] = [lambda: elastic(paper, ranked), lambda: untrained(paper, ranked)]
+    for part, make in PARTS.items():
+        if part in paper.settings.parts:
+            chains += make(paper, ranked)
+    return chains
 
 
 def elastic(paper: Paper, ranked: Path) -> Chains:
@@ -439,7 +448,7 @@ def answer_of(paper: Paper, budget: float) -> Path:
 
 
 def choices(paper: Paper, trained: Path, *, rounds: int) -> None:
-    """Stage: (a) to (d), other ways to choose within the same weights; timed, too, with rounds of timing."""
+    """Stage: (a) to (d), other ways to choose within the same weights; with rounds, these and (f) are timed."""
     settings, size = paper.settings, paper.size
     out = paper.out / "choices.json"
     arguments = ["--model", str(trained), "--phase", "prefill", "--dtype", paper.dtype, "--device", settings.device]
@@ -448,6 +457,9 @@ def choices(paper: Paper, trained: Path, *, rounds: int) -> None:
     arguments += ["--tokens", str(size.loss_tokens), "--measure-on", settings.rank, "--rounds", str(rounds)]
     arguments += ["--measure-tokens", str(size.measure_tokens), "--evaluations", str(size.evaluations)]
     arguments += ["--any-device", "--out", str(out), "--picture", str(paper.out / "choices.png")]
+    if rounds:
+        others = [*paper.out.glob(f"*-pruned/{SHAPE}"), *(paper.out / "no-surrogate").glob("*x.json")]
+        arguments += ["--also", *map(str, sorted(others))] if others else []
     paper.benchmark("times of other ways to choose" if rounds else "other ways to choose", "router.py", *arguments)
 
 
@@ -456,10 +468,15 @@ def untrained(paper: Paper, ranked: Path) -> None:
     losses(paper, "ranked only", ranked, "--subnet", "full", *answers_of(paper, paper.size.costly_at))
 
 
+def share(paper: Paper) -> int:
+    """Tokens to train each size alone on, as many in all as elastic training has."""
+    return paper.size.train_tokens // len(paper.size.budgets)
+
+
 def alone(paper: Paper, ranked: Path, kind: Literal["share", "each"]) -> Chains:
     """Chains: (e) the same sub-networks, each trained alone, with a share of the tokens or with all of them."""
     size = paper.size
-    tokens = size.train_tokens // len(size.budgets) if kind == "share" else size.train_tokens
+    tokens = share(paper) if kind == "share" else size.train_tokens
 
     def chain(budget: float) -> None:
         answer = str(answer_of(paper, budget))
@@ -471,7 +488,7 @@ def alone(paper: Paper, ranked: Path, kind: Literal["share", "each"]) -> Chains:
 
 
 def rivals(paper: Paper, ranked: Path) -> Chains:
-    """Chains: (f) other tools' pruning of the same model, trained alone with as many tokens as all of ours together."""
+    """Chain: the full model as a plain checkpoint; then (f) other tools' pruning of it, trained alone as `share`."""
     full = paper.out / "full"
     paper.flextron("the full model as a plain checkpoint", "export", str(ranked), str(full))
 
@@ -479,7 +496,7 @@ def rivals(paper: Paper, ranked: Path) -> Chains:
         pruned = paper.out / f"{tool}-{budget}x-pruned"
         paper.once(pruned.name, lambda log: prune(paper, full, budget, pruned, log))
         options = ["--visits", "1", "0", "0", "0", "--teacher", str(full)]
-        folder = train(paper, f"{tool}-{budget}x", pruned, *options)
+        folder = train(paper, f"{tool}-{budget}x", pruned, *options, tokens=share(paper))
         losses(paper, folder.name, folder, "--subnet", "full")
 
     chains: list[Chain] = []
@@ -487,7 +504,7 @@ def rivals(paper: Paper, ranked: Path) -> Chains:
         if find_spec(tool) is None:
             print(f"{tool} is not installed, so it is left out: pip install -e '.[rivals]'", flush=True)
             continue
-        for budget in paper.size.costly_at:
+        for budget in paper.size.budgets:
             if tool == "optipfair" and not _neurons_within(paper, budget):
                 print(f"optipfair prunes neurons only, and even without any the model takes over {budget}x", flush=True)
                 continue
@@ -516,40 +533,36 @@ def prune_with_optipfair(paper: Paper, full: Path, budget: float, out: Path, _lo
     space = table.search_space
     groups = space.kv_groups[-1]
     part = 100 * (1 - max(_neurons_within(paper, budget)) / space.neurons[-1])
-    lm = AutoModelForCausalLM.from_pretrained(full)
+    with LOADING:
+        lm = AutoModelForCausalLM.from_pretrained(full)
     pruned = optipfair.prune_model(lm, pruning_percentage=part, show_progress=False)
     with new_folder(out) as unfinished:
         pruned.save_pretrained(unfinished)
         AutoTokenizer.from_pretrained(full).save_pretrained(unfinished)
-        size = pruned.config.intermediate_size
-        cost = table.price(space.uniform(max(n for n in space.neurons if n <= size), groups)) / table.full
-        about = {"neurons": size, "cost": cost, "weights": sum(p.numel() for p in pruned.parameters())}
-        write_text(unfinished / "pruned.json", json.dumps(about) + "\n")
+        neurons = max(n for n in space.neurons if n <= pruned.config.intermediate_size)
+        write_text(unfinished / SHAPE, space.uniform(neurons, groups).to_json() + "\n")
 
 
 def prune_with_mergekit(paper: Paper, full: Path, budget: float, out: Path, log: Path | None) -> None:
     """A run of layers cut out, as short as the budget allows, that ends before the last layer."""
-    from flextron.subnet import Subnet
-
     table = table_of(paper.out)
     space = table.search_space
     layers, neurons, groups = space.layers, space.neurons[-1], space.kv_groups[-1]
 
-    def price(kept: int) -> float:
+    def shape(kept: int) -> Subnet:
         gone = layers - kept
-        return float(table.price(Subnet((neurons,) * kept + (0,) * gone, (groups,) * kept + (0,) * gone)))
+        return Subnet((neurons,) * kept + (0,) * gone, (groups,) * kept + (0,) * gone)
 
-    kept = max(kept for kept in range(2, layers) if price(kept) <= budget * table.full)
+    kept = max(kept for kept in range(2, layers) if table.price(shape(kept)) <= budget * table.full)
     source = {"model": str(full.resolve())}
     parts = [[0, kept - 1], [layers - 1, layers]]
     slices = [{"sources": [{**source, "layer_range": part}]} for part in parts]
-    recipe = out.with_suffix(".yaml")
+    recipe = out.with_name(f"{out.name}.yaml")
     write_text(recipe, json.dumps({"slices": slices, "merge_method": "passthrough", "dtype": paper.dtype}) + "\n")
     with new_folder(out) as unfinished:
         command = [str(Path(sys.executable).with_name("mergekit-yaml")), str(recipe), str(unfinished)]
         paper.call([*command, "--copy-tokenizer"], log)
-        about = {"layers": kept, "cost": price(kept) / table.full}
-        write_text(unfinished / "pruned.json", json.dumps(about) + "\n")
+        write_text(unfinished / SHAPE, shape(kept).to_json() + "\n")
 
 
 def ablations(paper: Paper, ranked: Path) -> Chains:
@@ -606,11 +619,8 @@ def main(settings: Settings) -> None:
     """Run what is left, and write the page."""
     paper = Paper(settings)
     ranked = prepare(paper)
-    chains: list[Chain] = [lambda: elastic(paper, ranked), lambda: untrained(paper, ranked)]
-    for part, make in PARTS.items():
-        if part in settings.parts:
-            chains += make(paper, ranked)
-    paper.together(chains)
+    needs_no_router: list[Chain] = [lambda: rivals(paper, ranked)] if "rivals" in settings.parts else []
+    paper.together([lambda: routed(paper, ranked), *needs_no_router])
     if "choices" in settings.parts:
         choices(paper, paper.out / "elastic", rounds=4)
     paper.save()
@@ -620,12 +630,11 @@ def main(settings: Settings) -> None:
 
 PARTS: dict[Part, Callable[[Paper, Path], Chains]] = {
     "each": lambda paper, ranked: alone(paper, ranked, "each"),
-    "rivals": rivals,
     "ablations": ablations,
     "seeds": seeds,
     "share": lambda paper, ranked: alone(paper, ranked, "share"),
 }
-"""Of what is compared with, that which trains models of its own, the longest chains first."""
+"""Of what is compared with, that which trains models of its own from the router's answers, the longest chains first."""
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ from flextron.drawing import save_figure
 from flextron.subnet import Subnet
 
 mpl.use("agg")
+SHAPE = "shape.json"
+"""The sub-network that costs what a model pruned by another tool does, in its folder."""
 PUBLISHED = Path(__file__).parent / "published.json"
 OURS = "elastic, router"
 TOKENWISE = "elastic, per token"
@@ -44,8 +46,8 @@ NAMES = {
     "layer dropping": "(b) same weights, layer dropping",
     "alone-share": "(e) each size trained alone, same tokens in all",
     "alone-each": "(e) each size trained alone, same tokens each",
-    "optipfair": "(f) optipfair, trained alone, same tokens each",
-    "mergekit": "(f) mergekit, trained alone, same tokens each",
+    "optipfair": "(f) optipfair, trained alone, same tokens in all",
+    "mergekit": "(f) mergekit, trained alone, same tokens in all",
     "ranked only": "(h) no elastic training",
     "no-ranking": "(h) no ranking, trained on these widths",
     "no-distillation": "(h) no distillation",
@@ -172,13 +174,25 @@ class Results:
         for tool in ("optipfair", "mergekit"):
             rows_by_name = self.evaluated(f"{tool}-{budget}x", text)
             if rows_by_name:
-                price = _read(self.folder / f"{tool}-{budget}x-pruned" / "pruned.json")["cost"]
-                found[tool] = Loss(tuple(rows_by_name["full"]["blocks"]), price, timed=False)
+                shape = Subnet.load(self.folder / f"{tool}-{budget}x-pruned" / SHAPE)
+                found[tool] = self._costing(tuple(rows_by_name["full"]["blocks"]), shape)
         rows_by_name = self.evaluated("no-surrogate", text)
         if answer in rows_by_name:
-            price = self._price(self.folder / "no-surrogate" / answer)
-            found["no-surrogate"] = Loss(tuple(rows_by_name[answer]["blocks"]), price, timed=False)
+            subnet = Subnet.load(self.folder / "no-surrogate" / answer)
+            found["no-surrogate"] = self._costing(tuple(rows_by_name[answer]["blocks"]), subnet)
         return found
+
+    def _costing(self, blocks: tuple[float, ...], subnet: Subnet) -> Loss:
+        """Blocks' losses at the measured time of a sub-network, or at the table's where it was not timed."""
+        if subnet.to_json() not in self.choices["times"]["ratios"]:
+            return Loss(blocks, self.table.price(subnet) / self.table.full, timed=False)
+        part, error = self._measured(subnet)
+        return Loss(blocks, part, cost_error=error)
+
+    def _measured(self, subnet: Subnet) -> tuple[float, float]:
+        """Measured time as a part of the full model's, and its standard error."""
+        ratios = self.choices["times"]["ratios"][subnet.to_json()]
+        return fmean(ratios), _standard_error(ratios)
 
     def _timed(self, method: str, budget: float) -> tuple[Subnet | None, float, float]:
         """A method's sub-network, its measured time as a part of the full model's, and the standard error of that."""
@@ -186,8 +200,7 @@ class Results:
         if found is None:
             return None, math.nan, math.nan
         subnet = Subnet(**found)
-        ratios = self.choices["times"]["ratios"][subnet.to_json()]
-        return subnet, fmean(ratios), _standard_error(ratios)
+        return subnet, *self._measured(subnet)
 
     def _price(self, answer: Path) -> float:
         """What the latency table says of a sub-network's file, as a part of the full model's time."""
@@ -202,7 +215,7 @@ class Results:
 
 def table_of(folder: Path) -> CostTable:
     """The latency table that prices every rival."""
-    return next(CostTable.load(file) for file in sorted((folder / "ranked" / "latency").glob("*.json")))
+    return next(CostTable.load(file) for file in sorted((folder / "ranked" / "latency").glob("ttft-*.json")))
 
 
 def write_page(folder: Path, page: Path | None = None) -> Path:
@@ -264,6 +277,7 @@ def _table(results: Results, place: int, text: str) -> list[str]:
             cells.append(f"{loss.cost:.2f}x: {loss.nats:.3f}{beside}")
         if set(cells) != {"–"}:
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    by_table = [name for method, name in NAMES.items() if any(_by_table(row.get(method)) for row in losses.values())]
     several = {budget: results.seeds(budget, place) for budget in losses}
     if max(map(len, several.values())) > 1:
         said = ", ".join(f"{b}x {fmean(each):.3f} ± {stdev(each):.3f}" for b, each in several.items() if len(each) > 1)
@@ -273,11 +287,15 @@ def _table(results: Results, place: int, text: str) -> list[str]:
         "",
         "Times were measured in interleaved runs, while the full model's own varied by "
         f"{results.choices['times']['noise']:.1%}; their standard errors count, times the slope of the router's "
-        "losses, which are interpolated between its answers and the full model. Costs of per-token routing, optipfair, "
-        "mergekit and the router without a surrogate are those of the latency table, and compared with the router's by "
-        "it. Other rows of (e) and (h) have the router's widths.",
+        "losses, which are interpolated between its answers and the full model. A model pruned by another tool is "
+        "timed as the sub-network of its shape. Rows of (e) and (h) have the router's widths, but for that without a "
+        f"surrogate. By the latency table, and compared with the router's costs by it: {'; '.join(by_table)}.",
         "",
     ]
+
+
+def _by_table(loss: Loss | None) -> bool:
+    return loss is not None and not loss.timed
 
 
 def _verdict(results: Results) -> list[str]:
@@ -354,7 +372,7 @@ def _left_out(results: Results) -> list[str]:
     lines = [f"- {name}." for method, name in NAMES.items() if method not in found]
     if size["seeds"] == 1:
         lines.append("- More than one seed of training: standard errors are of the text, not of training.")
-    several = "(e) with the same tokens each, (f) and ablations"
+    several = "(e) with the same tokens each and ablations"
     for what, key in (("Tasks", "tasks_at"), (several, "costly_at")):
         if set(size[key]) != set(size["budgets"]):
             lines.append(f"- {what} at budgets other than {', '.join(f'{each}x' for each in size[key])}.")

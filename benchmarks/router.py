@@ -81,6 +81,8 @@ class Settings:
     """Budgets over the router's range at which the order of its answers' losses and predicted times is checked."""
     rounds: int = 3
     """Interleaved timings of each chosen sub-network; 0 leaves them to a later run, which takes up the rest."""
+    also: tuple[Path, ...] = ()
+    """Files of further sub-networks to time with them."""
     any_device: bool = False
     """Use a latency table of another device or thread count, such as with one thread while losses are measured."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -135,7 +137,7 @@ def main(settings: Settings) -> None:
     model = ElasticModel.from_pretrained(settings.model, dtype=getattr(torch, settings.dtype), device=settings.device)
     table = _table(model, settings)
     print(f"{describe(table)}\n")
-    same = replace(settings, out=None, picture=None, rounds=0, curve=0, any_device=False)
+    same = replace(settings, out=None, picture=None, rounds=0, also=(), curve=0, any_device=False)
     belongs_to = {**asdict(same), "model": model.fingerprint()}
     partial_file = None if settings.out is None else settings.out.with_suffix(".partial.json")
     kept = Kept(partial_file, {**belongs_to, "full_ms": table.full})
@@ -294,8 +296,9 @@ def _all_losses(
 
 
 def _times(model: ElasticModel, table: CostTable, chosen: Chosen, settings: Settings) -> dict[str, Any]:
-    """Times of all chosen sub-networks, under the conditions of the table."""
-    distinct = list(dict.fromkeys(subnet for of_method in chosen.values() for subnet in of_method.values()))
+    """Times of all chosen sub-networks and of those in files, under the conditions of the table."""
+    subnets = [*(subnet for of_method in chosen.values() for subnet in of_method.values())]
+    distinct = list(dict.fromkeys([*subnets, *map(Subnet.load, settings.also)]))
     conditions = table.conditions
     timing = time_interleaved(
         timed_run(model, settings.phase, batch=conditions["batch"], tokens=conditions[TOKENS[table.metric]]),

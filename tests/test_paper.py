@@ -80,7 +80,7 @@ def test_a_failure_stops_what_has_not_begun_and_says_why(settings, capfd):
 
 
 def test_every_part_can_be_left_out():
-    assert {*paper_script.get_args(paper_script.Part)} == {*paper_script.PARTS, "choices", "tasks"}
+    assert {*paper_script.get_args(paper_script.Part)} == {*paper_script.PARTS, "rivals", "choices", "tasks"}
 
 
 def test_what_a_chain_returns_goes_before_others(settings):

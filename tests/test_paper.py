@@ -1,15 +1,24 @@
-"""The order of `benchmarks/paper.py`: what runs once, what runs side by side, what a failure stops."""
+"""`benchmarks/paper.py`: what runs once, what side by side, what a failure stops; commands that fit and follow."""
 
 import json
 import sys
 import threading
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import tyro
+
+from flextron.cli import parse
+from flextron.costs import CostTable
+from flextron.subnet import SearchSpace
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import no_surrogate
 import paper as paper_script
+import router
 from paper import Paper, Settings
+from paper_page import SHAPE
 
 
 @pytest.fixture
@@ -105,3 +114,96 @@ def test_commands_side_by_side_share_loaded_libraries_and_print_into_files(setti
     assert paper.seconds.keys() == {"version"}
     assert "error: " in (settings.out / "logs" / "mistake.txt").read_text()
     assert "the same command goes on from here" in capfd.readouterr().err
+
+
+class Recorder:
+    """In place of the stages' commands: each must fit its parser and find what it reads; leaves empty files."""
+
+    SPACE = SearchSpace(layers=4, neurons=(0, 4, 8, 16), kv_groups=(0, 1, 2))
+    TABLE = CostTable(SPACE, "ttft", "ms", 0.2, ((0, 0.5, 1, 2),) * 4, ((0, 0.1, 0.2),) * 4)
+
+    def __init__(self, out):
+        self.out, self.ran, self.parsing = out, [], threading.Lock()  # tyro parses one command line at a time
+
+    def verb(self, arguments, log=None, output=None):
+        with self.parsing:
+            parse(list(arguments))
+        verb = arguments[0]
+        self.note(verb, arguments, made=arguments[2:3] if verb in ("rank", "train", "export") else [])
+        if verb == "measure-latency":
+            (Path(arguments[1]) / "latency").mkdir()
+            self.TABLE.save(Path(arguments[1]) / "latency" / "ttft-here.json")
+        if output is not None:
+            output.parent.mkdir(exist_ok=True)
+            output.touch()
+
+    def call(self, command, log=None, output=None):
+        script = Path(command[1]).stem
+        with self.parsing:
+            config = tyro.cli({"router": router, "no_surrogate": no_surrogate}[script].Settings, args=command[2:])
+        self.note(script, command[2:], made=[])
+        if script == "no_surrogate":
+            for budget in config.budgets:
+                (config.out / f"{budget}x.json").touch()
+
+    def prune(self, paper, full, budget, pruned, log):
+        assert full.exists()
+        self.ran.append((pruned.name, []))
+        pruned.mkdir()
+        (pruned / SHAPE).touch()
+
+    def note(self, name, arguments, made):
+        options = ("--out", "--out-dir", "--picture")
+        made = [*made, *(word for option, word in pairwise(arguments) if option in options)]
+        for word in arguments:
+            if word.startswith(str(self.out)) and word not in made:
+                assert Path(word).exists(), f"{name} reads {word}, which no stage before it has made"
+        for file in map(Path, made):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch() if file.suffix in (".json", ".png") else file.mkdir(exist_ok=True)
+        self.ran.append((name, list(arguments)))
+
+    def named(self, name):
+        return [arguments for ran, arguments in self.ran if ran == name]
+
+
+@pytest.fixture
+def recorder(settings, monkeypatch):
+    found = Recorder(settings.out)
+    monkeypatch.setattr(Paper, "verb", lambda paper, *args, **kwargs: found.verb(*args, **kwargs))
+    monkeypatch.setattr(Paper, "call", lambda paper, *args, **kwargs: found.call(*args, **kwargs))
+    monkeypatch.setattr(paper_script, "find_spec", lambda tool: tool)
+    monkeypatch.setattr(paper_script, "prune_with_optipfair", found.prune)
+    monkeypatch.setattr(paper_script, "prune_with_mergekit", found.prune)
+    monkeypatch.setattr(paper_script, "write_page", lambda folder: folder / "results.md")
+    return found
+
+
+@pytest.mark.parametrize(("size", "jobs"), [("small", 1), ("small", 2), ("full", 6)])
+def test_every_stage_is_a_command_that_fits_after_what_it_reads(settings, recorder, size, jobs):
+    settings = paper_script.replace(settings, size=size, jobs=jobs, task_data=settings.out.parent)
+    paper_script.main(settings)
+    trained = [arguments[2].rpartition("/")[2] for arguments in recorder.named("train")]
+    budgets = paper_script.SIZES[size].budgets
+    expected = ["elastic", "alone-each-0.6x", "no-ranking", "no-distillation", "no-sandwich"]
+    expected += [f"{kind}-{budget}x" for kind in ("alone-share", "optipfair", "mergekit") for budget in budgets]
+    expected += ["seed-1", "seed-2"] if size == "full" else []
+    assert sorted(trained) == sorted(expected)
+    told = zip(trained, recorder.named("train"), strict=True)
+    tokens = {name: int(arguments[arguments.index("--tokens") + 1]) for name, arguments in told}
+    in_all = tokens["elastic"]
+    for kind in ("alone-share", "optipfair", "mergekit"):
+        assert in_all - len(budgets) < sum(tokens[f"{kind}-{budget}x"] for budget in budgets) <= in_all
+    name, timed = recorder.ran[-1]
+    also = timed[timed.index("--also") + 1 :]
+    assert name == "router"
+    assert len(also) == 2 * len(budgets) + 1  # every pruned model's shape, and the answer without a surrogate
+
+
+@pytest.mark.parametrize("part", paper_script.get_args(paper_script.Part))
+def test_every_part_runs_alone_and_is_not_run_again(settings, recorder, part):
+    settings = paper_script.replace(settings, parts=(part,), task_data=settings.out.parent)
+    paper_script.main(settings)
+    ran = len(recorder.ran)
+    paper_script.main(settings)
+    assert len(recorder.ran) == ran

@@ -411,13 +411,15 @@ def _figure(results: Results) -> Figure:
         "optipfair": ("x:", "#555555"),
         "mergekit": ("+:", "#999999"),
     }
+    labels = {"alone-share": "alone, tokens in all", "alone-each": "alone, tokens each"}
     figure = Figure(figsize=(1 + 6.5 * len(results.texts), 5.2), layout="constrained")
     for place, axes in enumerate(figure.subplots(1, len(results.texts), squeeze=False)[0]):
         rows = results.losses(place)
         for method, (style, color) in shown.items():
             points = [(row[method].cost, row[method].nats) for row in rows.values() if method in row]
             if points:
-                axes.plot(*zip(*sorted(points), strict=True), style, color=color, label=method, markersize=5)
+                label = labels.get(method, method)
+                axes.plot(*zip(*sorted(points), strict=True), style, color=color, label=label, markersize=5)
         axes.plot(1, results.full(place)["after"].nats, "k*", markersize=11, label="full model")
         axes.set(title=_short(results.texts[place]), xlabel="part of the full model's time", ylabel="nats per token")
         axes.grid(alpha=0.3)

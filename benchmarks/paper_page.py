@@ -371,6 +371,8 @@ def _left_out(results: Results) -> list[str]:
     size = results.about["size"]
     found = {method for row in results.losses(0).values() for method in row}
     lines = [f"- {name}." for method, name in NAMES.items() if method not in found]
+    if results.settings["size"] != "full":
+        lines.append("- `--size full`, on a GPU: more text, training, documents and seeds.")
     if size["seeds"] == 1:
         lines.append("- More than one seed of training: standard errors are of the text, not of training.")
     several = "(e) with the same tokens each and ablations"

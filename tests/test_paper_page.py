@@ -116,6 +116,7 @@ def test_the_page_names_what_was_not_sure_and_not_compared(folder):
     assert "- not compared: (c) same weights, greedy at 0.9x" in lines
     assert "- not compared: (f) mergekit, trained alone, same tokens in all at 0.9x, 0.6x" in lines
     assert not [line for line in lines if line.startswith("- behind")]
+    assert [line for line in lines if line.startswith("- `--size full`")]
 
 
 def test_where_the_router_is_behind_the_page_says_so(folder):

@@ -145,7 +145,9 @@ class Results:
         curve = [replace(self.full(text)["after"], timed=loss.timed)]
         for budget in self.budgets:
             blocks = tuple(ours[f"ttft={budget}x"]["blocks"])
-            cost, error = self._timed("router", budget)[1:] if loss.timed else (self._price(self.answers[budget]), 0.0)
+            cost, error = self._timed("router", budget)[1:]
+            if not loss.timed:
+                cost, error = self._price(Subnet.load(self.answers[budget])), 0.0
             curve.append(Loss(blocks, cost, loss.timed, error))
         return loss.above(sorted(curve, key=lambda point: point.cost))
 
@@ -186,7 +188,7 @@ class Results:
     def _costing(self, blocks: tuple[float, ...], subnet: Subnet) -> Loss:
         """Blocks' losses at the measured time of a sub-network, or at the table's where it was not timed."""
         if subnet.to_json() not in self.choices["times"]["ratios"]:
-            return Loss(blocks, self.table.price(subnet) / self.table.full, timed=False)
+            return Loss(blocks, self._price(subnet), timed=False)
         part, error = self._measured(subnet)
         return Loss(blocks, part, cost_error=error)
 
@@ -203,9 +205,9 @@ class Results:
         subnet = Subnet(**found)
         return subnet, *self._measured(subnet)
 
-    def _price(self, answer: Path) -> float:
-        """What the latency table says of a sub-network's file, as a part of the full model's time."""
-        return self.table.price(Subnet.load(answer)) / self.table.full
+    def _price(self, subnet: Subnet) -> float:
+        """What the latency table says of a sub-network, as a part of the full model's time."""
+        return self.table.price(subnet) / self.table.full
 
     def seeds(self, budget: float, text: int) -> list[float]:
         """Loss of the router's answer after elastic training, for every seed."""
@@ -278,7 +280,8 @@ def _table(results: Results, place: int, text: str) -> list[str]:
             cells.append(f"{loss.cost:.2f}x: {loss.nats:.3f}{beside}")
         if set(cells) != {"–"}:
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    by_table = [name for method, name in NAMES.items() if any(_by_table(row.get(method)) for row in losses.values())]
+    untimed = {method for row in losses.values() for method, loss in row.items() if not loss.timed}
+    by_table = [name for method, name in NAMES.items() if method in untimed]
     several = {budget: results.seeds(budget, place) for budget in losses}
     if max(map(len, several.values())) > 1:
         said = ", ".join(f"{b}x {fmean(each):.3f} ± {stdev(each):.3f}" for b, each in several.items() if len(each) > 1)
@@ -293,10 +296,6 @@ def _table(results: Results, place: int, text: str) -> list[str]:
         f"surrogate. By the latency table, and compared with the router's costs by it: {'; '.join(by_table)}.",
         "",
     ]
-
-
-def _by_table(loss: Loss | None) -> bool:
-    return loss is not None and not loss.timed
 
 
 def _verdict(results: Results) -> list[str]:

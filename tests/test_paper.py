@@ -3,15 +3,18 @@
 import json
 import sys
 import threading
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import tyro
+from transformers import AutoModelForCausalLM
 
+import tiny
 from flextron.cli import parse
 from flextron.costs import CostTable
-from flextron.subnet import SearchSpace
+from flextron.subnet import SearchSpace, Subnet
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import no_surrogate
@@ -207,3 +210,33 @@ def test_every_part_runs_alone_and_is_not_run_again(settings, recorder, part):
     ran = len(recorder.ran)
     paper_script.main(settings)
     assert len(recorder.ran) == ran
+
+
+def test_other_tools_prune_side_by_side_to_the_shapes_that_are_timed(tmp_path):
+    """The real tools, two budgets at once, on a tiny model; left out where the extra `rivals` is not installed."""
+    pytest.importorskip("optipfair")
+    pytest.importorskip("mergekit")
+    full, budgets = tmp_path / "full", (0.8, 0.5)
+    tiny.plain_model("llama", num_hidden_layers=6, mlp_bias=False, attention_bias=False).save_pretrained(full)
+    tiny.tokenizer().save_pretrained(full)
+    space = SearchSpace(layers=6, neurons=(0, 10, 20, 30, 40), kv_groups=(0, 1, 2, 3))
+    table = CostTable(space, "ttft", "ms", 0.2, ((0, 1, 2, 3, 4),) * 6, ((0, 0.1, 0.2, 0.3),) * 6)
+    (tmp_path / "paper" / "ranked" / "latency").mkdir(parents=True)
+    table.save(tmp_path / "paper" / "ranked" / "latency" / "ttft-here.json")
+    paper = Paper(Settings(size="tiny", model="some/model", device="cpu", out=tmp_path / "paper", jobs=2))
+    tools = {"optipfair": paper_script.prune_with_optipfair, "mergekit": paper_script.prune_with_mergekit}
+    folders = {(tool, budget): paper.out / f"{tool}-{budget}x-pruned" for tool in tools for budget in budgets}
+
+    def chain(tool, budget):
+        folder = folders[tool, budget]
+        paper.once(folder.name, lambda log: tools[tool](paper, full, budget, folder, log))
+
+    paper.together([partial(chain, *which) for which in folders])
+    for (_, budget), folder in folders.items():
+        shape = Subnet.load(folder / SHAPE)
+        kept = [width for width in shape.neurons if width]
+        lm = AutoModelForCausalLM.from_pretrained(folder)
+        assert (lm.config.num_hidden_layers, lm.config.intermediate_size) == (len(kept), kept[0])
+        assert table.price(shape) <= budget * table.full
+        assert all(parameter.isfinite().all() for parameter in lm.parameters())
+    assert len({Subnet.load(folder / SHAPE) for folder in folders.values()}) == len(folders)

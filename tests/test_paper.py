@@ -212,6 +212,15 @@ def test_every_part_runs_alone_and_is_not_run_again(settings, recorder, part):
     assert len(recorder.ran) == ran
 
 
+def test_more_rounds_are_timed_and_nothing_else_runs(settings, recorder):
+    settings = paper_script.replace(settings, parts=("choices",))
+    paper_script.main(settings)
+    ran = len(recorder.ran)
+    paper_script.main(paper_script.replace(settings, rounds=2 * settings.rounds))
+    ((name, arguments),) = recorder.ran[ran:]
+    assert (name, arguments[arguments.index("--rounds") + 1]) == ("router", str(2 * settings.rounds))
+
+
 def test_other_tools_prune_side_by_side_to_the_shapes_that_are_timed(tmp_path):
     """The real tools, two budgets at once, on a tiny model; left out where the extra `rivals` is not installed."""
     pytest.importorskip("optipfair")

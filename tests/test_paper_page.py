@@ -87,7 +87,7 @@ def folder(tmp_path):
     choices = {name: {"subnet": subnet} for name, subnet in choices.items()}
     found = [{"subnet": asdict(subnet), "blocks": [5.4, 5.6]} for subnet in OTHERS.values()]
     ratios = {MOST: [0.9, 0.9], HALF: [0.6, 0.6], OTHERS["greedy"]: [0.6, 0.6], OTHERS["equal widths"]: [0.5, 0.7]}
-    times = {"noise": 0.05, "ratios": {subnet.to_json(): each for subnet, each in ratios.items()}}
+    times = {"noise": 0.05, "rounds": 2, "ratios": {subnet.to_json(): each for subnet, each in ratios.items()}}
     write(
         tmp_path / "choices.json",
         {**choices, "loss, sample/validation, 0.9": [], "loss, sample/validation, 0.6": found, "times": times},

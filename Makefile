@@ -2,8 +2,8 @@
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# Python compiles what it imports, also where PYTHONDONTWRITEBYTECODE forbids it: compiling all that is installed takes over
-# a minute, and none of it slows every command.
+# Python compiles what it imports and keeps it, where PYTHONDONTWRITEBYTECODE is set too: else every command would compile it
+# again. Compiling all that is installed, ahead, takes over a minute.
 export PYTHONDONTWRITEBYTECODE :=
 PIP := $(BIN)/pip --disable-pip-version-check install --no-compile -c constraints.txt
 

@@ -246,7 +246,7 @@ def _head(results: Results) -> list[str]:
         "# Results",
         "",
         f"Written by `benchmarks/paper_page.py` from what `python benchmarks/paper.py --size {settings['size']}` left "
-        f"({results.about['minutes']:.0f} minutes). "
+        f"({results.about['minutes']:.0f} minutes, with {results.choices['times']['rounds']} rounds of timing). "
         f"{Path(settings['model']).name}: ranked on {size['rank_tokens']} tokens, trained on "
         f"{size['train_tokens']} of {', '.join(map(_short, settings['train']))}, "
         f"seed {settings['seed']}, {results.about['dtype']}. Losses: {size['loss_tokens']} tokens of each text. "
@@ -290,7 +290,7 @@ def _table(results: Results, place: int, text: str) -> list[str]:
     return [
         *lines,
         "",
-        f"Times were measured in {results.choices['times']['rounds']} interleaved rounds, while the full model's own "
+        "Times were measured in interleaved rounds, while the full model's own "
         f"varied by {results.choices['times']['noise']:.1%}; their standard errors count, times the slope of the "
         "router's losses, which are interpolated between its answers and the full model. A model pruned by another "
         "tool is timed as the sub-network of its shape. Rows of (e) and (h) have the router's widths, but for that "

@@ -4,7 +4,8 @@
 
 Prints, for each text, the loss of every method's choice at every budget; measured against allowed times; what every
 method is above the router at equal measured time; and the router's loss minus that of the best other method, paired on
-the same tokens. What is done is kept in OUT.partial.json, and the same command goes on from there.
+the same tokens. What is done is kept in OUT.partial.json, and the same command goes on from there; from OUT, once it is
+finished, with what further --rounds add. Delete both to begin anew.
 """
 
 from __future__ import annotations

@@ -627,6 +627,9 @@ def main(settings: Settings) -> None:
     if "choices" in settings.parts:
         choices(paper, paper.out / "elastic", rounds=settings.rounds)
     paper.save()
+    if not (paper.out / "choices.json").is_file():
+        print(f"what was run is in {paper.out}; the page needs the part choices, so it is not written", flush=True)
+        return
     page = write_page(settings.out)
     print(f"wrote {page} after {json.loads(paper.done.read_text(encoding='utf8'))['minutes']:.0f} minutes in all")
 

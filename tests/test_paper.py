@@ -204,12 +204,13 @@ def test_every_stage_is_a_command_that_fits_after_what_it_reads(settings, record
 
 
 @pytest.mark.parametrize("part", paper_script.get_args(paper_script.Part))
-def test_every_part_runs_alone_and_is_not_run_again(settings, recorder, part):
+def test_every_part_runs_alone_and_is_not_run_again(settings, recorder, part, capsys):
     settings = paper_script.replace(settings, parts=(part,), task_data=settings.out.parent)
     paper_script.main(settings)
     ran = len(recorder.ran)
     paper_script.main(settings)
     assert len(recorder.ran) == ran
+    assert ("wrote" if part == "choices" else "the page needs the part choices") in capsys.readouterr().out
 
 
 def test_more_rounds_are_timed_and_nothing_else_runs(settings, recorder):

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from flextron import ElasticModel
-from flextron.checkpoint import quiet_transformers
 from flextron.demo import smollm2_path
+from flextron.elastic.checkpoint import quiet_transformers
 from flextron.environment import describe_environment
 
 

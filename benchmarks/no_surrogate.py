@@ -23,10 +23,10 @@ from tyro.conf import Positional
 
 from flextron import ElasticModel
 from flextron.atomic import write_text
-from flextron.checkpoint import quiet_transformers
 from flextron.data import TokenBlocks
 from flextron.distillation import hidden_states, losses
-from flextron.elastic import SubLayer
+from flextron.elastic.checkpoint import quiet_transformers
+from flextron.elastic.model import SubLayer
 from flextron.environment import faster_dtype
 from flextron.latency import PHASES
 from flextron.per_token import Forward, masked_parts, running

@@ -41,7 +41,9 @@ FORKS = get_context("forkserver")
 """Where stages run side by side: on two cores, loading PyTorch and transformers would take a fifth of their time."""
 LOADING = Lock()
 """Held while this process loads a model: of two that transformers loads at once in a process, one stays empty."""
-FORKS.set_forkserver_preload(["flextron.elastic", "flextron.cli", "flextron.explaining", "flextron.commands.training"])
+FORKS.set_forkserver_preload(
+    ["flextron.elastic.model", "flextron.cli", "flextron.explaining", "flextron.commands.training"]
+)
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ from matplotlib.figure import Figure
 
 from flextron import ElasticModel, Subnet, baselines, evaluate, load_blocks
 from flextron.atomic import write_text
-from flextron.checkpoint import quiet_transformers
 from flextron.costs import CostTable
+from flextron.elastic.checkpoint import quiet_transformers
 from flextron.environment import describe_device, faster_dtype
 from flextron.errors import CostError, FlextronError
 from flextron.latency import PHASES, REPEATS, TOKENS, Timing, measure_latency, time_interleaved, timed_run

@@ -22,8 +22,8 @@ import tyro
 from tyro.conf import Positional
 
 from flextron import Draft, ElasticModel, Subnet, choose, generate, load_blocks
-from flextron.checkpoint import quiet_transformers
 from flextron.decoding import Decoder
+from flextron.elastic.checkpoint import quiet_transformers
 from flextron.generation import compare_speculative, stream_tokens
 from flextron.speculative import stream_speculative
 from model import write_results

@@ -37,8 +37,8 @@ from flextron import (
     load_blocks,
     train,
 )
-from flextron.checkpoint import quiet_transformers
 from flextron.choice import choose
+from flextron.elastic.checkpoint import quiet_transformers
 from flextron.environment import describe_device
 from flextron.estimate import training_flops
 from flextron.sampling import Visit

@@ -23,8 +23,8 @@ from matplotlib.figure import Figure
 
 import training
 from flextron import ElasticModel, OptimizerOptions, TextOptions, VisitOptions, load_blocks, measure_sensitivity, rank
-from flextron.checkpoint import METADATA_FILE, quiet_transformers
 from flextron.demo import smollm2_path
+from flextron.elastic.checkpoint import METADATA_FILE, quiet_transformers
 from flextron.sensitivity import Sensitivity, sensitivity_blocks
 
 

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 
 from flextron.errors import CheckpointError
 from flextron.snapshot import load_snapshot, save_snapshot
-from test_atomic import files_of_at_most
+from folders import files_of_at_most
 
 
 def net() -> nn.Sequential:

@@ -1,16 +1,15 @@
 """Files and folders appear whole or not at all, whatever ends the writing."""
 
-import resource
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from flextron.atomic import check_new, new_folder, write_text
 from flextron.errors import CheckpointError
+from folders import content, files_of_at_most, names
 
 
 @pytest.fixture
@@ -20,15 +19,6 @@ def old(tmp_path):
     folder.mkdir()
     (folder / "config.json").write_text("old")
     return folder
-
-
-def content(path: Path) -> dict[str, str]:
-    """All files below a folder, hidden ones too."""
-    return {str(file.relative_to(path)): file.read_text() for file in path.rglob("*") if file.is_file()}
-
-
-def names(path: Path) -> list[str]:
-    return sorted(child.name for child in path.iterdir())
 
 
 class TestNewFolder:
@@ -112,17 +102,6 @@ def test_a_model_that_the_system_refuses_to_write(llama, old):
         llama.save_pretrained(old, overwrite=True)
     assert content(old.parent) == {"made/config.json": "old"}
     assert names(old.parent) == ["made"]
-
-
-@contextmanager
-def files_of_at_most(size_bytes: int):
-    """Let the operating system itself refuse larger writes, as a full disk would."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 WRITE_AND_WAIT = """

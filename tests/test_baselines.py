@@ -10,7 +10,7 @@ import tiny
 from flextron import baselines
 from flextron.baselines import block_influence, drop_layers, equal_widths, evolve, greedy, knapsack, random_search
 from flextron.costs import linear_table
-from flextron.elastic import ElasticModel
+from flextron.elastic.model import ElasticModel
 from flextron.errors import BudgetError, FlextronError, SubnetError
 from flextron.pricing import Ceiling, meets
 from flextron.routers.choices import increase_matrix, to_indices, to_subnet

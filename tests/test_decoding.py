@@ -9,11 +9,11 @@ import torch
 
 import tiny
 from flextron import decoding
-from flextron.adapters import add_adapters
-from flextron.checkpoint import quiet_transformers
 from flextron.decoding import Decoder, supports
 from flextron.demo import smollm2_path
-from flextron.elastic import ElasticModel
+from flextron.elastic.adapters import add_adapters
+from flextron.elastic.checkpoint import quiet_transformers
+from flextron.elastic.model import ElasticModel
 from flextron.errors import SubnetError
 from flextron.generation import can_stream, generate, stream_tokens
 from flextron.subnet import Subnet

@@ -8,7 +8,7 @@ import pytest
 
 from flextron import demo
 from flextron.config import QuickstartConfig
-from flextron.elastic import ElasticModel
+from flextron.elastic.model import ElasticModel
 from flextron.errors import FlextronError
 from flextron.latency import measure_latency
 from flextron.routers import surrogate, training

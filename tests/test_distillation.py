@@ -12,7 +12,7 @@ import tiny
 from flextron import distillation
 from flextron.corpus import positions
 from flextron.distillation import Distiller, hidden_states, logits_of, losses
-from flextron.elastic import ElasticModel
+from flextron.elastic.model import ElasticModel
 from flextron.subnet import Subnet
 
 END = 5  # the token that ends a document

@@ -8,10 +8,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, LlamaConfig, T5Config
 
 import tiny
-from flextron.adapters import add_adapters
 from flextron.config import OptimizerOptions, TextOptions, TrainConfig, VisitOptions, WatchOptions
 from flextron.distillation import Distiller
-from flextron.elastic import ElasticModel
+from flextron.elastic.adapters import add_adapters
+from flextron.elastic.model import ElasticModel
 from flextron.errors import CheckpointError, FlextronError, SubnetError, UnknownFamilyError
 from flextron.estimate import GPU_BYTES, estimate_training, training_flops
 from flextron.sampling import even_sensitivity

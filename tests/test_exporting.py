@@ -20,12 +20,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from flextron import per_layer
 from flextron.data import load_blocks
-from flextron.elastic import ElasticModel
+from flextron.elastic import per_layer
+from flextron.elastic.families import FAMILIES
+from flextron.elastic.model import ElasticModel
 from flextron.errors import CheckpointError, ExportError, SubnetError
 from flextron.exporting import ExportReport, cutting, export, hf
-from flextron.families import FAMILIES
 from flextron.latency import measure_latency
 from flextron.ranking import rank
 from flextron.subnet import Subnet
@@ -356,7 +356,7 @@ def test_loads_where_flextron_is_missing(llama, tmp_path):
 def test_import_flextron_is_all_it_takes(llama, tmp_path):
     export(llama, uneven(llama), tmp_path / "out")
     modules, (there,) = load_elsewhere(tmp_path / "out", before="import flextron", trust=False, cache=tmp_path)
-    assert modules == ["flextron.per_layer"]
+    assert modules == ["flextron.elastic.per_layer"]
     assert not (tmp_path / "out" / "modeling_flextron.py").exists()  # only where it is asked for
     with llama.use(uneven(llama)):
         torch.testing.assert_close(there, logits(llama), atol=1e-5, rtol=0)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import tiny
-from flextron.elastic import ElasticModel
+from flextron.elastic.model import ElasticModel
 from flextron.errors import FlextronError, SubnetError
 from flextron.generation import generate
 from flextron.subnet import Subnet

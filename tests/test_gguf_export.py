@@ -15,7 +15,7 @@ import tiny
 from flextron import cli
 from flextron.costs import CostTable
 from flextron.demo import smollm2_path
-from flextron.elastic import ElasticModel
+from flextron.elastic.model import ElasticModel
 from flextron.errors import CheckpointError, ExportError
 from flextron.exporting import comparing, dialects, export_gguf, gguf_file
 from flextron.exporting.quantization import SCHEMES

@@ -8,7 +8,7 @@ import torch
 
 import tiny
 from flextron import importance
-from flextron.elastic import ElasticModel
+from flextron.elastic.model import ElasticModel
 from flextron.errors import FlextronError
 from flextron.importance import SCORES, SECOND_ROUND_SHARE, measure_importance
 

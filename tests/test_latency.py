@@ -10,7 +10,7 @@ import torch
 import tiny
 from flextron import decoding, latency
 from flextron.costs import CostTable, linear_table
-from flextron.elastic import ElasticModel
+from flextron.elastic.model import ElasticModel
 from flextron.errors import CostError
 from flextron.latency import designed, fit, here, measure_latency, random_subnets, time_interleaved, timed_run
 from flextron.subnet import SearchSpace, Subnet

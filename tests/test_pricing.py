@@ -10,7 +10,7 @@ from transformers import DynamicCache
 import tiny
 from flextron.budget import Budget, Limit
 from flextron.costs import CostTable, linear_table
-from flextron.elastic import ElasticModel
+from flextron.elastic.model import ElasticModel
 from flextron.errors import BudgetError, CostError, SubnetError
 from flextron.exporting import export
 from flextron.pricing import FORMULAS, Ceiling, ceilings, check_possible, format_cost, formula_table, meets

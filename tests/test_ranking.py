@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tiny
-from flextron.elastic import ElasticModel
+from flextron.elastic.model import ElasticModel
 from flextron.importance import SCORES, measure_importance
 from flextron.ranking import permute, rank
 from tiny import assert_same_function, differs, logits_of

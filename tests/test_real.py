@@ -5,8 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flextron import ElasticModel, evaluate, export, generate, load_blocks, rank
-from flextron.checkpoint import quiet_transformers
 from flextron.demo import smollm2_path
+from flextron.elastic.checkpoint import quiet_transformers
 
 pytestmark = pytest.mark.real
 

@@ -16,7 +16,7 @@ import tiny
 from flextron.config import TextOptions, TrainConfig, VisitOptions, WatchOptions
 from flextron.costs import linear_table
 from flextron.data import TokenBlocks
-from flextron.elastic import ElasticModel
+from flextron.elastic.model import ElasticModel
 from flextron.errors import BudgetError, CostError, RouterError, SubnetError
 from flextron.explaining import as_text, explain
 from flextron.pricing import Ceiling, meets

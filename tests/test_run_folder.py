@@ -8,14 +8,14 @@ import pytest
 import torch
 
 import tiny
-from flextron.checkpoint import METADATA_FILE
 from flextron.config import TrainConfig, VisitOptions
-from flextron.elastic import ElasticModel
+from flextron.elastic.checkpoint import METADATA_FILE
+from flextron.elastic.model import ElasticModel
 from flextron.errors import CheckpointError
 from flextron.run_folder import RunFolder
 from flextron.sampling import even_sensitivity
 from flextron.sensitivity import Sensitivity
-from test_atomic import content, files_of_at_most, names
+from folders import content, files_of_at_most, names
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch
 
 import tiny
 from flextron.data import load_blocks
-from flextron.elastic import ElasticModel
+from flextron.elastic.model import ElasticModel
 from flextron.errors import CheckpointError, SubnetError
 from flextron.evaluation import evaluate
 from flextron.sensitivity import Sensitivity, measure_sensitivity, sensitivity_blocks

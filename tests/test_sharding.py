@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from flextron.snapshot import latest_snapshot
-from test_atomic import names
+from folders import names
 from training_worker import OPTIONS, STEPS, make_checkpoint, make_text, records, run, steps_of, stopped_in, wait_for
 
 TESTS = Path(__file__).parent

@@ -18,10 +18,11 @@ import tiny
 from flextron import snapshot
 from flextron.errors import CheckpointError
 from flextron.snapshot import latest_snapshot, load_snapshot, save_snapshot
+from folders import files_of_at_most, names
 from snapshot_worker import Run
-from test_atomic import files_of_at_most, names
 
 TESTS = Path(__file__).parent
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
 def assert_equal(found, expected):
@@ -201,7 +202,7 @@ run.train(2).save(Path(sys.argv[1]), keep_last=1)
 
 def test_killed_while_writing(tmp_path):
     command = [sys.executable, "-c", SAVE_AND_WAIT, tmp_path]
-    with subprocess.Popen(command, cwd=TESTS, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=ENVIRONMENT) as process:
         assert process.stdout.readline() == b"writing\n"
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
@@ -374,7 +375,10 @@ def two(tmp_path_factory):
     shutil.copytree(folder / "one", folder / "garbled")
     flip(next((folder / "garbled").rglob("*.safetensors")))
     command = [sys.executable, TESTS / "snapshot_worker.py"]
-    ranks = [subprocess.Popen([*command, str(rank), folder], stderr=subprocess.PIPE) for rank in range(2)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    ranks = [
+        subprocess.Popen([*command, str(rank), folder], stderr=subprocess.PIPE, env=environment) for rank in range(2)
+    ]
     try:
         errors = [rank.communicate(timeout=120)[1].decode() for rank in ranks]
     finally:

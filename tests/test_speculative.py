@@ -8,13 +8,13 @@ import torch
 
 import tiny
 from flextron import cli
-from flextron.adapters import add_adapters
-from flextron.checkpoint import quiet_transformers
 from flextron.commands import loading
 from flextron.data import load_blocks
 from flextron.decoding import Decoder
 from flextron.demo import smollm2_path
-from flextron.elastic import ElasticModel
+from flextron.elastic.adapters import add_adapters
+from flextron.elastic.checkpoint import quiet_transformers
+from flextron.elastic.model import ElasticModel
 from flextron.errors import SubnetError
 from flextron.generation import can_stream, compare_speculative, generate, stream_tokens
 from flextron.ranking import rank

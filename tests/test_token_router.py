@@ -23,7 +23,7 @@ from flextron.config import (
     WatchOptions,
 )
 from flextron.costs import linear_table
-from flextron.elastic import ElasticModel
+from flextron.elastic.model import ElasticModel
 from flextron.errors import BudgetError, RouterError
 from flextron.routers import token, token_making, token_training, training
 from flextron.routers.router import Router, RouterAbout

@@ -19,13 +19,13 @@ import tiny
 from flextron import cli, distillation, environment, snapshot, training
 from flextron.corpus import positions
 from flextron.data import document_end, load_blocks
-from flextron.elastic import ElasticModel
+from flextron.elastic.model import ElasticModel
 from flextron.errors import CheckpointError, TrainingError
 from flextron.optimizer import schedule
 from flextron.sensitivity import Sensitivity
 from flextron.snapshot import latest_snapshot
 from flextron.subnet import Subnet
-from test_atomic import files_of_at_most, names
+from folders import files_of_at_most, names
 from training_worker import (
     STEPS,
     Killed,

@@ -14,8 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from flextron import ElasticModel, Subnet, export
-from flextron.checkpoint import quiet_transformers
 from flextron.demo import smollm2_path
+from flextron.elastic.checkpoint import quiet_transformers
 from flextron.vllm_plugin import register
 
 PROMPTS = ["The capital of France is", "Once upon a time, in a land far away,", "Water boils at"]

@@ -8,9 +8,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from flextron.checkpoint import Ranking
 from flextron.data import TokenBlocks
-from flextron.families import FAMILIES, Family
+from flextron.elastic.checkpoint import Ranking
+from flextron.elastic.families import FAMILIES, Family
 from flextron.sampling import even_sensitivity
 from flextron.sensitivity import Sensitivity
 from flextron.subnet import AXES, SearchSpace, Subnet

@@ -14,7 +14,7 @@ import torch
 
 import tiny
 from flextron import cli, training
-from flextron.elastic import ElasticModel
+from flextron.elastic.model import ElasticModel
 from flextron.errors import FlextronError
 from flextron.ranking import permute
 from flextron.sensitivity import measure_sensitivity

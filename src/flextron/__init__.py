@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from flextron.costs import CostTable
     from flextron.data import TokenBlocks, load_blocks
     from flextron.demo import quickstart
-    from flextron.elastic import ElasticModel
+    from flextron.elastic.model import ElasticModel
     from flextron.errors import FlextronError
     from flextron.evaluation import Evaluation, evaluate
     from flextron.exporting import ExportReport, GgufReport, export, export_gguf
@@ -85,7 +85,7 @@ _HOMES = {
     "FlextronError": "errors",
     "Subnet": "subnet",
     "SearchSpace": "subnet",
-    "ElasticModel": "elastic",
+    "ElasticModel": "elastic.model",
     "TokenBlocks": "data",
     "load_blocks": "data",
     "rank": "ranking",
@@ -140,4 +140,4 @@ def _is_command_line() -> bool:
 
 
 if not _is_command_line():  # so that transformers' Auto classes load exported checkpoints after `import flextron`
-    import_module("flextron.per_layer").register()
+    import_module("flextron.elastic.per_layer").register()

@@ -20,7 +20,7 @@ from scipy.sparse import csr_array
 
 from flextron.costs import CostTable
 from flextron.data import TokenBlocks, batch_tokens
-from flextron.elastic import ElasticModel
+from flextron.elastic.model import ElasticModel
 from flextron.errors import BudgetError, FlextronError, SubnetError
 from flextron.pricing import Ceiling, check_possible, format_cost, meets
 from flextron.routers.answering import TOLERANCE

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flextron.elastic import ElasticModel
+from flextron.elastic.model import ElasticModel
 from flextron.errors import SubnetError
 from flextron.sensitivity import Sensitivity
 from flextron.subnet import Subnet

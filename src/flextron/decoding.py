@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from flextron.elastic import ElasticLayer, ElasticModel, SubLayer
-from flextron.projections import ClosingLinear, OpeningLinear
+from flextron.elastic.model import ElasticLayer, ElasticModel, SubLayer
+from flextron.elastic.projections import ClosingLinear, OpeningLinear
 from flextron.subnet import Subnet
 
 _MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")

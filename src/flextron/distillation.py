@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from flextron.adapters import add_adapters, without_adapters
 from flextron.config import OptimizerOptions
 from flextron.corpus import positions
 from flextron.data import document_end
-from flextron.elastic import ElasticModel
+from flextron.elastic.adapters import add_adapters, without_adapters
+from flextron.elastic.model import ElasticModel
 from flextron.errors import FlextronError
 
 CHUNK_TOKENS = 256

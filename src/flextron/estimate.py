@@ -13,15 +13,15 @@ from itertools import islice
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from flextron import checkpoint, per_layer
 from flextron.choice import choose
 from flextron.config import TrainConfig
 from flextron.distillation import CHUNK_TOKENS, CHUNK_TOKENS_OF_A_GPU, check_teacher
-from flextron.elastic import ElasticLayer, ElasticModel
+from flextron.elastic import checkpoint, per_layer
+from flextron.elastic.families import family_of
+from flextron.elastic.model import ElasticLayer, ElasticModel
+from flextron.elastic.projections import Projection
 from flextron.environment import arithmetic_dtype, default_device
 from flextron.errors import CheckpointError
-from flextron.families import family_of
-from flextron.projections import Projection
 from flextron.sampling import SubnetSampler, even_sensitivity, make_sampler
 from flextron.sensitivity import Sensitivity
 from flextron.subnet import Subnet

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from flextron.data import TokenBlocks, batch_tokens
-from flextron.elastic import ElasticModel
+from flextron.elastic.model import ElasticModel
 from flextron.progress import progress
 from flextron.subnet import Subnet
 

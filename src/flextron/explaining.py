@@ -14,7 +14,7 @@ import torch
 from flextron.atomic import write_text
 from flextron.budget import Budget
 from flextron.drawing import save_figure, text_drawing
-from flextron.elastic import ElasticModel
+from flextron.elastic.model import ElasticModel
 from flextron.errors import FlextronError
 from flextron.latency import REPEATS, TOKENS, here, time_interleaved, timed_run
 from flextron.pricing import Ceiling, format_cost

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from flextron.decoding import Decoder, supports
-from flextron.elastic import ElasticModel
+from flextron.elastic.model import ElasticModel
 from flextron.errors import FlextronError
 from flextron.routers.token_routing import TokenRouting
 from flextron.routing import route

@@ -21,7 +21,7 @@ from torch import nn
 
 from flextron.config import Score
 from flextron.data import BATCH_TOKENS, TokenBlocks
-from flextron.elastic import ElasticModel, SubLayer
+from flextron.elastic.model import ElasticModel, SubLayer
 from flextron.errors import FlextronError
 from flextron.progress import progress
 

@@ -22,7 +22,7 @@ from transformers import DynamicCache
 
 from flextron import decoding
 from flextron.costs import CostTable
-from flextron.elastic import ElasticModel
+from flextron.elastic.model import ElasticModel
 from flextron.environment import describe_device
 from flextron.errors import CostError
 from flextron.progress import bar

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from flextron.elastic import ElasticModel, SubLayer
-from flextron.projections import Rows
+from flextron.elastic.model import ElasticModel, SubLayer
+from flextron.elastic.projections import Rows
 from flextron.routed_kernel import Activation, available, routed_mlp
 from flextron.subnet import AXES, Subnet
 

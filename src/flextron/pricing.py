@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from flextron.budget import Budget, Limit
 from flextron.costs import CostTable, linear_table
-from flextron.elastic import ElasticLayer, ElasticModel, SubLayer
+from flextron.elastic.model import ElasticLayer, ElasticModel, SubLayer
 from flextron.errors import BudgetError, CostError
 from flextron.subnet import Subnet
 

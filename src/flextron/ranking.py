@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import torch
 
-from flextron.checkpoint import Ranking
 from flextron.config import Score
 from flextron.data import TokenBlocks
-from flextron.elastic import ElasticModel, SubLayer
+from flextron.elastic.checkpoint import Ranking
+from flextron.elastic.model import ElasticModel, SubLayer
+from flextron.elastic.projections import Projection
 from flextron.importance import measure_importance
-from flextron.projections import Projection
 
 
 def rank(model: ElasticModel, blocks: TokenBlocks, *, score: Score = "reconstruction", show: bool = False) -> Ranking:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from flextron.budget import Budget
 from flextron.costs import CostTable
-from flextron.elastic import ElasticModel
+from flextron.elastic.model import ElasticModel
 from flextron.errors import BudgetError
 from flextron.pricing import Ceiling, ceilings, check_possible, format_cost
 from flextron.routers.router import Router, metrics_with_router, route_along

@@ -9,11 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from flextron import checkpoint
 from flextron.atomic import write_text
-from flextron.checkpoint import METADATA_FILE, Checkpoint
 from flextron.config import TrainConfig
-from flextron.elastic import ElasticModel
+from flextron.elastic import checkpoint
+from flextron.elastic.checkpoint import METADATA_FILE, Checkpoint
+from flextron.elastic.model import ElasticModel
 from flextron.errors import CheckpointError
 from flextron.sensitivity import Sensitivity
 from flextron.snapshot import latest_snapshot

@@ -17,7 +17,7 @@ import numpy as np
 from flextron.choice import choose
 from flextron.config import VisitOptions
 from flextron.costs import CostTable
-from flextron.elastic import ElasticModel
+from flextron.elastic.model import ElasticModel
 from flextron.routers.router import Router
 from flextron.routers.token import TokenRouter
 from flextron.routers.token_routing import TokenRouting

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from flextron.atomic import write_text
 from flextron.data import TokenBlocks, load_blocks
-from flextron.elastic import ElasticModel
+from flextron.elastic.model import ElasticModel
 from flextron.errors import CheckpointError, SubnetError, TooLittleTextError
 from flextron.progress import bar
 from flextron.subnet import AXES, SearchSpace, Subnet

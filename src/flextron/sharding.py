@@ -22,8 +22,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from flextron.config import TrainConfig
 from flextron.distillation import Distiller
+from flextron.elastic.families import family_of
 from flextron.errors import FlextronError
-from flextron.families import family_of
 
 T = TypeVar("T")
 

@@ -20,7 +20,7 @@ import torch
 from transformers import PreTrainedModel, StoppingCriteriaList
 
 from flextron.decoding import Decoder
-from flextron.elastic import ElasticModel
+from flextron.elastic.model import ElasticModel
 from flextron.subnet import Subnet
 
 

@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any
 
 from flextron.costs import CostTable
-from flextron.elastic import ElasticModel
+from flextron.elastic.model import ElasticModel
 from flextron.environment import describe_device
 from flextron.errors import CostError
 from flextron.latency import PHASES, TOKENS, check_phase, fit, here, price_errors

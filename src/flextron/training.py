@@ -23,13 +23,13 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
 
-from flextron.adapters import merge_adapters
 from flextron.choice import choose
 from flextron.config import TrainConfig
 from flextron.corpus import Corpus
 from flextron.data import TokenBlocks, load_blocks
 from flextron.distillation import make_distiller
-from flextron.elastic import ElasticModel
+from flextron.elastic.adapters import merge_adapters
+from flextron.elastic.model import ElasticModel
 from flextron.environment import arithmetic_dtype, describe_device
 from flextron.errors import FlextronError, TrainingError
 from flextron.estimate import check_processes

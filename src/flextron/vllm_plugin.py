@@ -5,7 +5,7 @@ vLLM's Transformers backend runs them: the classes of `per_layer`, with vLLM's o
 
 from __future__ import annotations
 
-from flextron import per_layer
+from flextron.elastic import per_layer
 
 BACKEND = "vllm.model_executor.models.transformers:TransformersForCausalLM"
 

@@ -10,7 +10,7 @@ from flextron.config import EvaluateConfig, ExportConfig, GenerateConfig
 from flextron.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from flextron.elastic import ElasticModel
+    from flextron.elastic.model import ElasticModel
     from flextron.routers.token_routing import TokenRouting
     from flextron.routing import Routed
     from flextron.subnet import Subnet
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 def load(config: Any) -> ElasticModel:
     """The model that a config names, in its type and on its device."""
-    from flextron.checkpoint import quiet_transformers
-    from flextron.elastic import ElasticModel
+    from flextron.elastic.checkpoint import quiet_transformers
+    from flextron.elastic.model import ElasticModel
 
     quiet_transformers()
     print(f"loading {config.model}", file=sys.stderr)

@@ -15,7 +15,7 @@ from flextron.config import MeasureLatencyConfig, RouteConfig, TrainRouterConfig
 
 if TYPE_CHECKING:
     from flextron.costs import CostTable
-    from flextron.elastic import ElasticModel
+    from flextron.elastic.model import ElasticModel
 
 
 def run_measure_latency(config: MeasureLatencyConfig) -> None:
@@ -48,7 +48,7 @@ def _measured(model: ElasticModel, phase: str, config: MeasureLatencyConfig) -> 
 
 
 def _table_of_csv(config: MeasureLatencyConfig, file: Path) -> CostTable:
-    from flextron.checkpoint import load_metadata
+    from flextron.elastic.checkpoint import load_metadata
     from flextron.latency import PHASES, TOKENS
     from flextron.tables import LLAMA_CPP, table_from_csv
 

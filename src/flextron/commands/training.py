@@ -12,7 +12,7 @@ from flextron.commands import loading
 from flextron.config import RankConfig, TrainConfig
 
 if TYPE_CHECKING:
-    from flextron.elastic import ElasticModel
+    from flextron.elastic.model import ElasticModel
 
 # What may change between an interrupted `rank` and the run that takes it up.
 _NOT_OF_THE_RANKING = ("out", "overwrite", "sensitivity_tokens", "device")
@@ -62,7 +62,7 @@ def _ranked(config: RankConfig) -> ElasticModel:
 
 def run_train(config: TrainConfig) -> None:
     """Train elastically, or print what it would take."""
-    from flextron.checkpoint import quiet_transformers
+    from flextron.elastic.checkpoint import quiet_transformers
 
     quiet_transformers()
     if config.dry_run:

@@ -12,7 +12,7 @@ from flextron.config import EnvConfig, EvaluateConfig, ExportConfig, GenerateCon
 from flextron.errors import BudgetError
 
 if TYPE_CHECKING:
-    from flextron.elastic import ElasticModel
+    from flextron.elastic.model import ElasticModel
     from flextron.speculative import Draft
     from flextron.subnet import Subnet
 

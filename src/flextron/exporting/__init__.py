@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from flextron.atomic import check_new, check_new_file
-from flextron.elastic import ElasticModel
+from flextron.elastic.model import ElasticModel
 from flextron.errors import ExportError
 from flextron.exporting.cutting import refuse_odd_heads
 from flextron.exporting.gguf_file import MAGIC, GgufReport, export_gguf, refuse_in_gguf

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flextron.costs import CostTable
-from flextron.elastic import ElasticModel
+from flextron.elastic.model import ElasticModel
 from flextron.environment import describe_environment
 from flextron.errors import FlextronError
 from flextron.pricing import format_cost

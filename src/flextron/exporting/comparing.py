@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from flextron.data import documents
-from flextron.elastic import ElasticModel
+from flextron.elastic.model import ElasticModel
 from flextron.errors import ExportError, FlextronError
 from flextron.exporting.llamacpp import LlamaCpp
 from flextron.subnet import Subnet

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from flextron.elastic import ElasticLayer, ElasticModel, SubLayer
+from flextron.elastic.model import ElasticLayer, ElasticModel, SubLayer
 from flextron.errors import ExportError
 from flextron.subnet import Subnet
 

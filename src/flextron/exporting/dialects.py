@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from flextron.elastic import ElasticModel
+from flextron.elastic.model import ElasticModel
 from flextron.errors import ExportError
 from flextron.exporting.cutting import cut_state, refuse_odd_heads
 from flextron.subnet import Subnet

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from flextron.atomic import check_new_file, new_file
-from flextron.elastic import ElasticModel
+from flextron.elastic.model import ElasticModel
 from flextron.errors import ExportError
 from flextron.exporting.card import base_model, command
 from flextron.exporting.comparing import EngineCheck, check_in_llamacpp

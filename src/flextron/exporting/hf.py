@@ -13,15 +13,15 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from flextron import per_layer
 from flextron.atomic import check_new, new_folder
-from flextron.checkpoint import METADATA_FILE, save_tokenizer
-from flextron.elastic import ElasticModel
+from flextron.elastic import per_layer
+from flextron.elastic.checkpoint import METADATA_FILE, save_tokenizer
+from flextron.elastic.families import Axis
+from flextron.elastic.model import ElasticModel
 from flextron.errors import CheckpointError, ExportError
 from flextron.exporting.card import CARD, model_card
 from flextron.exporting.comparing import evaluating, real_text
 from flextron.exporting.cutting import Sizes, axis_sizes, cut_state, layer_sizes, parameters_asked, refuse_odd_heads
-from flextron.families import Axis
 from flextron.subnet import Subnet
 
 REMOTE_CODE_FILE = "modeling_flextron.py"

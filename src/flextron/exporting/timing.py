@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from flextron.elastic import ElasticModel
+from flextron.elastic.model import ElasticModel
 from flextron.environment import describe_device
 from flextron.errors import ExportError
 from flextron.exporting.comparing import real_text

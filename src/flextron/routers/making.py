@@ -12,7 +12,7 @@ from typing import Any
 
 from flextron.costs import CostTable
 from flextron.data import TokenBlocks, load_blocks
-from flextron.elastic import ElasticModel
+from flextron.elastic.model import ElasticModel
 from flextron.environment import faster_dtype
 from flextron.errors import RouterError
 from flextron.latency import PHASES, measure_latency

@@ -11,7 +11,7 @@ import torch
 
 from flextron.atomic import write_text
 from flextron.data import TokenBlocks, batch_tokens
-from flextron.elastic import ElasticModel
+from flextron.elastic.model import ElasticModel
 from flextron.errors import RouterError
 from flextron.sensitivity import full_predictions, mixed_loss
 from flextron.subnet import Subnet

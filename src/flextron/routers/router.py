@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from flextron.atomic import new_folder
-from flextron.elastic import ElasticModel
+from flextron.elastic.model import ElasticModel
 from flextron.errors import RouterError
 from flextron.pricing import Ceiling
 from flextron.routers.answering import answer

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from flextron.atomic import new_folder
-from flextron.elastic import ElasticModel
+from flextron.elastic.model import ElasticModel
 from flextron.environment import faster_dtype
 from flextron.errors import RouterError
 from flextron.latency import PHASES

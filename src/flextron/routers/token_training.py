@@ -19,7 +19,7 @@ import torch
 from flextron.costs import CostTable
 from flextron.data import TokenBlocks, batch_tokens
 from flextron.distillation import hidden_states, losses
-from flextron.elastic import ElasticLayer, ElasticModel
+from flextron.elastic.model import ElasticLayer, ElasticModel
 from flextron.errors import RouterError
 from flextron.per_token import Forward, TokenWidths, masked_parts, rows_of_attention, running
 from flextron.pricing import Ceiling

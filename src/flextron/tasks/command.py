@@ -15,7 +15,7 @@ from flextron.choice import choose
 from flextron.config import EvaluateConfig
 from flextron.costs import CostTable
 from flextron.drawing import save_figure
-from flextron.elastic import ElasticModel
+from flextron.elastic.model import ElasticModel
 from flextron.environment import describe_device
 from flextron.explaining import measured_ms
 from flextron.pricing import Ceiling

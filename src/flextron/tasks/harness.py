@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from flextron.atomic import write_text
-from flextron.elastic import ElasticModel
+from flextron.elastic.model import ElasticModel
 from flextron.errors import FlextronError
 from flextron.routers.token_routing import TokenRouting
 from flextron.subnet import Subnet

@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from flextron.data import batch_tokens as usual_batch_tokens
-from flextron.elastic import ElasticModel
+from flextron.elastic.model import ElasticModel
 from flextron.progress import bar
 
 LEAST_SHARED = 64

@@ -1,15 +1,11 @@
 """What benchmarks/router.py keeps between its runs."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
 from flextron.errors import FlextronError
 from flextron.latency import Timing
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from router import Kept, add_rounds
 
 

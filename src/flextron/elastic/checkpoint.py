@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from flextron import per_layer
 from flextron.atomic import new_folder
+from flextron.elastic import per_layer
 from flextron.errors import CheckpointError, FlextronError
 from flextron.subnet import SearchSpace
 

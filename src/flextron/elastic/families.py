@@ -133,5 +133,5 @@ def family_of(model_type: str) -> Family:
         raise UnknownFamilyError(
             f"no family spec for the architecture {model_type!r}; known: {', '.join(sorted(FAMILIES))}. "
             f"To add it, write a Family of some ten lines and the entry FAMILIES[{model_type!r}] in "
-            "src/flextron/families.py; docs/add_a_family.md shows how, and its tests tell when it is right."
+            "src/flextron/elastic/families.py; docs/add_a_family.md shows how, and its tests tell when it is right."
         ) from None

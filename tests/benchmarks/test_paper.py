@@ -11,15 +11,13 @@ import pytest
 import tyro
 from transformers import AutoModelForCausalLM
 
+import no_surrogate
+import paper as paper_script
+import router
 import tiny
 from flextron.cli import parse
 from flextron.costs import CostTable
 from flextron.subnet import SearchSpace, Subnet
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import no_surrogate
-import paper as paper_script
-import router
 from paper import Paper, Settings
 from paper_page import SHAPE
 

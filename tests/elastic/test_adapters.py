@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tiny
-from flextron.adapters import add_adapters, merge_adapters, without_adapters
-from flextron.elastic import ElasticModel
+from flextron.elastic.adapters import add_adapters, merge_adapters, without_adapters
+from flextron.elastic.model import ElasticModel
 from flextron.errors import FlextronError
 from tiny import assert_same_function, differs, logits_of, masked
 

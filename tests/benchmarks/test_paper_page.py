@@ -1,16 +1,12 @@
 """The page of results (benchmarks/paper_page.py): differences at equal cost, and what it says of them."""
 
 import json
-import sys
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
 
 from flextron.costs import CostTable
 from flextron.subnet import SearchSpace, Subnet
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from paper_page import SHAPE, Loss, write_page
 
 CURVE = [Loss((5.0, 7.0), 0.5), Loss((4.0, 6.0), 0.6), Loss((3.0, 4.0), 1.0)]

@@ -16,9 +16,9 @@ from typing import Any, cast
 
 import torch
 
-from flextron.elastic import ElasticModel
+from flextron.elastic.model import ElasticModel
+from flextron.elastic.projections import Projection, make_elastic
 from flextron.errors import FlextronError
-from flextron.projections import Projection, make_elastic
 
 _ADAPTER = "default"  # the name that PEFT gives to a model's only adapter
 

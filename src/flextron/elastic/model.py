@@ -18,12 +18,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flextron import checkpoint
-from flextron.checkpoint import Checkpoint, Ranking
+from flextron.elastic import checkpoint
+from flextron.elastic.checkpoint import Checkpoint, Ranking
+from flextron.elastic.families import Axis, Family, family_of
+from flextron.elastic.projections import Projection, Width, make_elastic, make_norm_skippable, make_skippable
 from flextron.environment import default_device
 from flextron.errors import CheckpointError, FlextronError
-from flextron.families import Axis, Family, family_of
-from flextron.projections import Projection, Width, make_elastic, make_norm_skippable, make_skippable
 from flextron.subnet import SearchSpace, Subnet
 
 

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tiny
-from flextron.elastic import ElasticModel
+from flextron.elastic.model import ElasticModel
 from flextron.errors import SubnetError
 from flextron.ranking import permute
 from flextron.subnet import SearchSpace, Subnet

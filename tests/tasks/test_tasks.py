@@ -15,7 +15,7 @@ import tiny
 from flextron import cli
 from flextron.config import EvaluateConfig
 from flextron.costs import linear_table
-from flextron.elastic import ElasticModel
+from flextron.elastic.model import ElasticModel
 from flextron.errors import FlextronError, SubnetError
 from flextron.routers import token_training
 from flextron.routers.router import Router, RouterAbout

@@ -9,10 +9,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import tiny
-from flextron.elastic import ElasticModel
+from flextron.elastic.families import FAMILIES, GPT2, LLAMA_LIKE, Family, family_of
+from flextron.elastic.model import ElasticModel
+from flextron.elastic.projections import Width, make_elastic
 from flextron.errors import FlextronError, UnknownFamilyError
-from flextron.families import FAMILIES, GPT2, LLAMA_LIKE, Family, family_of
-from flextron.projections import Width, make_elastic
 from flextron.subnet import Subnet
 from tiny import differs, logits_of, masked
 
@@ -115,7 +115,7 @@ def test_an_unknown_family_is_told_what_to_add_and_where():
     message = str(error.value)
     assert "'mamba'" in message
     assert all(name in message for name in FAMILIES)
-    assert "FAMILIES['mamba'] in src/flextron/families.py" in message
+    assert "FAMILIES['mamba'] in src/flextron/elastic/families.py" in message
     assert "docs/add_a_family.md" in message
     assert isinstance(error.value, FlextronError)
 

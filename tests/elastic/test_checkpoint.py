@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
-from flextron import checkpoint
-from flextron.checkpoint import METADATA_FILE, RANKING_FILE
-from flextron.elastic import ElasticModel
+from flextron.elastic import checkpoint
+from flextron.elastic.checkpoint import METADATA_FILE, RANKING_FILE
+from flextron.elastic.model import ElasticModel
 from flextron.errors import CheckpointError, UnknownFamilyError
 from flextron.ranking import permute
 from flextron.subnet import SearchSpace

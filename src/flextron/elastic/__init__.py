@@ -1,0 +1,1 @@
+"""What a nested model is: a transformers model whose projections run on their first units only."""

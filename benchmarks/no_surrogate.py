@@ -23,7 +23,7 @@ from tyro.conf import Positional
 
 from flextron import ElasticModel
 from flextron.atomic import write_text
-from flextron.data import TokenBlocks
+from flextron.data.blocks import TokenBlocks
 from flextron.distillation import hidden_states, losses
 from flextron.elastic.checkpoint import quiet_transformers
 from flextron.elastic.model import SubLayer

@@ -18,7 +18,7 @@ from flextron import cli, explaining
 from flextron.commands import loading
 from flextron.config import COMMANDS, LEAST_EVALUATIONS, EvaluateConfig
 from flextron.costs import CostTable, linear_table
-from flextron.data import load_blocks
+from flextron.data.blocks import load_blocks
 from flextron.elastic.model import ElasticModel
 from flextron.latency import TOKENS, here
 from flextron.pricing import Ceiling

@@ -10,7 +10,7 @@ from torch import nn
 
 import tiny
 from flextron import distillation
-from flextron.corpus import positions
+from flextron.data.corpus import positions
 from flextron.distillation import Distiller, hidden_states, logits_of, losses
 from flextron.elastic.model import ElasticModel
 from flextron.subnet import Subnet

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tiny
-from flextron.data import BATCH_TOKENS, TokenBlocks
+from flextron.data.blocks import BATCH_TOKENS, TokenBlocks
 from flextron.errors import SubnetError
 from flextron.evaluation import evaluate
 from flextron.subnet import Subnet

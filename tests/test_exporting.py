@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from flextron.data import load_blocks
+from flextron.data.blocks import load_blocks
 from flextron.elastic import per_layer
 from flextron.elastic.families import FAMILIES
 from flextron.elastic.model import ElasticModel

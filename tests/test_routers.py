@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import tiny
 from flextron.config import TextOptions, TrainConfig, VisitOptions, WatchOptions
 from flextron.costs import linear_table
-from flextron.data import TokenBlocks
+from flextron.data.blocks import TokenBlocks
 from flextron.elastic.model import ElasticModel
 from flextron.errors import BudgetError, CostError, RouterError, SubnetError
 from flextron.explaining import as_text, explain

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tiny
-from flextron.data import load_blocks
+from flextron.data.blocks import load_blocks
 from flextron.elastic.model import ElasticModel
 from flextron.errors import CheckpointError, SubnetError
 from flextron.evaluation import evaluate

@@ -9,7 +9,7 @@ import torch
 import tiny
 from flextron import cli
 from flextron.commands import loading
-from flextron.data import load_blocks
+from flextron.data.blocks import load_blocks
 from flextron.decoding import Decoder
 from flextron.demo import smollm2_path
 from flextron.elastic.adapters import add_adapters

@@ -17,8 +17,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 import tiny
 from flextron import cli, distillation, environment, snapshot, training
-from flextron.corpus import positions
-from flextron.data import document_end, load_blocks
+from flextron.data.blocks import document_end, load_blocks
+from flextron.data.corpus import positions
 from flextron.elastic.model import ElasticModel
 from flextron.errors import CheckpointError, TrainingError
 from flextron.optimizer import schedule

@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from flextron.data import TokenBlocks
+from flextron.data.blocks import TokenBlocks
 from flextron.elastic.checkpoint import Ranking
 from flextron.elastic.families import FAMILIES, Family
 from flextron.sampling import even_sensitivity

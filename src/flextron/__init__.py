@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from flextron.choice import choose
     from flextron.config import OptimizerOptions, TextOptions, TrainConfig, VisitOptions, WatchOptions
     from flextron.costs import CostTable
-    from flextron.data import TokenBlocks, load_blocks
+    from flextron.data.blocks import TokenBlocks, load_blocks
     from flextron.demo import quickstart
     from flextron.elastic.model import ElasticModel
     from flextron.errors import FlextronError
@@ -86,8 +86,8 @@ _HOMES = {
     "Subnet": "subnet",
     "SearchSpace": "subnet",
     "ElasticModel": "elastic.model",
-    "TokenBlocks": "data",
-    "load_blocks": "data",
+    "TokenBlocks": "data.blocks",
+    "load_blocks": "data.blocks",
     "rank": "ranking",
     "TrainConfig": "config",
     "TextOptions": "config",

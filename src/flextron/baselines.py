@@ -19,7 +19,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
 from flextron.costs import CostTable
-from flextron.data import TokenBlocks, batch_tokens
+from flextron.data.blocks import TokenBlocks, batch_tokens
 from flextron.elastic.model import ElasticModel
 from flextron.errors import BudgetError, FlextronError, SubnetError
 from flextron.pricing import Ceiling, check_possible, format_cost, meets

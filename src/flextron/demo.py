@@ -18,7 +18,7 @@ from flextron.atomic import new_folder, write_text
 from flextron.baselines import equal_widths, greedy
 from flextron.config import QuickstartConfig, TextOptions, TrainConfig, VisitOptions, WatchOptions
 from flextron.costs import CostTable
-from flextron.data import TokenBlocks, load_blocks
+from flextron.data.blocks import TokenBlocks, load_blocks
 from flextron.elastic.checkpoint import METADATA_FILE, quiet_transformers
 from flextron.elastic.model import ElasticModel
 from flextron.environment import default_device, describe_device, faster_dtype

@@ -17,8 +17,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from flextron.config import OptimizerOptions
-from flextron.corpus import positions
-from flextron.data import document_end
+from flextron.data.blocks import document_end
+from flextron.data.corpus import positions
 from flextron.elastic.adapters import add_adapters, without_adapters
 from flextron.elastic.model import ElasticModel
 from flextron.errors import FlextronError

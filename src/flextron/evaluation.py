@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
-from flextron.data import TokenBlocks, batch_tokens
+from flextron.data.blocks import TokenBlocks, batch_tokens
 from flextron.elastic.model import ElasticModel
 from flextron.progress import progress
 from flextron.subnet import Subnet

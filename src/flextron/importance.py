@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from flextron.config import Score
-from flextron.data import BATCH_TOKENS, TokenBlocks
+from flextron.data.blocks import BATCH_TOKENS, TokenBlocks
 from flextron.elastic.model import ElasticModel, SubLayer
 from flextron.errors import FlextronError
 from flextron.progress import progress

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from flextron.config import Score
-from flextron.data import TokenBlocks
+from flextron.data.blocks import TokenBlocks
 from flextron.elastic.checkpoint import Ranking
 from flextron.elastic.model import ElasticModel, SubLayer
 from flextron.elastic.projections import Projection

@@ -11,13 +11,13 @@ from typing import Any
 
 from flextron.atomic import write_text
 from flextron.config import TrainConfig
+from flextron.data.sources import Source
 from flextron.elastic import checkpoint
 from flextron.elastic.checkpoint import METADATA_FILE, Checkpoint
 from flextron.elastic.model import ElasticModel
 from flextron.errors import CheckpointError
 from flextron.sensitivity import Sensitivity
 from flextron.snapshot import latest_snapshot
-from flextron.sources import Source
 
 VERSION = 1
 SETTINGS_FILE = "train.json"

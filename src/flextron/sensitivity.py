@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from flextron.atomic import write_text
-from flextron.data import TokenBlocks, load_blocks
+from flextron.data.blocks import TokenBlocks, load_blocks
 from flextron.elastic.model import ElasticModel
 from flextron.errors import CheckpointError, SubnetError, TooLittleTextError
 from flextron.progress import bar

@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from flextron.choice import choose
 from flextron.config import TrainConfig
-from flextron.corpus import Corpus
-from flextron.data import TokenBlocks, load_blocks
+from flextron.data.blocks import TokenBlocks, load_blocks
+from flextron.data.corpus import Corpus
 from flextron.distillation import make_distiller
 from flextron.elastic.adapters import merge_adapters
 from flextron.elastic.model import ElasticModel

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def run_evaluate(config: EvaluateConfig) -> None:
     """Losses of sub-networks on a text, or accuracies on tasks."""
     from flextron.choice import choose
-    from flextron.data import load_blocks
+    from flextron.data.blocks import load_blocks
     from flextron.evaluation import evaluate
 
     model = loading.load(config)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from flextron.data import documents
+from flextron.data.blocks import documents
 from flextron.elastic.model import ElasticModel
 from flextron.errors import ExportError, FlextronError
 from flextron.exporting.llamacpp import LlamaCpp

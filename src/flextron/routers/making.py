@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flextron.costs import CostTable
-from flextron.data import TokenBlocks, load_blocks
+from flextron.data.blocks import TokenBlocks, load_blocks
 from flextron.elastic.model import ElasticModel
 from flextron.environment import faster_dtype
 from flextron.errors import RouterError

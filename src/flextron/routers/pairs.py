@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from flextron.atomic import write_text
-from flextron.data import TokenBlocks, batch_tokens
+from flextron.data.blocks import TokenBlocks, batch_tokens
 from flextron.elastic.model import ElasticModel
 from flextron.errors import RouterError
 from flextron.sensitivity import full_predictions, mixed_loss

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from flextron.costs import CostTable
-from flextron.data import TokenBlocks, batch_tokens
+from flextron.data.blocks import TokenBlocks, batch_tokens
 from flextron.distillation import hidden_states, losses
 from flextron.elastic.model import ElasticLayer, ElasticModel
 from flextron.errors import RouterError

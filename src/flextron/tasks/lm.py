@@ -23,7 +23,7 @@ from lm_eval.models.huggingface import HFLM
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from flextron.data import batch_tokens as usual_batch_tokens
+from flextron.data.blocks import batch_tokens as usual_batch_tokens
 from flextron.elastic.model import ElasticModel
 from flextron.progress import bar
 

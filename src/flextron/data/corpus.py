@@ -21,10 +21,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from transformers import PreTrainedTokenizerBase
 
-from flextron.data import document_end, document_start
+from flextron.data.blocks import document_end, document_start
+from flextron.data.sources import Source, open_source
 from flextron.errors import CheckpointError, FlextronError, TooLittleTextError
 from flextron.progress import bar
-from flextron.sources import Source, open_source
 
 VERSION = 1
 """Of the cache's files and of a saved position."""

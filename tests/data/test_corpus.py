@@ -16,10 +16,10 @@ from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
 import tiny
-from flextron import corpus as corpus_module
-from flextron import sources as sources_module
-from flextron.corpus import Corpus, Source, positions
-from flextron.data import document_end, load_blocks
+from flextron.data import corpus as corpus_module
+from flextron.data import sources as sources_module
+from flextron.data.blocks import document_end, load_blocks
+from flextron.data.corpus import Corpus, Source, positions
 from flextron.errors import CheckpointError, FlextronError, TooLittleTextError
 
 T = 8  # tokens of a block

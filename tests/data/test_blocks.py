@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
 import tiny
-from flextron.data import BATCH_TOKENS, batch_tokens, document_end, documents, load_blocks
+from flextron.data.blocks import BATCH_TOKENS, batch_tokens, document_end, documents, load_blocks
 from flextron.errors import CheckpointError, FlextronError
 
 DOCUMENTS = ["First, é 😀.", "Second\nline.", "Third " + "long " * 50]

@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from flextron.data import SAMPLES, documents
+from flextron.data.blocks import SAMPLES, documents
 from flextron.errors import FlextronError
 
 _DATASET = "datasets:"

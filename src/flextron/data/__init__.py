@@ -1,0 +1,1 @@
+"""Text in: files, folders and datasets become blocks of tokens."""

@@ -15,7 +15,7 @@ import tyro
 
 from flextron import evaluate, load_blocks, measure_sensitivity, rank
 from flextron.demo import equal_widths
-from flextron.sensitivity import sensitivity_blocks
+from flextron.ranking.sensitivity import sensitivity_blocks
 from model import load_smollm2, write_results
 
 

@@ -16,7 +16,7 @@ import torch
 import tyro
 
 from flextron import evaluate, load_blocks, rank
-from flextron.importance import SCORES
+from flextron.ranking.importance import SCORES
 from model import load_smollm2, write_results
 
 

@@ -33,10 +33,10 @@ from flextron.environment import describe_device, faster_dtype
 from flextron.errors import CostError, FlextronError
 from flextron.latency import PHASES, REPEATS, TOKENS, Timing, measure_latency, time_interleaved, timed_run
 from flextron.pricing import Ceiling, check_possible
+from flextron.ranking.sensitivity import Sensitivity
 from flextron.routers.making import describe_router, make_router, unused_blocks
 from flextron.routers.pairs import LossMeter
 from flextron.routers.router import Router, metrics_with_router
-from flextron.sensitivity import Sensitivity
 from flextron.tables import describe, find_table, save_table
 from model import write_results
 from paper_page import Loss, standard_error

@@ -25,7 +25,7 @@ import training
 from flextron import ElasticModel, OptimizerOptions, TextOptions, VisitOptions, load_blocks, measure_sensitivity, rank
 from flextron.demo import smollm2_path
 from flextron.elastic.checkpoint import METADATA_FILE, quiet_transformers
-from flextron.sensitivity import Sensitivity, sensitivity_blocks
+from flextron.ranking.sensitivity import Sensitivity, sensitivity_blocks
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from flextron.costs import linear_table
 from flextron.elastic.model import ElasticModel
 from flextron.errors import BudgetError, FlextronError, SubnetError
 from flextron.pricing import Ceiling, meets
+from flextron.ranking.sensitivity import Sensitivity
 from flextron.routers.choices import increase_matrix, to_indices, to_subnet
-from flextron.sensitivity import Sensitivity
 from flextron.subnet import SearchSpace
 
 SMALL = SearchSpace(2, (0, 2, 5, 8), (0, 1, 2))

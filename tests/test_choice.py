@@ -5,7 +5,7 @@ import pytest
 import tiny
 from flextron.choice import choose
 from flextron.errors import SubnetError
-from flextron.sensitivity import measure_sensitivity
+from flextron.ranking.sensitivity import measure_sensitivity
 from flextron.subnet import Subnet
 
 

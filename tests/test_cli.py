@@ -22,11 +22,11 @@ from flextron.data.blocks import load_blocks
 from flextron.elastic.model import ElasticModel
 from flextron.latency import TOKENS, here
 from flextron.pricing import Ceiling
+from flextron.ranking.sensitivity import Sensitivity
 from flextron.routers import making, surrogate, training
 from flextron.routers.pairs import LossMeter
 from flextron.routers.router import Router
 from flextron.routing import route
-from flextron.sensitivity import Sensitivity
 from flextron.subnet import Subnet
 from flextron.tables import find_table, save_table
 

@@ -27,7 +27,7 @@ from flextron.elastic.model import ElasticModel
 from flextron.errors import CheckpointError, ExportError, SubnetError
 from flextron.exporting import ExportReport, cutting, export, hf
 from flextron.latency import measure_latency
-from flextron.ranking import rank
+from flextron.ranking.permutation import rank
 from flextron.subnet import Subnet
 from flextron.tables import save_table
 

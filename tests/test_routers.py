@@ -20,6 +20,7 @@ from flextron.elastic.model import ElasticModel
 from flextron.errors import BudgetError, CostError, RouterError, SubnetError
 from flextron.explaining import as_text, explain
 from flextron.pricing import Ceiling, meets
+from flextron.ranking.sensitivity import Sensitivity
 from flextron.routers import surrogate, training
 from flextron.routers.choices import allowed, cost_matrix, increase_matrix, prices, to_indices, to_subnet
 from flextron.routers.making import describe_router, unused_blocks
@@ -30,7 +31,6 @@ from flextron.routers.surrogate import Surrogate, SurrogateError, cross_validate
 from flextron.routers.training import check_gain, optimise, train_router
 from flextron.routing import route
 from flextron.sampling import even_sensitivity
-from flextron.sensitivity import Sensitivity
 from flextron.subnet import AXES, SearchSpace, Subnet
 from flextron.tables import save_table
 from flextron.training import train

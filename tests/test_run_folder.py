@@ -12,9 +12,9 @@ from flextron.config import TrainConfig, VisitOptions
 from flextron.elastic.checkpoint import METADATA_FILE
 from flextron.elastic.model import ElasticModel
 from flextron.errors import CheckpointError
+from flextron.ranking.sensitivity import Sensitivity
 from flextron.run_folder import RunFolder
 from flextron.sampling import even_sensitivity
-from flextron.sensitivity import Sensitivity
 from folders import content, files_of_at_most, names
 
 

@@ -6,8 +6,8 @@ from itertools import islice
 import numpy as np
 import pytest
 
+from flextron.ranking.sensitivity import Sensitivity
 from flextron.sampling import KINDS, SubnetSampler, Visit, even_sensitivity
-from flextron.sensitivity import Sensitivity
 from flextron.subnet import AXES
 
 

@@ -17,7 +17,7 @@ from flextron.elastic.checkpoint import quiet_transformers
 from flextron.elastic.model import ElasticModel
 from flextron.errors import SubnetError
 from flextron.generation import can_stream, compare_speculative, generate, stream_tokens
-from flextron.ranking import rank
+from flextron.ranking.permutation import rank
 from flextron.speculative import Draft, assisted_tokens, draft_model, stream_speculative
 from flextron.subnet import Subnet
 

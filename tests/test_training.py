@@ -22,7 +22,7 @@ from flextron.data.corpus import positions
 from flextron.elastic.model import ElasticModel
 from flextron.errors import CheckpointError, TrainingError
 from flextron.optimizer import schedule
-from flextron.sensitivity import Sensitivity
+from flextron.ranking.sensitivity import Sensitivity
 from flextron.snapshot import latest_snapshot
 from flextron.subnet import Subnet
 from folders import files_of_at_most, names

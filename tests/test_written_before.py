@@ -9,10 +9,10 @@ import torch
 
 from flextron import ElasticModel, Subnet, TrainConfig, route, training
 from flextron.config import OptimizerOptions, TextOptions, VisitOptions, WatchOptions
+from flextron.ranking.sensitivity import Sensitivity
 from flextron.routers.pairs import Pairs
 from flextron.routers.token_making import load_token_router
 from flextron.run_folder import RunFolder
-from flextron.sensitivity import Sensitivity
 
 WRITTEN = Path(__file__).parent / "written_by_0_1_0"
 EXPECTED = json.loads((WRITTEN / "expected.json").read_text())

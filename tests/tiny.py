@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from flextron.data.blocks import TokenBlocks
 from flextron.elastic.checkpoint import Ranking
 from flextron.elastic.families import FAMILIES, Family
+from flextron.ranking.sensitivity import Sensitivity
 from flextron.sampling import even_sensitivity
-from flextron.sensitivity import Sensitivity
 from flextron.subnet import AXES, SearchSpace, Subnet
 
 LAYERS = 3

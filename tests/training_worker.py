@@ -16,8 +16,8 @@ import tiny
 from flextron import cli, training
 from flextron.elastic.model import ElasticModel
 from flextron.errors import FlextronError
-from flextron.ranking import permute
-from flextron.sensitivity import measure_sensitivity
+from flextron.ranking.permutation import permute
+from flextron.ranking.sensitivity import measure_sensitivity
 
 STEPS = 6
 TIMES = ("seconds", "tokens_per_second")

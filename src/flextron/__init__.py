@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from flextron.generation import generate
     from flextron.latency import measure_latency
     from flextron.per_token import TokenWidths, use_token_widths
-    from flextron.ranking import rank
+    from flextron.ranking.permutation import rank
+    from flextron.ranking.sensitivity import Sensitivity, measure_sensitivity
     from flextron.routers.router import Router
     from flextron.routers.token_making import make_token_router
     from flextron.routers.token_routing import TokenRouting
     from flextron.routers.training import train_router
     from flextron.routing import Routed, route, route_tokens
-    from flextron.sensitivity import Sensitivity, measure_sensitivity
     from flextron.speculative import Draft, draft_model
     from flextron.subnet import SearchSpace, Subnet
     from flextron.tasks.harness import evaluate_tasks
@@ -88,7 +88,7 @@ _HOMES = {
     "ElasticModel": "elastic.model",
     "TokenBlocks": "data.blocks",
     "load_blocks": "data.blocks",
-    "rank": "ranking",
+    "rank": "ranking.permutation",
     "TrainConfig": "config",
     "TextOptions": "config",
     "VisitOptions": "config",
@@ -97,8 +97,8 @@ _HOMES = {
     "train": "training",
     "Evaluation": "evaluation",
     "evaluate": "evaluation",
-    "Sensitivity": "sensitivity",
-    "measure_sensitivity": "sensitivity",
+    "Sensitivity": "ranking.sensitivity",
+    "measure_sensitivity": "ranking.sensitivity",
     "CostTable": "costs",
     "measure_latency": "latency",
     "Budget": "budget",

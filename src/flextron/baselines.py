@@ -23,6 +23,7 @@ from flextron.data.blocks import TokenBlocks, batch_tokens
 from flextron.elastic.model import ElasticModel
 from flextron.errors import BudgetError, FlextronError, SubnetError
 from flextron.pricing import Ceiling, check_possible, format_cost, meets
+from flextron.ranking.sensitivity import Sensitivity
 from flextron.routers.answering import TOLERANCE
 from flextron.routers.choices import (
     Floats,
@@ -36,7 +37,6 @@ from flextron.routers.choices import (
     to_subnet,
 )
 from flextron.routing import greedy_answer
-from flextron.sensitivity import Sensitivity
 from flextron.subnet import Subnet
 
 SOLVER_SECONDS = 30.0

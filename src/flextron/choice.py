@@ -6,7 +6,7 @@ from pathlib import Path
 
 from flextron.elastic.model import ElasticModel
 from flextron.errors import SubnetError
-from flextron.sensitivity import Sensitivity
+from flextron.ranking.sensitivity import Sensitivity
 from flextron.subnet import Subnet
 
 FORMS = "full, a share such as 60%, equal widths such as neurons=768,kv_groups=2, or a Subnet's JSON file"

@@ -29,13 +29,13 @@ from flextron.generation import generate
 from flextron.latency import REPEATS, measure_latency, time_interleaved, timed_run
 from flextron.pricing import Ceiling
 from flextron.progress import progress
-from flextron.ranking import rank
+from flextron.ranking.permutation import rank
+from flextron.ranking.sensitivity import Sensitivity, measure_sensitivity, sensitivity_blocks
 from flextron.routers.making import describe_router, make_router
 from flextron.routers.router import Router, metrics_with_router
 from flextron.routers.token_making import make_token_router
 from flextron.routers.token_routing import TokenRouting
 from flextron.routers.token_training import answers
-from flextron.sensitivity import Sensitivity, measure_sensitivity, sensitivity_blocks
 from flextron.subnet import Subnet
 from flextron.tables import describe, find_table, save_table
 from flextron.training import train

@@ -22,8 +22,8 @@ from flextron.elastic.model import ElasticLayer, ElasticModel
 from flextron.elastic.projections import Projection
 from flextron.environment import arithmetic_dtype, default_device
 from flextron.errors import CheckpointError
+from flextron.ranking.sensitivity import Sensitivity
 from flextron.sampling import SubnetSampler, even_sensitivity, make_sampler
-from flextron.sensitivity import Sensitivity
 from flextron.subnet import Subnet
 
 GPU_BYTES = 80 * 10**9

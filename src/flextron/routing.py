@@ -12,11 +12,11 @@ from flextron.costs import CostTable
 from flextron.elastic.model import ElasticModel
 from flextron.errors import BudgetError
 from flextron.pricing import Ceiling, ceilings, check_possible, format_cost
+from flextron.ranking.sensitivity import Sensitivity
 from flextron.routers.router import Router, metrics_with_router, route_along
 from flextron.routers.static import StaticRouter
 from flextron.routers.token_making import load_token_router
 from flextron.routers.token_routing import TokenRouting
-from flextron.sensitivity import Sensitivity
 from flextron.subnet import Subnet
 from flextron.tables import find_table
 

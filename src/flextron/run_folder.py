@@ -16,7 +16,7 @@ from flextron.elastic import checkpoint
 from flextron.elastic.checkpoint import METADATA_FILE, Checkpoint
 from flextron.elastic.model import ElasticModel
 from flextron.errors import CheckpointError
-from flextron.sensitivity import Sensitivity
+from flextron.ranking.sensitivity import Sensitivity
 from flextron.snapshot import latest_snapshot
 
 VERSION = 1

@@ -18,12 +18,12 @@ from flextron.choice import choose
 from flextron.config import VisitOptions
 from flextron.costs import CostTable
 from flextron.elastic.model import ElasticModel
+from flextron.ranking.sensitivity import Sensitivity
 from flextron.routers.router import Router
 from flextron.routers.token import TokenRouter
 from flextron.routers.token_routing import TokenRouting
 from flextron.routers.token_training import TokenRouterAbout, answers
 from flextron.routers.training import sample_answer
-from flextron.sensitivity import Sensitivity
 from flextron.subnet import AXES, Subnet
 
 KINDS = ("full", "smallest", "preset", "random")

@@ -17,7 +17,7 @@ from flextron.elastic import checkpoint
 from flextron.elastic.checkpoint import METADATA_FILE, RANKING_FILE
 from flextron.elastic.model import ElasticModel
 from flextron.errors import CheckpointError, UnknownFamilyError
-from flextron.ranking import permute
+from flextron.ranking.permutation import permute
 from flextron.subnet import SearchSpace
 
 WEIGHTS_FILE = "model.safetensors"

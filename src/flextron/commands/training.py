@@ -21,7 +21,7 @@ _NOT_OF_THE_RANKING = ("out", "overwrite", "sensitivity_tokens", "device")
 def run_rank(config: RankConfig) -> None:
     """Rank a checkpoint, measure its sensitivities, and write it as an elastic one."""
     from flextron.data.blocks import load_blocks
-    from flextron.sensitivity import measure_sensitivity, sensitivity_blocks
+    from flextron.ranking.sensitivity import measure_sensitivity, sensitivity_blocks
 
     model = _ranked(config)
     if config.sensitivity_tokens:
@@ -37,8 +37,8 @@ def _ranked(config: RankConfig) -> ElasticModel:
     """The ranked model, saved; an interrupted run's is taken up, so that only the sensitivities are left to do."""
     from flextron.atomic import check_new, write_text
     from flextron.data.blocks import load_blocks
-    from flextron.ranking import rank
-    from flextron.sensitivity import Sensitivity
+    from flextron.ranking.permutation import rank
+    from flextron.ranking.sensitivity import Sensitivity
     from flextron.subnet import SearchSpace
 
     asks = {key: value for key, value in asdict(config).items() if key not in _NOT_OF_THE_RANKING}

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flextron.costs import CostTable
-from flextron.sensitivity import Sensitivity
+from flextron.ranking.sensitivity import Sensitivity
 from flextron.subnet import AXES, SearchSpace, Subnet
 
 Indices = NDArray[np.int64]

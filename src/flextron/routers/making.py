@@ -17,11 +17,11 @@ from flextron.environment import faster_dtype
 from flextron.errors import RouterError
 from flextron.latency import PHASES, measure_latency
 from flextron.progress import bar
+from flextron.ranking.sensitivity import Sensitivity, sensitivity_blocks
 from flextron.routers.pairs import LossMeter, Pairs
 from flextron.routers.router import Router
 from flextron.routers.static import StaticRouter
 from flextron.routers.training import CHECKED_BUDGETS, LEAST_EVALUATIONS, check_answers, train_router
-from flextron.sensitivity import Sensitivity, sensitivity_blocks
 from flextron.subnet import Subnet
 from flextron.tables import FOLDER as LATENCY_FOLDER
 from flextron.tables import describe, find_table, is_of, save_table

@@ -13,7 +13,7 @@ from flextron.atomic import write_text
 from flextron.data.blocks import TokenBlocks, batch_tokens
 from flextron.elastic.model import ElasticModel
 from flextron.errors import RouterError
-from flextron.sensitivity import full_predictions, mixed_loss
+from flextron.ranking.sensitivity import full_predictions, mixed_loss
 from flextron.subnet import Subnet
 
 VERSION = 1

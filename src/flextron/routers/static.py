@@ -16,8 +16,8 @@ from torch import nn
 
 from flextron.costs import CostTable
 from flextron.errors import RouterError
+from flextron.ranking.sensitivity import Sensitivity
 from flextron.routers.choices import Floats, Indices, Mask, allowed, cost_matrix, increase_matrix, prices
-from flextron.sensitivity import Sensitivity
 
 HIDDEN = 128
 KNOTS = 33

@@ -18,8 +18,8 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from flextron.environment import one_thread
+from flextron.ranking.sensitivity import Sensitivity
 from flextron.routers.choices import Floats, Indices, increase_matrix, parts_left_out
-from flextron.sensitivity import Sensitivity
 
 EFFECTS = 4
 HIDDEN = 32

@@ -19,6 +19,7 @@ from flextron.elastic.model import ElasticModel
 from flextron.environment import faster_dtype
 from flextron.errors import RouterError
 from flextron.latency import PHASES
+from flextron.ranking.sensitivity import sensitivity_blocks
 from flextron.routers.making import sensitivity_of, unused_blocks
 from flextron.routers.pairs import FOLDER
 from flextron.routers.router import Router
@@ -26,7 +27,6 @@ from flextron.routers.slopes import KeptSlopes
 from flextron.routers.static import StaticRouter
 from flextron.routers.token import TokenRouter
 from flextron.routers.token_training import ROUNDS, TokenRouterAbout, train_token_router
-from flextron.sensitivity import sensitivity_blocks
 from flextron.tables import find_table
 
 VERSION = 1

@@ -21,12 +21,12 @@ from flextron.environment import one_thread
 from flextron.errors import RouterError
 from flextron.pricing import Ceiling
 from flextron.progress import bar
+from flextron.ranking.sensitivity import Sensitivity
 from flextron.routers.choices import Floats, Indices, choice_counts, to_indices, to_subnet
 from flextron.routers.pairs import LossMeter, Pairs
 from flextron.routers.router import Check, Router, RouterAbout, route_along
 from flextron.routers.static import StaticRouter
 from flextron.routers.surrogate import Surrogate, SurrogateError, cross_validated
-from flextron.sensitivity import Sensitivity
 from flextron.subnet import Subnet
 
 FIRST_PAIRS = 96

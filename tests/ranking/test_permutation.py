@@ -8,8 +8,8 @@ import torch
 
 import tiny
 from flextron.elastic.model import ElasticModel
-from flextron.importance import SCORES, measure_importance
-from flextron.ranking import permute, rank
+from flextron.ranking.importance import SCORES, measure_importance
+from flextron.ranking.permutation import permute, rank
 from tiny import assert_same_function, differs, logits_of
 
 ORDERS = ("neurons", "kv_groups", "query_heads")

@@ -12,7 +12,7 @@ from flextron.data.blocks import TokenBlocks
 from flextron.elastic.checkpoint import Ranking
 from flextron.elastic.model import ElasticModel, SubLayer
 from flextron.elastic.projections import Projection
-from flextron.importance import measure_importance
+from flextron.ranking.importance import measure_importance
 
 
 def rank(model: ElasticModel, blocks: TokenBlocks, *, score: Score = "reconstruction", show: bool = False) -> Ranking:

@@ -12,7 +12,7 @@ from flextron.data.blocks import load_blocks
 from flextron.elastic.model import ElasticModel
 from flextron.errors import CheckpointError, SubnetError
 from flextron.evaluation import evaluate
-from flextron.sensitivity import Sensitivity, measure_sensitivity, sensitivity_blocks
+from flextron.ranking.sensitivity import Sensitivity, measure_sensitivity, sensitivity_blocks
 from flextron.subnet import SearchSpace, Subnet
 
 SPACE = SearchSpace(layers=2, neurons=(0, 1, 2, 3, 4), kv_groups=(0, 1, 2))

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import tiny
-from flextron import importance
 from flextron.elastic.model import ElasticModel
 from flextron.errors import FlextronError
-from flextron.importance import SCORES, SECOND_ROUND_SHARE, measure_importance
+from flextron.ranking import importance
+from flextron.ranking.importance import SCORES, SECOND_ROUND_SHARE, measure_importance
 
 HAND_MADE = {
     # Outputs of four units, and their order, best first. By size alone both cases would be ordered otherwise.

@@ -28,8 +28,8 @@ from flextron.distillation import hidden_states, losses
 from flextron.elastic.checkpoint import quiet_transformers
 from flextron.elastic.model import SubLayer
 from flextron.environment import faster_dtype
+from flextron.inference.per_token import Forward, masked_parts, running
 from flextron.latency import PHASES
-from flextron.per_token import Forward, masked_parts, running
 from flextron.pricing import Ceiling
 from flextron.progress import bar
 from flextron.routers.making import sensitivity_of, unused_blocks

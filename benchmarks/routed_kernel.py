@@ -33,9 +33,9 @@ from torch.nn import functional
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # asked for when the kernels are defined
-from flextron import routed_kernel
 from flextron.environment import describe_device, describe_environment
-from flextron.routed_kernel import routed_mlp, routed_mlp_reference
+from flextron.inference import routed_kernel
+from flextron.inference.routed_kernel import routed_mlp, routed_mlp_reference
 
 TOKENS = (1, 16, 128, 1024, 4096, 16384)
 SIZES = ("576x1536", "4096x11008")

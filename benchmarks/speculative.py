@@ -2,7 +2,7 @@
 
 python benchmarks/speculative.py out/trained
 
-Each round runs, on each prompt, plain decoding and every draft at every length, in turn, by `flextron.decoding` alone.
+Each round runs, on each prompt, plain decoding and every draft at every length, in turn, by `flextron.inference.decoder` alone.
 c is a draft's step and v a pass over n drafted tokens and the one before them, in steps of the full model; a is the
 chance that a drafted token is accepted, if it were the same everywhere: tokens a pass = (1 - a^(n + 1)) / (1 - a).
 Expected is tokens a pass / (n c + v): Leviathan et al. 2023, theorem 3.8, who take v for 1.
@@ -22,10 +22,10 @@ import tyro
 from tyro.conf import Positional
 
 from flextron import Draft, ElasticModel, Subnet, choose, generate, load_blocks
-from flextron.decoding import Decoder
 from flextron.elastic.checkpoint import quiet_transformers
 from flextron.generation import compare_speculative, stream_tokens
-from flextron.speculative import stream_speculative
+from flextron.inference.decoder import Decoder
+from flextron.inference.speculative import stream_speculative
 from model import write_results
 
 CONTEXT = 128  # tokens before a timed step

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import tiny
-from flextron import decoding, latency
+from flextron import latency
 from flextron.costs import CostTable, linear_table
 from flextron.elastic.model import ElasticModel
 from flextron.errors import CostError
+from flextron.inference import decoder as decoding
 from flextron.latency import designed, fit, here, measure_latency, random_subnets, time_interleaved, timed_run
 from flextron.subnet import SearchSpace, Subnet
 from flextron.tables import describe, find_table, save_table, table_file, table_from_csv

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from flextron.evaluation import Evaluation, evaluate
     from flextron.exporting import ExportReport, GgufReport, export, export_gguf
     from flextron.generation import generate
+    from flextron.inference.per_token import TokenWidths, use_token_widths
+    from flextron.inference.speculative import Draft, draft_model
     from flextron.latency import measure_latency
-    from flextron.per_token import TokenWidths, use_token_widths
     from flextron.ranking.permutation import rank
     from flextron.ranking.sensitivity import Sensitivity, measure_sensitivity
     from flextron.routers.router import Router
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from flextron.routers.token_routing import TokenRouting
     from flextron.routers.training import train_router
     from flextron.routing import Routed, route, route_tokens
-    from flextron.speculative import Draft, draft_model
     from flextron.subnet import SearchSpace, Subnet
     from flextron.tasks.harness import evaluate_tasks
     from flextron.tasks.results import TaskResult
@@ -106,14 +106,14 @@ _HOMES = {
     "train_router": "routers.training",
     "Routed": "routing",
     "route": "routing",
-    "TokenWidths": "per_token",
-    "use_token_widths": "per_token",
+    "TokenWidths": "inference.per_token",
+    "use_token_widths": "inference.per_token",
     "make_token_router": "routers.token_making",
     "TokenRouting": "routers.token_routing",
     "route_tokens": "routing",
     "choose": "choice",
-    "Draft": "speculative",
-    "draft_model": "speculative",
+    "Draft": "inference.speculative",
+    "draft_model": "inference.speculative",
     "generate": "generation",
     "ExportReport": "exporting",
     "GgufReport": "exporting",

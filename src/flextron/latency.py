@@ -20,11 +20,11 @@ import torch
 from scipy.optimize import nnls
 from transformers import DynamicCache
 
-from flextron import decoding
 from flextron.costs import CostTable
 from flextron.elastic.model import ElasticModel
 from flextron.environment import describe_device
 from flextron.errors import CostError
+from flextron.inference import decoder as decoding
 from flextron.progress import bar
 from flextron.subnet import AXES, SearchSpace, Subnet
 

@@ -13,7 +13,7 @@ from flextron.errors import BudgetError
 
 if TYPE_CHECKING:
     from flextron.elastic.model import ElasticModel
-    from flextron.speculative import Draft
+    from flextron.inference.speculative import Draft
     from flextron.subnet import Subnet
 
 
@@ -96,7 +96,7 @@ def _draft(model: ElasticModel, config: GenerateConfig) -> Draft | None:
     """What --speculative asks for."""
     from flextron.choice import choose
     from flextron.config.fields import names_widths
-    from flextron.speculative import Draft
+    from flextron.inference.speculative import Draft
 
     wish = config.speculative
     if wish is None:

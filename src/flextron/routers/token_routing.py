@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from flextron.elastic.model import ElasticLayer, ElasticModel
-from flextron.per_token import Forward, TokenWidths, masked_mlp, mlp, rows_of_attention, running
+from flextron.inference.per_token import Forward, TokenWidths, masked_mlp, mlp, rows_of_attention, running
 from flextron.routers.token import TokenRouter
 from flextron.subnet import Subnet
 

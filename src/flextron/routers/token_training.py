@@ -21,7 +21,7 @@ from flextron.data.blocks import TokenBlocks, batch_tokens
 from flextron.distillation import hidden_states, losses
 from flextron.elastic.model import ElasticLayer, ElasticModel
 from flextron.errors import RouterError
-from flextron.per_token import Forward, TokenWidths, masked_parts, rows_of_attention, running
+from flextron.inference.per_token import Forward, TokenWidths, masked_parts, rows_of_attention, running
 from flextron.pricing import Ceiling
 from flextron.progress import bar
 from flextron.routers.router import Router

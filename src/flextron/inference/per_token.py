@@ -23,7 +23,7 @@ from torch import nn
 
 from flextron.elastic.model import ElasticModel, SubLayer
 from flextron.elastic.projections import Rows
-from flextron.routed_kernel import Activation, available, routed_mlp
+from flextron.inference.routed_kernel import Activation, available, routed_mlp
 from flextron.subnet import AXES, Subnet
 
 Forward = Callable[..., Any]

@@ -5,8 +5,8 @@ import importlib.util
 import pytest
 import torch
 
-from flextron import routed_kernel
-from flextron.routed_kernel import routed_mlp, routed_mlp_reference
+from flextron.inference import routed_kernel
+from flextron.inference.routed_kernel import routed_mlp, routed_mlp_reference
 
 D, F = 40, 150  # no multiples of any block
 DTYPES = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}

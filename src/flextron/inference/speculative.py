@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, StoppingCriteriaList
 
-from flextron.decoding import Decoder
 from flextron.elastic.model import ElasticModel
+from flextron.inference.decoder import Decoder
 from flextron.subnet import Subnet
 
 

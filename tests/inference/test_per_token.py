@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import tiny
-from flextron import per_token
 from flextron.errors import SubnetError
-from flextron.per_token import TokenWidths, use_token_widths
+from flextron.inference import per_token
+from flextron.inference.per_token import TokenWidths, use_token_widths
 from flextron.subnet import Subnet
 from tiny import assert_same_function, differs, logits_of
 

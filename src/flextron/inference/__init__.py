@@ -1,0 +1,1 @@
+"""Running fast: the decoder, speculative decoding, and tokens of unequal width."""

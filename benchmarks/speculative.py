@@ -2,7 +2,7 @@
 
 python benchmarks/speculative.py out/trained
 
-Each round runs, on each prompt, plain decoding and every draft at every length, in turn, by `flextron.inference.decoder` alone.
+Each round runs, on each prompt, plain decoding and every draft at every length, in turn, by `inference.decoder` alone.
 c is a draft's step and v a pass over n drafted tokens and the one before them, in steps of the full model; a is the
 chance that a drafted token is accepted, if it were the same everywhere: tokens a pass = (1 - a^(n + 1)) / (1 - a).
 Expected is tokens a pass / (n c + v): Leviathan et al. 2023, theorem 3.8, who take v for 1.

@@ -24,11 +24,11 @@ from tyro.conf import Positional
 
 from flextron import ElasticModel, Subnet, export_gguf, route
 from flextron.baselines import equal_widths_within
+from flextron.costs.pricing import Ceiling, formula_table
 from flextron.elastic.checkpoint import quiet_transformers
 from flextron.exporting import can_state
 from flextron.exporting.comparing import real_text
 from flextron.exporting.llamacpp import EngineTimes, LlamaCpp
-from flextron.pricing import Ceiling, formula_table
 from model import write_results
 
 

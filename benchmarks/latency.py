@@ -16,8 +16,8 @@ import torch
 import tyro
 
 from flextron import measure_latency
-from flextron.latency import REPEATS, random_subnets, time_interleaved, timed_run
-from flextron.tables import describe
+from flextron.costs.latency import REPEATS, random_subnets, time_interleaved, timed_run
+from flextron.costs.saved import describe
 from model import load_smollm2, write_results
 
 

@@ -23,20 +23,20 @@ from tyro.conf import Positional
 
 from flextron import ElasticModel
 from flextron.atomic import write_text
+from flextron.costs.latency import PHASES
+from flextron.costs.pricing import Ceiling
+from flextron.costs.saved import find_table
 from flextron.data.blocks import TokenBlocks
 from flextron.distillation import hidden_states, losses
 from flextron.elastic.checkpoint import quiet_transformers
 from flextron.elastic.model import SubLayer
 from flextron.environment import faster_dtype
 from flextron.inference.per_token import Forward, masked_parts, running
-from flextron.latency import PHASES
-from flextron.pricing import Ceiling
 from flextron.progress import bar
 from flextron.routers.making import sensitivity_of, unused_blocks
 from flextron.routers.router import route_along
 from flextron.routers.static import StaticRouter
 from flextron.routers.training import BATCH, LAST_STEPS, LEARNING_RATE, STEPS, optimise
-from flextron.tables import find_table
 
 PASSES_PER_STEP = 4
 """Forward passes that a step costs: the teacher's, one forward, and a backward of two."""

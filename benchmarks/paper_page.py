@@ -25,7 +25,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from flextron.atomic import write_text
-from flextron.costs import CostTable
+from flextron.costs.table import CostTable
 from flextron.drawing import save_figure
 from flextron.subnet import Subnet
 

@@ -27,17 +27,17 @@ from matplotlib.figure import Figure
 
 from flextron import ElasticModel, Subnet, baselines, evaluate, load_blocks
 from flextron.atomic import write_text
-from flextron.costs import CostTable
+from flextron.costs.latency import PHASES, REPEATS, TOKENS, Timing, measure_latency, time_interleaved, timed_run
+from flextron.costs.pricing import Ceiling, check_possible
+from flextron.costs.saved import describe, find_table, save_table
+from flextron.costs.table import CostTable
 from flextron.elastic.checkpoint import quiet_transformers
 from flextron.environment import describe_device, faster_dtype
 from flextron.errors import CostError, FlextronError
-from flextron.latency import PHASES, REPEATS, TOKENS, Timing, measure_latency, time_interleaved, timed_run
-from flextron.pricing import Ceiling, check_possible
 from flextron.ranking.sensitivity import Sensitivity
 from flextron.routers.making import describe_router, make_router, unused_blocks
 from flextron.routers.pairs import LossMeter
 from flextron.routers.router import Router, metrics_with_router
-from flextron.tables import describe, find_table, save_table
 from model import write_results
 from paper_page import Loss, standard_error
 

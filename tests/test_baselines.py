@@ -9,10 +9,10 @@ import pytest
 import tiny
 from flextron import baselines
 from flextron.baselines import block_influence, drop_layers, equal_widths, evolve, greedy, knapsack, random_search
-from flextron.costs import linear_table
+from flextron.costs.pricing import Ceiling, meets
+from flextron.costs.table import linear_table
 from flextron.elastic.model import ElasticModel
 from flextron.errors import BudgetError, FlextronError, SubnetError
-from flextron.pricing import Ceiling, meets
 from flextron.ranking.sensitivity import Sensitivity
 from flextron.routers.choices import increase_matrix, to_indices, to_subnet
 from flextron.subnet import SearchSpace

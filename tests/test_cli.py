@@ -17,18 +17,18 @@ import tiny
 from flextron import cli, explaining
 from flextron.commands import loading
 from flextron.config import COMMANDS, LEAST_EVALUATIONS, EvaluateConfig
-from flextron.costs import CostTable, linear_table
+from flextron.costs.latency import TOKENS, here
+from flextron.costs.pricing import Ceiling
+from flextron.costs.saved import find_table, save_table
+from flextron.costs.table import CostTable, linear_table
 from flextron.data.blocks import load_blocks
 from flextron.elastic.model import ElasticModel
-from flextron.latency import TOKENS, here
-from flextron.pricing import Ceiling
 from flextron.ranking.sensitivity import Sensitivity
 from flextron.routers import making, surrogate, training
 from flextron.routers.pairs import LossMeter
 from flextron.routers.router import Router
 from flextron.routing import route
 from flextron.subnet import Subnet
-from flextron.tables import find_table, save_table
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 

@@ -8,9 +8,9 @@ import pytest
 
 from flextron import demo
 from flextron.config import QuickstartConfig
+from flextron.costs.latency import measure_latency
 from flextron.elastic.model import ElasticModel
 from flextron.errors import FlextronError
-from flextron.latency import measure_latency
 from flextron.routers import surrogate, training
 from flextron.subnet import Subnet
 

@@ -20,16 +20,16 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from flextron.costs.latency import measure_latency
+from flextron.costs.saved import save_table
 from flextron.data.blocks import load_blocks
 from flextron.elastic import per_layer
 from flextron.elastic.families import FAMILIES
 from flextron.elastic.model import ElasticModel
 from flextron.errors import CheckpointError, ExportError, SubnetError
 from flextron.exporting import ExportReport, cutting, export, hf
-from flextron.latency import measure_latency
 from flextron.ranking.permutation import rank
 from flextron.subnet import Subnet
-from flextron.tables import save_table
 
 SIZES = {
     "vocab_size": 99,

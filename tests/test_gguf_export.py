@@ -13,16 +13,16 @@ from transformers import PreTrainedTokenizerFast
 
 import tiny
 from flextron import cli
-from flextron.costs import CostTable
+from flextron.costs.latency import measure_latency
+from flextron.costs.saved import LLAMA_CPP, find_table, save_table
+from flextron.costs.table import CostTable
 from flextron.demo import smollm2_path
 from flextron.elastic.model import ElasticModel
 from flextron.errors import CheckpointError, ExportError
 from flextron.exporting import comparing, dialects, export_gguf, gguf_file
 from flextron.exporting.quantization import SCHEMES
 from flextron.exporting.timing import in_llamacpp
-from flextron.latency import measure_latency
 from flextron.subnet import Subnet
-from flextron.tables import LLAMA_CPP, find_table, save_table
 
 SIZES = {"vocab_size": 300, "max_position_embeddings": 128}
 OWN_SIZES = {

@@ -14,12 +14,13 @@ import torch.nn.functional as F
 
 import tiny
 from flextron.config import TextOptions, TrainConfig, VisitOptions, WatchOptions
-from flextron.costs import linear_table
+from flextron.costs.pricing import Ceiling, meets
+from flextron.costs.saved import save_table
+from flextron.costs.table import linear_table
 from flextron.data.blocks import TokenBlocks
 from flextron.elastic.model import ElasticModel
 from flextron.errors import BudgetError, CostError, RouterError, SubnetError
 from flextron.explaining import as_text, explain
-from flextron.pricing import Ceiling, meets
 from flextron.ranking.sensitivity import Sensitivity
 from flextron.routers import surrogate, training
 from flextron.routers.choices import allowed, cost_matrix, increase_matrix, prices, to_indices, to_subnet
@@ -32,7 +33,6 @@ from flextron.routers.training import check_gain, optimise, train_router
 from flextron.routing import route
 from flextron.sampling import even_sensitivity
 from flextron.subnet import AXES, SearchSpace, Subnet
-from flextron.tables import save_table
 from flextron.training import train
 
 

@@ -22,7 +22,8 @@ from flextron.config import (
     VisitOptions,
     WatchOptions,
 )
-from flextron.costs import linear_table
+from flextron.costs.saved import save_table
+from flextron.costs.table import linear_table
 from flextron.elastic.model import ElasticModel
 from flextron.errors import BudgetError, RouterError
 from flextron.routers import token, token_making, token_training, training
@@ -35,7 +36,6 @@ from flextron.routers.token_making import ABOUT, WEIGHTS, load_token_router, sav
 from flextron.routers.token_routing import TokenRouting
 from flextron.routers.token_training import TokenRouterAbout, answers, fit, train_token_router
 from flextron.sampling import TokenRouterInUse, make_sampler
-from flextron.tables import save_table
 from flextron.training import train
 from tiny import assert_same_function, differs, logits_of
 

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from flextron.budget import Budget
     from flextron.choice import choose
     from flextron.config import OptimizerOptions, TextOptions, TrainConfig, VisitOptions, WatchOptions
-    from flextron.costs import CostTable
+    from flextron.costs.latency import measure_latency
+    from flextron.costs.table import CostTable
     from flextron.data.blocks import TokenBlocks, load_blocks
     from flextron.demo import quickstart
     from flextron.elastic.model import ElasticModel
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from flextron.generation import generate
     from flextron.inference.per_token import TokenWidths, use_token_widths
     from flextron.inference.speculative import Draft, draft_model
-    from flextron.latency import measure_latency
     from flextron.ranking.permutation import rank
     from flextron.ranking.sensitivity import Sensitivity, measure_sensitivity
     from flextron.routers.router import Router
@@ -99,8 +99,8 @@ _HOMES = {
     "evaluate": "evaluation",
     "Sensitivity": "ranking.sensitivity",
     "measure_sensitivity": "ranking.sensitivity",
-    "CostTable": "costs",
-    "measure_latency": "latency",
+    "CostTable": "costs.table",
+    "measure_latency": "costs.latency",
     "Budget": "budget",
     "Router": "routers.router",
     "train_router": "routers.training",

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from flextron.costs import CostTable
+from flextron.costs.pricing import Ceiling, check_possible, format_cost, meets
+from flextron.costs.table import CostTable
 from flextron.data.blocks import TokenBlocks, batch_tokens
 from flextron.elastic.model import ElasticModel
 from flextron.errors import BudgetError, FlextronError, SubnetError
-from flextron.pricing import Ceiling, check_possible, format_cost, meets
 from flextron.ranking.sensitivity import Sensitivity
 from flextron.routers.answering import TOLERANCE
 from flextron.routers.choices import (

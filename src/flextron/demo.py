@@ -17,7 +17,10 @@ from flextron import report
 from flextron.atomic import new_folder, write_text
 from flextron.baselines import equal_widths, greedy
 from flextron.config import QuickstartConfig, TextOptions, TrainConfig, VisitOptions, WatchOptions
-from flextron.costs import CostTable
+from flextron.costs.latency import REPEATS, measure_latency, time_interleaved, timed_run
+from flextron.costs.pricing import Ceiling
+from flextron.costs.saved import describe, find_table, save_table
+from flextron.costs.table import CostTable
 from flextron.data.blocks import TokenBlocks, load_blocks
 from flextron.elastic.checkpoint import METADATA_FILE, quiet_transformers
 from flextron.elastic.model import ElasticModel
@@ -26,8 +29,6 @@ from flextron.errors import CostError, FlextronError, RouterError
 from flextron.evaluation import evaluate
 from flextron.explaining import save_usage, usage_of
 from flextron.generation import generate
-from flextron.latency import REPEATS, measure_latency, time_interleaved, timed_run
-from flextron.pricing import Ceiling
 from flextron.progress import progress
 from flextron.ranking.permutation import rank
 from flextron.ranking.sensitivity import Sensitivity, measure_sensitivity, sensitivity_blocks
@@ -37,7 +38,6 @@ from flextron.routers.token_making import make_token_router
 from flextron.routers.token_routing import TokenRouting
 from flextron.routers.token_training import answers
 from flextron.subnet import Subnet
-from flextron.tables import describe, find_table, save_table
 from flextron.training import train
 
 VERSION = 3

@@ -13,15 +13,15 @@ import torch
 
 from flextron.atomic import write_text
 from flextron.budget import Budget
+from flextron.costs.latency import REPEATS, TOKENS, here, time_interleaved, timed_run
+from flextron.costs.pricing import Ceiling, format_cost
+from flextron.costs.saved import find_table, foreign_conditions
 from flextron.drawing import save_figure, text_drawing
 from flextron.elastic.model import ElasticModel
 from flextron.errors import FlextronError
-from flextron.latency import REPEATS, TOKENS, here, time_interleaved, timed_run
-from flextron.pricing import Ceiling, format_cost
 from flextron.routers.token_routing import TokenRouting
 from flextron.routing import Routed
 from flextron.subnet import Subnet
-from flextron.tables import find_table, foreign_conditions
 from flextron.token_usage import TokenUsage, usage_figure, usage_html
 
 ROUNDS = 3

@@ -8,17 +8,17 @@ from functools import reduce
 from pathlib import Path
 
 from flextron.budget import Budget
-from flextron.costs import CostTable
+from flextron.costs.pricing import Ceiling, ceilings, check_possible, format_cost
+from flextron.costs.saved import find_table
+from flextron.costs.table import CostTable
 from flextron.elastic.model import ElasticModel
 from flextron.errors import BudgetError
-from flextron.pricing import Ceiling, ceilings, check_possible, format_cost
 from flextron.ranking.sensitivity import Sensitivity
 from flextron.routers.router import Router, metrics_with_router, route_along
 from flextron.routers.static import StaticRouter
 from flextron.routers.token_making import load_token_router
 from flextron.routers.token_routing import TokenRouting
 from flextron.subnet import Subnet
-from flextron.tables import find_table
 
 GREEDY_LOWEST = 0.2
 """Where the untrained router's grid of budgets begins; it goes on below, more coarsely."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from flextron.choice import choose
 from flextron.config import VisitOptions
-from flextron.costs import CostTable
+from flextron.costs.table import CostTable
 from flextron.elastic.model import ElasticModel
 from flextron.ranking.sensitivity import Sensitivity
 from flextron.routers.router import Router

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from flextron.choice import choose
 from flextron.config import TrainConfig
+from flextron.costs.saved import find_table
 from flextron.data.blocks import TokenBlocks, load_blocks
 from flextron.data.corpus import Corpus
 from flextron.distillation import make_distiller
@@ -44,7 +45,6 @@ from flextron.sampling import TokenRouterInUse, Visit, even_sensitivity, make_sa
 from flextron.sharding import device_of, is_sharded, make_accelerator, on_first, shard, total, whole_weights
 from flextron.snapshot import latest_snapshot, load_snapshot, save_snapshot
 from flextron.subnet import Subnet
-from flextron.tables import find_table
 from flextron.watching import Bar, numbers, stop_signals
 
 LOSSES = ("loss", "divergence", "cross_entropy")

@@ -16,7 +16,7 @@ import paper as paper_script
 import router
 import tiny
 from flextron.cli import parse
-from flextron.costs import CostTable
+from flextron.costs.table import CostTable
 from flextron.subnet import SearchSpace, Subnet
 from paper import Paper, Settings
 from paper_page import SHAPE

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from flextron.costs import CostTable
+from flextron.costs.table import CostTable
 from flextron.subnet import SearchSpace, Subnet
 from paper_page import SHAPE, Loss, write_page
 

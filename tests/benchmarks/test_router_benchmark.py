@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from flextron.costs.latency import Timing
 from flextron.errors import FlextronError
-from flextron.latency import Timing
 from router import Kept, add_rounds
 
 

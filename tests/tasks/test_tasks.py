@@ -14,7 +14,8 @@ from lm_eval.models.huggingface import HFLM
 import tiny
 from flextron import cli
 from flextron.config import EvaluateConfig
-from flextron.costs import linear_table
+from flextron.costs.saved import save_table
+from flextron.costs.table import linear_table
 from flextron.elastic.model import ElasticModel
 from flextron.errors import FlextronError, SubnetError
 from flextron.routers import token_training
@@ -25,7 +26,6 @@ from flextron.routers.token import TokenRouter
 from flextron.routers.token_making import TokenRouterAbout, save_token_router
 from flextron.routing import route_tokens
 from flextron.subnet import Subnet
-from flextron.tables import save_table
 from flextron.tasks import harness, local
 from flextron.tasks.harness import PAPER, evaluate_tasks, sample
 from flextron.tasks.lm import LEAST_SHARED, ElasticLM

@@ -79,8 +79,8 @@ def within(model: ElasticModel, budget: str, config: GenerateConfig | ExportConf
 
 def routed(model: ElasticModel, budget: str, config: GenerateConfig | ExportConfig | EvaluateConfig) -> Routed:
     """The answer to a budget; warnings go to standard error."""
+    from flextron.costs.saved import LLAMA_CPP
     from flextron.routing import route
-    from flextron.tables import LLAMA_CPP
 
     how: dict[str, Any] = {"any_device": config.any_device, "warn": note}
     if isinstance(config, ExportConfig):

@@ -14,13 +14,13 @@ from flextron.commands import loading
 from flextron.config import MeasureLatencyConfig, RouteConfig, TrainRouterConfig
 
 if TYPE_CHECKING:
-    from flextron.costs import CostTable
+    from flextron.costs.table import CostTable
     from flextron.elastic.model import ElasticModel
 
 
 def run_measure_latency(config: MeasureLatencyConfig) -> None:
     """Measure latency tables, or read one from a CSV file."""
-    from flextron.tables import describe, save_table
+    from flextron.costs.saved import describe, save_table
 
     folder = loading.folder_of(config.model)
     if config.from_csv is not None:
@@ -34,7 +34,7 @@ def run_measure_latency(config: MeasureLatencyConfig) -> None:
 
 
 def _measured(model: ElasticModel, phase: str, config: MeasureLatencyConfig) -> CostTable:
-    from flextron.latency import measure_latency
+    from flextron.costs.latency import measure_latency
 
     how = partial(
         measure_latency, model, phase=phase, batch=config.batch, tokens=config.tokens, rounds=config.rounds, show=True
@@ -48,9 +48,9 @@ def _measured(model: ElasticModel, phase: str, config: MeasureLatencyConfig) -> 
 
 
 def _table_of_csv(config: MeasureLatencyConfig, file: Path) -> CostTable:
+    from flextron.costs.latency import PHASES, TOKENS
+    from flextron.costs.saved import LLAMA_CPP, table_from_csv
     from flextron.elastic.checkpoint import load_metadata
-    from flextron.latency import PHASES, TOKENS
-    from flextron.tables import LLAMA_CPP, table_from_csv
 
     (phase,) = config.phase
     space = load_metadata(config.model, {})[0] or loading.load(config).search_space
@@ -90,7 +90,7 @@ def run_train_router(config: TrainRouterConfig) -> None:
 
 
 def _train_token_router(config: TrainRouterConfig, folder: Path) -> None:
-    from flextron.latency import PHASES
+    from flextron.costs.latency import PHASES
     from flextron.routers.pairs import FOLDER
     from flextron.routers.router import metrics_with_router
     from flextron.routers.token_making import describe_token_router, make_token_router

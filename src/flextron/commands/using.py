@@ -124,8 +124,8 @@ def _to_export(model: ElasticModel, config: ExportConfig) -> Subnet:
     if not config.equal_widths:
         return loading.chosen(model, config)
     from flextron.baselines import equal_widths_within
+    from flextron.costs.pricing import Ceiling, formula_table
     from flextron.exporting import can_state, refuse_in_gguf
-    from flextron.pricing import Ceiling, formula_table
 
     if config.budget is not None:
         limits = loading.routed(model, config.budget, config).ceilings

@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from flextron.costs import CostTable
+from flextron.costs.pricing import format_cost
+from flextron.costs.saved import FOLDER
+from flextron.costs.table import CostTable
 from flextron.elastic.model import ElasticModel
 from flextron.environment import describe_environment
 from flextron.errors import FlextronError
-from flextron.pricing import format_cost
 from flextron.routers.router import Router, metrics_with_router
 from flextron.subnet import Subnet
-from flextron.tables import FOLDER
 
 CARD = "README.md"
 

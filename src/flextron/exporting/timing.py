@@ -11,6 +11,8 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+from flextron.costs.latency import Runner
+from flextron.costs.saved import LLAMA_CPP
 from flextron.elastic.model import ElasticModel
 from flextron.environment import describe_device
 from flextron.errors import ExportError
@@ -18,9 +20,7 @@ from flextron.exporting.comparing import real_text
 from flextron.exporting.dialects import context_length, states_unequal_layers
 from flextron.exporting.gguf_file import export_gguf
 from flextron.exporting.llamacpp import LlamaCpp
-from flextron.latency import Runner
 from flextron.subnet import Subnet
-from flextron.tables import LLAMA_CPP
 
 NEW_TOKENS = 8
 """Tokens that one run writes after the cached context."""

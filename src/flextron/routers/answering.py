@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from flextron.pricing import Ceiling
+from flextron.costs.pricing import Ceiling
 from flextron.routers.choices import Floats, Indices, Mask, cost_matrix, prices, to_subnet
 from flextron.subnet import SearchSpace, Subnet
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flextron.costs import CostTable
+from flextron.costs.table import CostTable
 from flextron.ranking.sensitivity import Sensitivity
 from flextron.subnet import AXES, SearchSpace, Subnet
 

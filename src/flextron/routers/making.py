@@ -10,12 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flextron.costs import CostTable
+from flextron.costs.latency import PHASES, measure_latency
+from flextron.costs.saved import FOLDER as LATENCY_FOLDER
+from flextron.costs.saved import describe, find_table, is_of, save_table
+from flextron.costs.table import CostTable
 from flextron.data.blocks import TokenBlocks, load_blocks
 from flextron.elastic.model import ElasticModel
 from flextron.environment import faster_dtype
 from flextron.errors import RouterError
-from flextron.latency import PHASES, measure_latency
 from flextron.progress import bar
 from flextron.ranking.sensitivity import Sensitivity, sensitivity_blocks
 from flextron.routers.pairs import LossMeter, Pairs
@@ -23,8 +25,6 @@ from flextron.routers.router import Router
 from flextron.routers.static import StaticRouter
 from flextron.routers.training import CHECKED_BUDGETS, LEAST_EVALUATIONS, check_answers, train_router
 from flextron.subnet import Subnet
-from flextron.tables import FOLDER as LATENCY_FOLDER
-from flextron.tables import describe, find_table, is_of, save_table
 
 Say = Callable[[str], None]
 MOST_EVALUATIONS = 256

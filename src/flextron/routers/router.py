@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from flextron.atomic import new_folder
+from flextron.costs.pricing import Ceiling
 from flextron.elastic.model import ElasticModel
 from flextron.errors import RouterError
-from flextron.pricing import Ceiling
 from flextron.routers.answering import answer
 from flextron.routers.choices import Floats, Indices, Mask, allowed, to_indices, usable
 from flextron.routers.pairs import FOLDER

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from flextron.costs import CostTable
+from flextron.costs.table import CostTable
 from flextron.errors import RouterError
 from flextron.ranking.sensitivity import Sensitivity
 from flextron.routers.choices import Floats, Indices, Mask, allowed, cost_matrix, increase_matrix, prices

@@ -15,10 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from flextron.atomic import new_folder
+from flextron.costs.latency import PHASES
+from flextron.costs.saved import find_table
 from flextron.elastic.model import ElasticModel
 from flextron.environment import faster_dtype
 from flextron.errors import RouterError
-from flextron.latency import PHASES
 from flextron.ranking.sensitivity import sensitivity_blocks
 from flextron.routers.making import sensitivity_of, unused_blocks
 from flextron.routers.pairs import FOLDER
@@ -27,7 +28,6 @@ from flextron.routers.slopes import KeptSlopes
 from flextron.routers.static import StaticRouter
 from flextron.routers.token import TokenRouter
 from flextron.routers.token_training import ROUNDS, TokenRouterAbout, train_token_router
-from flextron.tables import find_table
 
 VERSION = 1
 WEIGHTS = "token_router.safetensors"

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from flextron.costs import CostTable
+from flextron.costs.pricing import Ceiling
+from flextron.costs.table import CostTable
 from flextron.data.blocks import TokenBlocks, batch_tokens
 from flextron.distillation import hidden_states, losses
 from flextron.elastic.model import ElasticLayer, ElasticModel
 from flextron.errors import RouterError
 from flextron.inference.per_token import Forward, TokenWidths, masked_parts, rows_of_attention, running
-from flextron.pricing import Ceiling
 from flextron.progress import bar
 from flextron.routers.router import Router
 from flextron.routers.slopes import KeptSlopes, Slopes

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from flextron.costs import CostTable
+from flextron.costs.pricing import Ceiling
+from flextron.costs.table import CostTable
 from flextron.environment import one_thread
 from flextron.errors import RouterError
-from flextron.pricing import Ceiling
 from flextron.progress import bar
 from flextron.ranking.sensitivity import Sensitivity
 from flextron.routers.choices import Floats, Indices, choice_counts, to_indices, to_subnet

@@ -20,7 +20,7 @@ import torch
 from scipy.optimize import nnls
 from transformers import DynamicCache
 
-from flextron.costs import CostTable
+from flextron.costs.table import CostTable
 from flextron.elastic.model import ElasticModel
 from flextron.environment import describe_device
 from flextron.errors import CostError

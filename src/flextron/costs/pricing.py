@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache
 
 from flextron.budget import Budget, Limit
-from flextron.costs import CostTable, linear_table
+from flextron.costs.table import CostTable, linear_table
 from flextron.elastic.model import ElasticLayer, ElasticModel, SubLayer
 from flextron.errors import BudgetError, CostError
 from flextron.subnet import Subnet

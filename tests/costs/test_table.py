@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from flextron.costs import CostTable, linear_table
+from flextron.costs.table import CostTable, linear_table
 from flextron.errors import CostError, SubnetError
 from flextron.subnet import SearchSpace, Subnet
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from flextron.costs import CostTable
+from flextron.costs.latency import PHASES, TOKENS, check_phase, fit, here, price_errors
+from flextron.costs.table import CostTable
 from flextron.elastic.model import ElasticModel
 from flextron.environment import describe_device
 from flextron.errors import CostError
-from flextron.latency import PHASES, TOKENS, check_phase, fit, here, price_errors
 from flextron.subnet import SearchSpace, Subnet
 
 FOLDER = "latency"

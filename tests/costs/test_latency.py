@@ -8,14 +8,14 @@ import pytest
 import torch
 
 import tiny
-from flextron import latency
-from flextron.costs import CostTable, linear_table
+from flextron.costs import latency
+from flextron.costs.latency import designed, fit, here, measure_latency, random_subnets, time_interleaved, timed_run
+from flextron.costs.saved import describe, find_table, save_table, table_file, table_from_csv
+from flextron.costs.table import CostTable, linear_table
 from flextron.elastic.model import ElasticModel
 from flextron.errors import CostError
 from flextron.inference import decoder as decoding
-from flextron.latency import designed, fit, here, measure_latency, random_subnets, time_interleaved, timed_run
 from flextron.subnet import SearchSpace, Subnet
-from flextron.tables import describe, find_table, save_table, table_file, table_from_csv
 
 SMALL = SearchSpace(tiny.LAYERS, (0, 8, 20, tiny.NEURONS), (0, 1, tiny.KV_GROUPS))
 LARGE = SearchSpace(12, tuple(range(0, 1537, 64)), (0, 1, 2, 3))

@@ -1,0 +1,1 @@
+"""Everything with a price: cost tables, measured latency, and budgets as ceilings."""

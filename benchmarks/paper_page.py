@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 
 from flextron.atomic import write_text
 from flextron.costs.table import CostTable
-from flextron.drawing import save_figure
+from flextron.pictures.widths import save_figure
 from flextron.subnet import Subnet
 
 mpl.use("agg")

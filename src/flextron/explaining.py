@@ -16,13 +16,13 @@ from flextron.budget import Budget
 from flextron.costs.latency import REPEATS, TOKENS, here, time_interleaved, timed_run
 from flextron.costs.pricing import Ceiling, format_cost
 from flextron.costs.saved import find_table, foreign_conditions
-from flextron.drawing import save_figure, text_drawing
 from flextron.elastic.model import ElasticModel
 from flextron.errors import FlextronError
+from flextron.pictures.usage import TokenUsage, usage_figure, usage_html
+from flextron.pictures.widths import save_figure, text_drawing
 from flextron.routers.token_routing import TokenRouting
 from flextron.routing import Routed
 from flextron.subnet import Subnet
-from flextron.token_usage import TokenUsage, usage_figure, usage_html
 
 ROUNDS = 3
 """Timings of the sub-network and the full model, in turn."""

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from flextron.atomic import write_text
-from flextron.drawing import save_figure, widths_figure
+from flextron.pictures.widths import save_figure, widths_figure
 from flextron.subnet import SearchSpace, Subnet
 
 mpl.use("agg")

@@ -62,7 +62,7 @@ def tokens_within(model: ElasticModel, budget: str, config: GenerateConfig | Eva
 def show_usage(model: ElasticModel, routing: TokenRouting, text: str, budget: str, file: Path) -> None:
     """Say what the tokens of a text use, and write a picture of it."""
     from flextron.explaining import save_usage, usage_of
-    from flextron.token_usage import usage_text
+    from flextron.pictures.usage import usage_text
 
     usage = usage_of(model, routing, text, budget)
     save_usage(usage, file)

@@ -15,10 +15,10 @@ from flextron.choice import choose
 from flextron.config import EvaluateConfig
 from flextron.costs.pricing import Ceiling
 from flextron.costs.table import CostTable
-from flextron.drawing import save_figure
 from flextron.elastic.model import ElasticModel
 from flextron.environment import describe_device
 from flextron.explaining import measured_ms
+from flextron.pictures.widths import save_figure
 from flextron.routers.token_routing import TokenRouting
 from flextron.routing import route, route_tokens
 from flextron.subnet import Subnet

@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from flextron.drawing import save_figure, text_drawing, widths_figure
 from flextron.errors import SubnetError
+from flextron.pictures.widths import save_figure, text_drawing, widths_figure
 from flextron.subnet import SearchSpace, Subnet
 
 SPACE = SearchSpace(4, (0, 10, 400, 790, 800), (0, 1, 2, 3))
@@ -72,7 +72,7 @@ def test_figure_shows_the_shares_of_every_budget(tmp_path):
 def test_text_needs_neither_torch_nor_matplotlib():
     code = (
         "import sys; sys.argv = ['flextron']\n"
-        "from flextron.drawing import text_drawing; from flextron.subnet import SearchSpace\n"
+        "from flextron.pictures.widths import text_drawing; from flextron.subnet import SearchSpace\n"
         "space = SearchSpace(2, (0, 4), (0, 1)); print(text_drawing(space.full, space))\n"
         "print([name for name in ('torch', 'matplotlib', 'numpy') if name in sys.modules])\n"
     )

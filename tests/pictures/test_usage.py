@@ -10,9 +10,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from flextron.drawing import save_figure
+from flextron.pictures.usage import COLORS, COLUMNS, INK, LINES, TokenUsage, usage_figure, usage_html, usage_text
+from flextron.pictures.widths import save_figure
 from flextron.subnet import SearchSpace
-from flextron.token_usage import COLORS, COLUMNS, INK, LINES, TokenUsage, usage_figure, usage_html, usage_text
 
 WIDTHS = (0, 4, 8)
 TOKENS = ("The", " cat", "s", "\n")
@@ -262,7 +262,7 @@ def test_figure_maps_widths_by_layer():
 def test_text_and_page_need_neither_torch_nor_matplotlib():
     code = (
         "import sys, numpy as np; sys.argv = ['flextron']\n"
-        "from flextron.subnet import SearchSpace; from flextron.token_usage import *\n"
+        "from flextron.subnet import SearchSpace; from flextron.pictures.usage import *\n"
         "usage = TokenUsage(('a',), np.array([[4]]), SearchSpace(1, (0, 4), (0, 1)), '1x', 1.0)\n"
         "usage_text(usage), usage_html(usage)\n"
         "print([name for name in ('torch', 'matplotlib') if name in sys.modules])\n"

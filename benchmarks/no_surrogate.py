@@ -27,8 +27,8 @@ from flextron.costs.latency import PHASES
 from flextron.costs.pricing import Ceiling
 from flextron.costs.saved import find_table
 from flextron.data.blocks import TokenBlocks
-from flextron.distillation import hidden_states, losses
 from flextron.elastic.checkpoint import quiet_transformers
+from flextron.elastic.loss import hidden_states, losses
 from flextron.elastic.model import SubLayer
 from flextron.environment import faster_dtype
 from flextron.inference.per_token import Forward, masked_parts, running

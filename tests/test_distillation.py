@@ -11,7 +11,9 @@ from torch import nn
 import tiny
 from flextron import distillation
 from flextron.data.corpus import positions
-from flextron.distillation import Distiller, hidden_states, logits_of, losses
+from flextron.distillation import Distiller
+from flextron.elastic import loss as loss_module
+from flextron.elastic.loss import hidden_states, logits_of, losses
 from flextron.elastic.model import ElasticModel
 from flextron.subnet import Subnet
 
@@ -182,7 +184,7 @@ class TestLosses:
     def test_equal_the_definition_with_its_gradients(
         self, student, teacher, monkeypatch, chunk, text_weight, taught, head
     ):
-        monkeypatch.setattr(distillation, "CHUNK_TOKENS", chunk)
+        monkeypatch.setattr(loss_module, "CHUNK_TOKENS", chunk)
         if head == "tied":
             student.lm.get_output_embeddings().weight = student.lm.get_input_embeddings().weight
         if head == "frozen":
@@ -225,7 +227,7 @@ class TestLosses:
     @pytest.mark.parametrize("held_out", [False, True])
     def test_logits_of_a_chunk_only(self, student, teacher, monkeypatch, held_out):
         """Neither student nor teacher ever has logits of more tokens, forward or backward."""
-        monkeypatch.setattr(distillation, "CHUNK_TOKENS", 8)
+        monkeypatch.setattr(loss_module, "CHUNK_TOKENS", 8)
         seen = []
         for lm in (student.lm, teacher):
             lm.get_output_embeddings().register_forward_hook(lambda _module, _inputs, out: seen.append(out.numel()))
@@ -236,7 +238,7 @@ class TestLosses:
         assert sum(seen) == 4 * (tiny.TIME - 1) * tiny.VOCAB * (1 if held_out else 2)
 
     def test_nothing_of_the_size_of_all_logits_is_kept_for_backward(self, student, teacher, monkeypatch):
-        monkeypatch.setattr(distillation, "CHUNK_TOKENS", 8)
+        monkeypatch.setattr(loss_module, "CHUNK_TOKENS", 8)
         tokens, kept = tiny.token_ids(2, 60), []
         hidden = hidden_states(student.lm, tokens, None).detach().requires_grad_(True)
         taught = hidden_states(teacher, tokens, None)

@@ -15,9 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from flextron.choice import choose
 from flextron.config import TrainConfig
-from flextron.distillation import CHUNK_TOKENS, CHUNK_TOKENS_OF_A_GPU, check_teacher
+from flextron.distillation import check_teacher
 from flextron.elastic import checkpoint, per_layer
 from flextron.elastic.families import family_of
+from flextron.elastic.loss import CHUNK_TOKENS, CHUNK_TOKENS_OF_A_GPU
 from flextron.elastic.model import ElasticLayer, ElasticModel
 from flextron.elastic.projections import Projection
 from flextron.environment import arithmetic_dtype, default_device

@@ -19,7 +19,7 @@ import torch
 from flextron.costs.pricing import Ceiling
 from flextron.costs.table import CostTable
 from flextron.data.blocks import TokenBlocks, batch_tokens
-from flextron.distillation import hidden_states, losses
+from flextron.elastic.loss import hidden_states, losses
 from flextron.elastic.model import ElasticLayer, ElasticModel
 from flextron.errors import RouterError
 from flextron.inference.per_token import Forward, TokenWidths, masked_parts, rows_of_attention, running

@@ -33,10 +33,10 @@ from flextron.elastic.model import SubLayer
 from flextron.environment import faster_dtype
 from flextron.inference.per_token import Forward, masked_parts, running
 from flextron.progress import bar
-from flextron.routers.making import sensitivity_of, unused_blocks
-from flextron.routers.router import route_along
-from flextron.routers.static import StaticRouter
-from flextron.routers.training import BATCH, LAST_STEPS, LEARNING_RATE, STEPS, optimise
+from flextron.routers.static.learning import BATCH, LAST_STEPS, LEARNING_RATE, STEPS, optimise
+from flextron.routers.static.making import sensitivity_of, unused_blocks
+from flextron.routers.static.net import StaticRouter
+from flextron.routers.static.router import route_along
 
 PASSES_PER_STEP = 4
 """Forward passes that a step costs: the teacher's, one forward, and a backward of two."""

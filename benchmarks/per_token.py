@@ -28,9 +28,9 @@ from flextron import ElasticModel, Subnet, TokenRouting, evaluate, load_blocks
 from flextron.costs.saved import find_table
 from flextron.environment import describe_device
 from flextron.progress import progress
-from flextron.routers.router import Router
-from flextron.routers.token_making import load_token_router
-from flextron.routers.token_training import answers
+from flextron.routers.static.router import Router
+from flextron.routers.token.learning import answers
+from flextron.routers.token.making import load_token_router
 from model import write_results
 
 

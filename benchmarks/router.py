@@ -35,9 +35,9 @@ from flextron.elastic.checkpoint import quiet_transformers
 from flextron.environment import describe_device, faster_dtype
 from flextron.errors import CostError, FlextronError
 from flextron.ranking.sensitivity import Sensitivity
-from flextron.routers.making import describe_router, make_router, unused_blocks
-from flextron.routers.pairs import LossMeter
-from flextron.routers.router import Router, metrics_with_router
+from flextron.routers.static.making import describe_router, make_router, unused_blocks
+from flextron.routers.static.pairs import LossMeter
+from flextron.routers.static.router import Router, metrics_with_router
 from model import write_results
 from paper_page import Loss, standard_error
 

@@ -24,9 +24,10 @@ from flextron.costs.table import CostTable, linear_table
 from flextron.data.blocks import load_blocks
 from flextron.elastic.model import ElasticModel
 from flextron.ranking.sensitivity import Sensitivity
-from flextron.routers import making, surrogate, training
-from flextron.routers.pairs import LossMeter
-from flextron.routers.router import Router
+from flextron.routers.static import learning as training
+from flextron.routers.static import making, surrogate
+from flextron.routers.static.pairs import LossMeter
+from flextron.routers.static.router import Router
 from flextron.routing import route
 from flextron.subnet import Subnet
 

@@ -11,7 +11,8 @@ from flextron.config import QuickstartConfig
 from flextron.costs.latency import measure_latency
 from flextron.elastic.model import ElasticModel
 from flextron.errors import FlextronError
-from flextron.routers import surrogate, training
+from flextron.routers.static import learning as training
+from flextron.routers.static import surrogate
 from flextron.subnet import Subnet
 
 

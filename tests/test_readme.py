@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from flextron import cli
-from flextron.routers import surrogate, training
+from flextron.routers.static import learning as training
+from flextron.routers.static import surrogate
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf8")
 

@@ -10,8 +10,8 @@ import torch
 from flextron import ElasticModel, Subnet, TrainConfig, route, training
 from flextron.config import OptimizerOptions, TextOptions, VisitOptions, WatchOptions
 from flextron.ranking.sensitivity import Sensitivity
-from flextron.routers.pairs import Pairs
-from flextron.routers.token_making import load_token_router
+from flextron.routers.static.pairs import Pairs
+from flextron.routers.token.making import load_token_router
 from flextron.run_folder import RunFolder
 
 WRITTEN = Path(__file__).parent / "written_by_0_1_0"

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from flextron.inference.speculative import Draft, draft_model
     from flextron.ranking.permutation import rank
     from flextron.ranking.sensitivity import Sensitivity, measure_sensitivity
-    from flextron.routers.router import Router
-    from flextron.routers.token_making import make_token_router
-    from flextron.routers.token_routing import TokenRouting
-    from flextron.routers.training import train_router
+    from flextron.routers.static.learning import train_router
+    from flextron.routers.static.router import Router
+    from flextron.routers.token.batch import TokenRouting
+    from flextron.routers.token.making import make_token_router
     from flextron.routing import Routed, route, route_tokens
     from flextron.subnet import SearchSpace, Subnet
     from flextron.tasks.harness import evaluate_tasks
@@ -102,14 +102,14 @@ _HOMES = {
     "CostTable": "costs.table",
     "measure_latency": "costs.latency",
     "Budget": "budget",
-    "Router": "routers.router",
-    "train_router": "routers.training",
+    "Router": "routers.static.router",
+    "train_router": "routers.static.learning",
     "Routed": "routing",
     "route": "routing",
     "TokenWidths": "inference.per_token",
     "use_token_widths": "inference.per_token",
-    "make_token_router": "routers.token_making",
-    "TokenRouting": "routers.token_routing",
+    "make_token_router": "routers.token.making",
+    "TokenRouting": "routers.token.batch",
     "route_tokens": "routing",
     "choose": "choice",
     "Draft": "inference.speculative",

@@ -24,7 +24,6 @@ from flextron.data.blocks import TokenBlocks, batch_tokens
 from flextron.elastic.model import ElasticModel
 from flextron.errors import BudgetError, FlextronError, SubnetError
 from flextron.ranking.sensitivity import Sensitivity
-from flextron.routers.answering import TOLERANCE
 from flextron.routers.choices import (
     Floats,
     Indices,
@@ -36,6 +35,7 @@ from flextron.routers.choices import (
     to_indices,
     to_subnet,
 )
+from flextron.routers.static.answering import TOLERANCE
 from flextron.routing import greedy_answer
 from flextron.subnet import Subnet
 

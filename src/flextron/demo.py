@@ -32,11 +32,11 @@ from flextron.generation import generate
 from flextron.progress import progress
 from flextron.ranking.permutation import rank
 from flextron.ranking.sensitivity import Sensitivity, measure_sensitivity, sensitivity_blocks
-from flextron.routers.making import describe_router, make_router
-from flextron.routers.router import Router, metrics_with_router
-from flextron.routers.token_making import make_token_router
-from flextron.routers.token_routing import TokenRouting
-from flextron.routers.token_training import answers
+from flextron.routers.static.making import describe_router, make_router
+from flextron.routers.static.router import Router, metrics_with_router
+from flextron.routers.token.batch import TokenRouting
+from flextron.routers.token.learning import answers
+from flextron.routers.token.making import make_token_router
 from flextron.subnet import Subnet
 from flextron.training import train
 

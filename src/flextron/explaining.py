@@ -20,7 +20,7 @@ from flextron.elastic.model import ElasticModel
 from flextron.errors import FlextronError
 from flextron.pictures.usage import TokenUsage, usage_figure, usage_html
 from flextron.pictures.widths import save_figure, text_drawing
-from flextron.routers.token_routing import TokenRouting
+from flextron.routers.token.batch import TokenRouting
 from flextron.routing import Routed
 from flextron.subnet import Subnet
 

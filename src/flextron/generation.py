@@ -23,7 +23,7 @@ from flextron.elastic.model import ElasticModel
 from flextron.errors import FlextronError
 from flextron.inference.decoder import Decoder, supports
 from flextron.inference.speculative import Draft, assisted_tokens, stream_speculative
-from flextron.routers.token_routing import TokenRouting
+from flextron.routers.token.batch import TokenRouting
 from flextron.routing import route
 from flextron.subnet import Subnet
 

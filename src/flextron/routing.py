@@ -14,10 +14,10 @@ from flextron.costs.table import CostTable
 from flextron.elastic.model import ElasticModel
 from flextron.errors import BudgetError
 from flextron.ranking.sensitivity import Sensitivity
-from flextron.routers.router import Router, metrics_with_router, route_along
-from flextron.routers.static import StaticRouter
-from flextron.routers.token_making import load_token_router
-from flextron.routers.token_routing import TokenRouting
+from flextron.routers.static.net import StaticRouter
+from flextron.routers.static.router import Router, metrics_with_router, route_along
+from flextron.routers.token.batch import TokenRouting
+from flextron.routers.token.making import load_token_router
 from flextron.subnet import Subnet
 
 GREEDY_LOWEST = 0.2

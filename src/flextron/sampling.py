@@ -19,11 +19,11 @@ from flextron.config import VisitOptions
 from flextron.costs.table import CostTable
 from flextron.elastic.model import ElasticModel
 from flextron.ranking.sensitivity import Sensitivity
-from flextron.routers.router import Router
-from flextron.routers.token import TokenRouter
-from flextron.routers.token_routing import TokenRouting
-from flextron.routers.token_training import TokenRouterAbout, answers
-from flextron.routers.training import sample_answer
+from flextron.routers.static.learning import sample_answer
+from flextron.routers.static.router import Router
+from flextron.routers.token.batch import TokenRouting
+from flextron.routers.token.learning import TokenRouterAbout, answers
+from flextron.routers.token.net import TokenRouter
 from flextron.subnet import AXES, Subnet
 
 KINDS = ("full", "smallest", "preset", "random")

@@ -36,10 +36,10 @@ from flextron.errors import FlextronError, TrainingError
 from flextron.estimate import check_processes
 from flextron.optimizer import adamw, schedule
 from flextron.ranking.sensitivity import Sensitivity
-from flextron.routers.making import keep_router, remake_router
-from flextron.routers.router import Router, metrics_with_router
-from flextron.routers.token_making import has_token_router, load_token_router, remake_token_router
-from flextron.routers.token_training import TokenRouterAbout
+from flextron.routers.static.making import keep_router, remake_router
+from flextron.routers.static.router import Router, metrics_with_router
+from flextron.routers.token.learning import TokenRouterAbout
+from flextron.routers.token.making import has_token_router, load_token_router, remake_token_router
 from flextron.run_folder import RunFolder
 from flextron.sampling import TokenRouterInUse, Visit, even_sensitivity, make_sampler
 from flextron.sharding import device_of, is_sharded, make_accelerator, on_first, shard, total, whole_weights

@@ -18,12 +18,12 @@ from flextron.costs.saved import save_table
 from flextron.costs.table import linear_table
 from flextron.elastic.model import ElasticModel
 from flextron.errors import FlextronError, SubnetError
-from flextron.routers import token_training
-from flextron.routers.router import Router, RouterAbout
-from flextron.routers.static import StaticRouter
-from flextron.routers.surrogate import Surrogate, SurrogateError
-from flextron.routers.token import TokenRouter
-from flextron.routers.token_making import TokenRouterAbout, save_token_router
+from flextron.routers.static.net import StaticRouter
+from flextron.routers.static.router import Router, RouterAbout
+from flextron.routers.static.surrogate import Surrogate, SurrogateError
+from flextron.routers.token import learning as token_training
+from flextron.routers.token.making import TokenRouterAbout, save_token_router
+from flextron.routers.token.net import TokenRouter
 from flextron.routing import route_tokens
 from flextron.subnet import Subnet
 from flextron.tasks import harness, local

@@ -11,7 +11,7 @@ from flextron.errors import CheckpointError
 
 if TYPE_CHECKING:
     from flextron.elastic.model import ElasticModel
-    from flextron.routers.token_routing import TokenRouting
+    from flextron.routers.token.batch import TokenRouting
     from flextron.routing import Routed
     from flextron.subnet import Subnet
 

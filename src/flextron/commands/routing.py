@@ -63,8 +63,8 @@ def _table_of_csv(config: MeasureLatencyConfig, file: Path) -> CostTable:
 
 def run_train_router(config: TrainRouterConfig) -> None:
     """Train a router, with --per-token for every token."""
-    from flextron.routers.making import describe_router, make_router
-    from flextron.routers.pairs import FOLDER
+    from flextron.routers.static.making import describe_router, make_router
+    from flextron.routers.static.pairs import FOLDER
 
     started = time.monotonic()
     folder = loading.folder_of(config.model)
@@ -91,9 +91,9 @@ def run_train_router(config: TrainRouterConfig) -> None:
 
 def _train_token_router(config: TrainRouterConfig, folder: Path) -> None:
     from flextron.costs.latency import PHASES
-    from flextron.routers.pairs import FOLDER
-    from flextron.routers.router import metrics_with_router
-    from flextron.routers.token_making import describe_token_router, make_token_router
+    from flextron.routers.static.pairs import FOLDER
+    from flextron.routers.static.router import metrics_with_router
+    from flextron.routers.token.making import describe_token_router, make_token_router
 
     metric = PHASES[config.phase]
     if metric not in metrics_with_router(folder):

@@ -15,7 +15,7 @@ from flextron.costs.table import CostTable
 from flextron.elastic.model import ElasticModel
 from flextron.environment import describe_environment
 from flextron.errors import FlextronError
-from flextron.routers.router import Router, metrics_with_router
+from flextron.routers.static.router import Router, metrics_with_router
 from flextron.subnet import Subnet
 
 CARD = "README.md"

@@ -19,7 +19,7 @@ from flextron.elastic.model import ElasticModel
 from flextron.environment import describe_device
 from flextron.explaining import measured_ms
 from flextron.pictures.widths import save_figure
-from flextron.routers.token_routing import TokenRouting
+from flextron.routers.token.batch import TokenRouting
 from flextron.routing import route, route_tokens
 from flextron.subnet import Subnet
 from flextron.tasks.harness import data_folder, evaluate_tasks

@@ -21,7 +21,7 @@ from typing import Any
 from flextron.atomic import write_text
 from flextron.elastic.model import ElasticModel
 from flextron.errors import FlextronError
-from flextron.routers.token_routing import TokenRouting
+from flextron.routers.token.batch import TokenRouting
 from flextron.subnet import Subnet
 from flextron.tasks.results import TaskResult
 

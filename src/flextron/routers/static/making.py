@@ -20,10 +20,10 @@ from flextron.environment import faster_dtype
 from flextron.errors import RouterError
 from flextron.progress import bar
 from flextron.ranking.sensitivity import Sensitivity, sensitivity_blocks
-from flextron.routers.pairs import LossMeter, Pairs
-from flextron.routers.router import Router
-from flextron.routers.static import StaticRouter
-from flextron.routers.training import CHECKED_BUDGETS, LEAST_EVALUATIONS, check_answers, train_router
+from flextron.routers.static.learning import CHECKED_BUDGETS, LEAST_EVALUATIONS, check_answers, train_router
+from flextron.routers.static.net import StaticRouter
+from flextron.routers.static.pairs import LossMeter, Pairs
+from flextron.routers.static.router import Router
 from flextron.subnet import Subnet
 
 Say = Callable[[str], None]

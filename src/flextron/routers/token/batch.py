@@ -14,7 +14,7 @@ import torch
 
 from flextron.elastic.model import ElasticLayer, ElasticModel
 from flextron.inference.per_token import Forward, TokenWidths, masked_mlp, mlp, rows_of_attention, running
-from flextron.routers.token import TokenRouter
+from flextron.routers.token.net import TokenRouter
 from flextron.subnet import Subnet
 
 HALVINGS = 16

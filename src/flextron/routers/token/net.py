@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from flextron.routers.choices import Floats
-from flextron.routers.static import StaticRouter
+from flextron.routers.static.net import StaticRouter
 
 RANK = 32
 WIDTHS = 9

@@ -23,10 +23,10 @@ from flextron.errors import RouterError
 from flextron.progress import bar
 from flextron.ranking.sensitivity import Sensitivity
 from flextron.routers.choices import Floats, Indices, choice_counts, to_indices, to_subnet
-from flextron.routers.pairs import LossMeter, Pairs
-from flextron.routers.router import Check, Router, RouterAbout, route_along
-from flextron.routers.static import StaticRouter
-from flextron.routers.surrogate import Surrogate, SurrogateError, cross_validated
+from flextron.routers.static.net import StaticRouter
+from flextron.routers.static.pairs import LossMeter, Pairs
+from flextron.routers.static.router import Check, Router, RouterAbout, route_along
+from flextron.routers.static.surrogate import Surrogate, SurrogateError, cross_validated
 from flextron.subnet import Subnet
 
 FIRST_PAIRS = 96

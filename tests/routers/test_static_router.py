@@ -22,14 +22,15 @@ from flextron.elastic.model import ElasticModel
 from flextron.errors import BudgetError, CostError, RouterError, SubnetError
 from flextron.explaining import as_text, explain
 from flextron.ranking.sensitivity import Sensitivity
-from flextron.routers import surrogate, training
 from flextron.routers.choices import allowed, cost_matrix, increase_matrix, prices, to_indices, to_subnet
-from flextron.routers.making import describe_router, unused_blocks
-from flextron.routers.pairs import LossMeter, Pairs
-from flextron.routers.router import ABOUT, WEIGHTS, Check, Router, metrics_with_router, route_along
-from flextron.routers.static import StaticRouter
-from flextron.routers.surrogate import Surrogate, SurrogateError, cross_validated
-from flextron.routers.training import check_gain, optimise, train_router
+from flextron.routers.static import learning as training
+from flextron.routers.static import surrogate
+from flextron.routers.static.learning import check_gain, optimise, train_router
+from flextron.routers.static.making import describe_router, unused_blocks
+from flextron.routers.static.net import StaticRouter
+from flextron.routers.static.pairs import LossMeter, Pairs
+from flextron.routers.static.router import ABOUT, WEIGHTS, Check, Router, metrics_with_router, route_along
+from flextron.routers.static.surrogate import Surrogate, SurrogateError, cross_validated
 from flextron.routing import route
 from flextron.sampling import even_sensitivity
 from flextron.subnet import AXES, SearchSpace, Subnet

@@ -26,15 +26,18 @@ from flextron.costs.saved import save_table
 from flextron.costs.table import linear_table
 from flextron.elastic.model import ElasticModel
 from flextron.errors import BudgetError, RouterError
-from flextron.routers import token, token_making, token_training, training
-from flextron.routers.router import Router, RouterAbout
-from flextron.routers.slopes import Slopes
-from flextron.routers.static import StaticRouter
-from flextron.routers.surrogate import Surrogate, SurrogateError
-from flextron.routers.token import TokenRouter
-from flextron.routers.token_making import ABOUT, WEIGHTS, load_token_router, save_token_router
-from flextron.routers.token_routing import TokenRouting
-from flextron.routers.token_training import TokenRouterAbout, answers, fit, train_token_router
+from flextron.routers.static import learning as training
+from flextron.routers.static.net import StaticRouter
+from flextron.routers.static.router import Router, RouterAbout
+from flextron.routers.static.surrogate import Surrogate, SurrogateError
+from flextron.routers.token import learning as token_training
+from flextron.routers.token import making as token_making
+from flextron.routers.token import net as token
+from flextron.routers.token.batch import TokenRouting
+from flextron.routers.token.learning import TokenRouterAbout, answers, fit, train_token_router
+from flextron.routers.token.making import ABOUT, WEIGHTS, load_token_router, save_token_router
+from flextron.routers.token.net import TokenRouter
+from flextron.routers.token.slopes import Slopes
 from flextron.sampling import TokenRouterInUse, make_sampler
 from flextron.training import train
 from tiny import assert_same_function, differs, logits_of

@@ -24,10 +24,10 @@ from flextron.elastic.model import ElasticLayer, ElasticModel
 from flextron.errors import RouterError
 from flextron.inference.per_token import Forward, TokenWidths, masked_parts, rows_of_attention, running
 from flextron.progress import bar
-from flextron.routers.router import Router
-from flextron.routers.slopes import KeptSlopes, Slopes
-from flextron.routers.token import RANK, TokenRouter
-from flextron.routers.token_routing import TokenRouting
+from flextron.routers.static.router import Router
+from flextron.routers.token.batch import TokenRouting
+from flextron.routers.token.net import RANK, TokenRouter
+from flextron.routers.token.slopes import KeptSlopes, Slopes
 from flextron.subnet import Subnet
 
 ROUNDS = 3

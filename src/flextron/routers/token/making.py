@@ -21,13 +21,13 @@ from flextron.elastic.model import ElasticModel
 from flextron.environment import faster_dtype
 from flextron.errors import RouterError
 from flextron.ranking.sensitivity import sensitivity_blocks
-from flextron.routers.making import sensitivity_of, unused_blocks
-from flextron.routers.pairs import FOLDER
-from flextron.routers.router import Router
-from flextron.routers.slopes import KeptSlopes
-from flextron.routers.static import StaticRouter
-from flextron.routers.token import TokenRouter
-from flextron.routers.token_training import ROUNDS, TokenRouterAbout, train_token_router
+from flextron.routers.static.making import sensitivity_of, unused_blocks
+from flextron.routers.static.net import StaticRouter
+from flextron.routers.static.pairs import FOLDER
+from flextron.routers.static.router import Router
+from flextron.routers.token.learning import ROUNDS, TokenRouterAbout, train_token_router
+from flextron.routers.token.net import TokenRouter
+from flextron.routers.token.slopes import KeptSlopes
 
 VERSION = 1
 WEIGHTS = "token_router.safetensors"

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from flextron.atomic import new_folder
-from flextron.routers.pairs import FOLDER
+from flextron.routers.static.pairs import FOLDER
 
 FILE = "slopes.safetensors"
 

@@ -18,11 +18,11 @@ from flextron.atomic import new_folder
 from flextron.costs.pricing import Ceiling
 from flextron.elastic.model import ElasticModel
 from flextron.errors import RouterError
-from flextron.routers.answering import answer
 from flextron.routers.choices import Floats, Indices, Mask, allowed, to_indices, usable
-from flextron.routers.pairs import FOLDER
-from flextron.routers.static import StaticRouter
-from flextron.routers.surrogate import Surrogate, SurrogateError
+from flextron.routers.static.answering import answer
+from flextron.routers.static.net import StaticRouter
+from flextron.routers.static.pairs import FOLDER
+from flextron.routers.static.surrogate import Surrogate, SurrogateError
 from flextron.subnet import SearchSpace, Subnet
 
 VERSION = 1

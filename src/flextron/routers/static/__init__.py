@@ -1,0 +1,1 @@
+"""The static router: from a budget to one sub-network."""

@@ -1,0 +1,1 @@
+"""The token router: from a budget to widths for every token."""

@@ -23,7 +23,7 @@ import tyro
 from tyro.conf import Positional
 
 from flextron import ElasticModel, Subnet, export_gguf, route
-from flextron.baselines import equal_widths_within
+from flextron.choosing.baselines import equal_widths_within
 from flextron.costs.pricing import Ceiling, formula_table
 from flextron.elastic.checkpoint import quiet_transformers
 from flextron.exporting import can_state

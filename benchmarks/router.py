@@ -25,8 +25,9 @@ import torch
 import tyro
 from matplotlib.figure import Figure
 
-from flextron import ElasticModel, Subnet, baselines, evaluate, load_blocks
+from flextron import ElasticModel, Subnet, evaluate, load_blocks
 from flextron.atomic import write_text
+from flextron.choosing import baselines
 from flextron.costs.latency import PHASES, REPEATS, TOKENS, Timing, measure_latency, time_interleaved, timed_run
 from flextron.costs.pricing import Ceiling, check_possible
 from flextron.costs.saved import describe, find_table, save_table

@@ -37,7 +37,7 @@ from flextron import (
     load_blocks,
     train,
 )
-from flextron.choice import choose
+from flextron.choosing.choice import choose
 from flextron.elastic.checkpoint import quiet_transformers
 from flextron.environment import describe_device
 from flextron.estimate import training_flops

@@ -14,7 +14,9 @@ from functools import partial
 import pytest
 
 import tiny
-from flextron import cli, explaining
+from flextron import cli
+from flextron.choosing import explaining
+from flextron.choosing.routing import route
 from flextron.commands import loading
 from flextron.config import COMMANDS, LEAST_EVALUATIONS, EvaluateConfig
 from flextron.costs.latency import TOKENS, here
@@ -28,7 +30,6 @@ from flextron.routers.static import learning as training
 from flextron.routers.static import making, surrogate
 from flextron.routers.static.pairs import LossMeter
 from flextron.routers.static.router import Router
-from flextron.routing import route
 from flextron.subnet import Subnet
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

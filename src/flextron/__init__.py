@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flextron.budget import Budget
-    from flextron.choice import choose
+    from flextron.choosing.choice import choose
+    from flextron.choosing.routing import Routed, route, route_tokens
     from flextron.config import OptimizerOptions, TextOptions, TrainConfig, VisitOptions, WatchOptions
     from flextron.costs.latency import measure_latency
     from flextron.costs.table import CostTable
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from flextron.routers.static.router import Router
     from flextron.routers.token.batch import TokenRouting
     from flextron.routers.token.making import make_token_router
-    from flextron.routing import Routed, route, route_tokens
     from flextron.subnet import SearchSpace, Subnet
     from flextron.tasks.harness import evaluate_tasks
     from flextron.tasks.results import TaskResult
@@ -104,14 +104,14 @@ _HOMES = {
     "Budget": "budget",
     "Router": "routers.static.router",
     "train_router": "routers.static.learning",
-    "Routed": "routing",
-    "route": "routing",
+    "Routed": "choosing.routing",
+    "route": "choosing.routing",
     "TokenWidths": "inference.per_token",
     "use_token_widths": "inference.per_token",
     "make_token_router": "routers.token.making",
     "TokenRouting": "routers.token.batch",
-    "route_tokens": "routing",
-    "choose": "choice",
+    "route_tokens": "choosing.routing",
+    "choose": "choosing.choice",
     "Draft": "inference.speculative",
     "draft_model": "inference.speculative",
     "generate": "generation",

@@ -15,7 +15,8 @@ import numpy as np
 
 from flextron import report
 from flextron.atomic import new_folder, write_text
-from flextron.baselines import equal_widths, greedy
+from flextron.choosing.baselines import equal_widths, greedy
+from flextron.choosing.explaining import save_usage, usage_of
 from flextron.config import QuickstartConfig, TextOptions, TrainConfig, VisitOptions, WatchOptions
 from flextron.costs.latency import REPEATS, measure_latency, time_interleaved, timed_run
 from flextron.costs.pricing import Ceiling
@@ -27,7 +28,6 @@ from flextron.elastic.model import ElasticModel
 from flextron.environment import default_device, describe_device, faster_dtype
 from flextron.errors import CostError, FlextronError, RouterError
 from flextron.evaluation import evaluate
-from flextron.explaining import save_usage, usage_of
 from flextron.generation import generate
 from flextron.progress import progress
 from flextron.ranking.permutation import rank

@@ -13,7 +13,7 @@ from itertools import islice
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from flextron.choice import choose
+from flextron.choosing.choice import choose
 from flextron.config import TrainConfig
 from flextron.distillation import check_teacher
 from flextron.elastic import checkpoint, per_layer

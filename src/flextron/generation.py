@@ -19,12 +19,12 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from flextron.choosing.routing import route
 from flextron.elastic.model import ElasticModel
 from flextron.errors import FlextronError
 from flextron.inference.decoder import Decoder, supports
 from flextron.inference.speculative import Draft, assisted_tokens, stream_speculative
 from flextron.routers.token.batch import TokenRouting
-from flextron.routing import route
 from flextron.subnet import Subnet
 
 _DEFAULT_TOP_K = 50  # of transformers' generate, where the generation config names none

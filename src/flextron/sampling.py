@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flextron.choice import choose
+from flextron.choosing.choice import choose
 from flextron.config import VisitOptions
 from flextron.costs.table import CostTable
 from flextron.elastic.model import ElasticModel

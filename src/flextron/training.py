@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
 
-from flextron.choice import choose
+from flextron.choosing.choice import choose
 from flextron.config import TrainConfig
 from flextron.costs.saved import find_table
 from flextron.data.blocks import TokenBlocks, load_blocks

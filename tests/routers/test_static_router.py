@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 
 import tiny
+from flextron.choosing.explaining import as_text, explain
+from flextron.choosing.routing import route
 from flextron.config import TextOptions, TrainConfig, VisitOptions, WatchOptions
 from flextron.costs.pricing import Ceiling, meets
 from flextron.costs.saved import save_table
@@ -20,7 +22,6 @@ from flextron.costs.table import linear_table
 from flextron.data.blocks import TokenBlocks
 from flextron.elastic.model import ElasticModel
 from flextron.errors import BudgetError, CostError, RouterError, SubnetError
-from flextron.explaining import as_text, explain
 from flextron.ranking.sensitivity import Sensitivity
 from flextron.routers.choices import allowed, cost_matrix, increase_matrix, prices, to_indices, to_subnet
 from flextron.routers.static import learning as training
@@ -31,7 +32,6 @@ from flextron.routers.static.net import StaticRouter
 from flextron.routers.static.pairs import LossMeter, Pairs
 from flextron.routers.static.router import ABOUT, WEIGHTS, Check, Router, metrics_with_router, route_along
 from flextron.routers.static.surrogate import Surrogate, SurrogateError, cross_validated
-from flextron.routing import route
 from flextron.sampling import even_sensitivity
 from flextron.subnet import AXES, SearchSpace, Subnet
 from flextron.training import train

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import tiny
-from flextron import cli, config, generate, routing
+from flextron import cli, config, generate
+from flextron.choosing import routing
 from flextron.config import (
     EvaluateConfig,
     GenerateConfig,

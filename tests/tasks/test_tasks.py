@@ -13,6 +13,7 @@ from lm_eval.models.huggingface import HFLM
 
 import tiny
 from flextron import cli
+from flextron.choosing.routing import route_tokens
 from flextron.config import EvaluateConfig
 from flextron.costs.saved import save_table
 from flextron.costs.table import linear_table
@@ -24,7 +25,6 @@ from flextron.routers.static.surrogate import Surrogate, SurrogateError
 from flextron.routers.token import learning as token_training
 from flextron.routers.token.making import TokenRouterAbout, save_token_router
 from flextron.routers.token.net import TokenRouter
-from flextron.routing import route_tokens
 from flextron.subnet import Subnet
 from flextron.tasks import harness, local
 from flextron.tasks.harness import PAPER, evaluate_tasks, sample

@@ -10,9 +10,9 @@ from flextron.config import EvaluateConfig, ExportConfig, GenerateConfig
 from flextron.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from flextron.choosing.routing import Routed
     from flextron.elastic.model import ElasticModel
     from flextron.routers.token.batch import TokenRouting
-    from flextron.routing import Routed
     from flextron.subnet import Subnet
 
 
@@ -44,7 +44,7 @@ def note(text: str) -> None:
 
 def chosen(model: ElasticModel, config: GenerateConfig | ExportConfig) -> Subnet:
     """The sub-network that --subnet or --budget asks for."""
-    from flextron.choice import choose
+    from flextron.choosing.choice import choose
 
     if config.budget is None:
         return choose(model, config.subnet, config.model)
@@ -53,7 +53,7 @@ def chosen(model: ElasticModel, config: GenerateConfig | ExportConfig) -> Subnet
 
 def tokens_within(model: ElasticModel, budget: str, config: GenerateConfig | EvaluateConfig) -> TokenRouting:
     """How tokens are routed within a budget."""
-    from flextron.routing import route_tokens
+    from flextron.choosing.routing import route_tokens
 
     hard = isinstance(config, GenerateConfig) and config.hard
     return route_tokens(model, budget, config.model, hard=hard, any_device=config.any_device, warn=note)
@@ -61,7 +61,7 @@ def tokens_within(model: ElasticModel, budget: str, config: GenerateConfig | Eva
 
 def show_usage(model: ElasticModel, routing: TokenRouting, text: str, budget: str, file: Path) -> None:
     """Say what the tokens of a text use, and write a picture of it."""
-    from flextron.explaining import save_usage, usage_of
+    from flextron.choosing.explaining import save_usage, usage_of
     from flextron.pictures.usage import usage_text
 
     usage = usage_of(model, routing, text, budget)
@@ -79,8 +79,8 @@ def within(model: ElasticModel, budget: str, config: GenerateConfig | ExportConf
 
 def routed(model: ElasticModel, budget: str, config: GenerateConfig | ExportConfig | EvaluateConfig) -> Routed:
     """The answer to a budget; warnings go to standard error."""
+    from flextron.choosing.routing import route
     from flextron.costs.saved import LLAMA_CPP
-    from flextron.routing import route
 
     how: dict[str, Any] = {"any_device": config.any_device, "warn": note}
     if isinstance(config, ExportConfig):

@@ -118,9 +118,9 @@ def _train_token_router(config: TrainRouterConfig, folder: Path) -> None:
 def run_route(config: RouteConfig) -> None:
     """Answer a budget, as text or JSON, with a picture."""
     from flextron.atomic import write_text
-    from flextron.explaining import as_json, as_text, explain
+    from flextron.choosing.explaining import as_json, as_text, explain
+    from flextron.choosing.routing import route
     from flextron.pictures.widths import save_figure, widths_figure
-    from flextron.routing import route
 
     folder = loading.folder_of(config.model)
     model = loading.load(config)

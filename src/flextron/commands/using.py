@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def run_evaluate(config: EvaluateConfig) -> None:
     """Losses of sub-networks on a text, or accuracies on tasks."""
-    from flextron.choice import choose
+    from flextron.choosing.choice import choose
     from flextron.data.blocks import load_blocks
     from flextron.evaluation import evaluate
 
@@ -94,7 +94,7 @@ def run_generate(config: GenerateConfig) -> None:
 
 def _draft(model: ElasticModel, config: GenerateConfig) -> Draft | None:
     """What --speculative asks for."""
-    from flextron.choice import choose
+    from flextron.choosing.choice import choose
     from flextron.config.fields import names_widths
     from flextron.inference.speculative import Draft
 
@@ -123,7 +123,7 @@ def _to_export(model: ElasticModel, config: ExportConfig) -> Subnet:
     """The sub-network that --subnet, --budget and --equal-widths ask for."""
     if not config.equal_widths:
         return loading.chosen(model, config)
-    from flextron.baselines import equal_widths_within
+    from flextron.choosing.baselines import equal_widths_within
     from flextron.costs.pricing import Ceiling, formula_table
     from flextron.exporting import can_state, refuse_in_gguf
 

@@ -183,13 +183,15 @@ class ElasticModel:
         if (subnet is None) == (budget is None) or (per_token and budget is None):
             raise ValueError('name a sub-network or a budget, such as use(subnet) or use(budget="12ms").')
         if per_token:
-            with import_module("flextron.routing").route_tokens(self, budget).use():
+            with import_module("flextron.choosing.routing").route_tokens(self, budget).use():
                 yield self
             return
         if subnet is None:
             if not isinstance(budget, str):
                 raise ValueError("a budget for each row of a batch needs per_token=True.")
-            subnet = import_module("flextron.routing").route(self, budget).subnet  # which stands above this module
+            subnet = (
+                import_module("flextron.choosing.routing").route(self, budget).subnet
+            )  # which stands above this module
         self.search_space.check(subnet)
         before = self._subnet
         self._choose(subnet)

@@ -11,16 +11,16 @@ from statistics import fmean
 from typing import Any
 
 from flextron.atomic import write_text
-from flextron.choice import choose
+from flextron.choosing.choice import choose
+from flextron.choosing.explaining import measured_ms
+from flextron.choosing.routing import route, route_tokens
 from flextron.config import EvaluateConfig
 from flextron.costs.pricing import Ceiling
 from flextron.costs.table import CostTable
 from flextron.elastic.model import ElasticModel
 from flextron.environment import describe_device
-from flextron.explaining import measured_ms
 from flextron.pictures.widths import save_figure
 from flextron.routers.token.batch import TokenRouting
-from flextron.routing import route, route_tokens
 from flextron.subnet import Subnet
 from flextron.tasks.harness import data_folder, evaluate_tasks
 from flextron.tasks.results import TaskResult, averages, floored

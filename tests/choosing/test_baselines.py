@@ -7,8 +7,16 @@ import numpy as np
 import pytest
 
 import tiny
-from flextron import baselines
-from flextron.baselines import block_influence, drop_layers, equal_widths, evolve, greedy, knapsack, random_search
+from flextron.choosing import baselines
+from flextron.choosing.baselines import (
+    block_influence,
+    drop_layers,
+    equal_widths,
+    evolve,
+    greedy,
+    knapsack,
+    random_search,
+)
 from flextron.costs.pricing import Ceiling, meets
 from flextron.costs.table import linear_table
 from flextron.elastic.model import ElasticModel

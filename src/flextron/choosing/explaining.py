@@ -13,6 +13,7 @@ import torch
 
 from flextron.atomic import write_text
 from flextron.budget import Budget
+from flextron.choosing.routing import Routed
 from flextron.costs.latency import REPEATS, TOKENS, here, time_interleaved, timed_run
 from flextron.costs.pricing import Ceiling, format_cost
 from flextron.costs.saved import find_table, foreign_conditions
@@ -21,7 +22,6 @@ from flextron.errors import FlextronError
 from flextron.pictures.usage import TokenUsage, usage_figure, usage_html
 from flextron.pictures.widths import save_figure, text_drawing
 from flextron.routers.token.batch import TokenRouting
-from flextron.routing import Routed
 from flextron.subnet import Subnet
 
 ROUNDS = 3

@@ -3,7 +3,7 @@
 import pytest
 
 import tiny
-from flextron.choice import choose
+from flextron.choosing.choice import choose
 from flextron.errors import SubnetError
 from flextron.ranking.sensitivity import measure_sensitivity
 from flextron.subnet import Subnet

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
+from flextron.choosing.routing import greedy_answer
 from flextron.costs.pricing import Ceiling, check_possible, format_cost, meets
 from flextron.costs.table import CostTable
 from flextron.data.blocks import TokenBlocks, batch_tokens
@@ -36,7 +37,6 @@ from flextron.routers.choices import (
     to_subnet,
 )
 from flextron.routers.static.answering import TOLERANCE
-from flextron.routing import greedy_answer
 from flextron.subnet import Subnet
 
 SOLVER_SECONDS = 30.0

@@ -6,7 +6,7 @@
 MODEL is an elastic checkpoint with sensitivities (`flextron rank`). `quality` trains and prints, per text, the loss
 before and after of the full model, of all MLPs at 1152 and 768 neurons, and of the greedy sub-network of half of the
 layers' weights. `throughput` times steps at every cost against plain full fine-tuning by transformers and the same
-AdamW, interleaved, and compares the ratios with the shares of compute (`flextron.estimate.training_flops`).
+AdamW, interleaved, and compares the ratios with the shares of compute (`flextron.training.estimate.training_flops`).
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ from flextron import (
 from flextron.choosing.choice import choose
 from flextron.elastic.checkpoint import quiet_transformers
 from flextron.environment import describe_device
-from flextron.estimate import training_flops
-from flextron.sampling import Visit
 from flextron.subnet import Subnet
-from flextron.training import TrainingRun
+from flextron.training.estimate import training_flops
+from flextron.training.run import TrainingRun
+from flextron.training.sampling import Visit
 from model import write_results
 
 WATCHED = ("full", "neurons=1152", "neurons=768", "50%")

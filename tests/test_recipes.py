@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 
 from flextron.cli import parse
 from flextron.config import COMMANDS
-from flextron.estimate import GPU_BYTES, TrainEstimate, estimate_training
+from flextron.training.estimate import GPU_BYTES, TrainEstimate, estimate_training
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SMOLLM2 = {

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from flextron import ElasticModel, Subnet, TrainConfig, route, training
+from flextron import ElasticModel, Subnet, TrainConfig, route
 from flextron.config import OptimizerOptions, TextOptions, VisitOptions, WatchOptions
 from flextron.ranking.sensitivity import Sensitivity
 from flextron.routers.static.pairs import Pairs
 from flextron.routers.token.making import load_token_router
-from flextron.run_folder import RunFolder
+from flextron.training import run as training
+from flextron.training.folder import RunFolder
 
 WRITTEN = Path(__file__).parent / "written_by_0_1_0"
 EXPECTED = json.loads((WRITTEN / "expected.json").read_text())

@@ -12,8 +12,8 @@ from flextron.data.blocks import TokenBlocks
 from flextron.elastic.checkpoint import Ranking
 from flextron.elastic.families import FAMILIES, Family
 from flextron.ranking.sensitivity import Sensitivity
-from flextron.sampling import even_sensitivity
 from flextron.subnet import AXES, SearchSpace, Subnet
+from flextron.training.sampling import even_sensitivity
 
 LAYERS = 3
 HIDDEN = 48

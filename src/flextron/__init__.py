@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from flextron.subnet import SearchSpace, Subnet
     from flextron.tasks.harness import evaluate_tasks
     from flextron.tasks.results import TaskResult
-    from flextron.training import train
+    from flextron.training.run import train
 
 __version__ = "0.1.0"
 __all__ = [
@@ -94,7 +94,7 @@ _HOMES = {
     "VisitOptions": "config",
     "OptimizerOptions": "config",
     "WatchOptions": "config",
-    "train": "training",
+    "train": "training.run",
     "Evaluation": "evaluation",
     "evaluate": "evaluation",
     "Sensitivity": "ranking.sensitivity",

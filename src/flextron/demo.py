@@ -38,7 +38,7 @@ from flextron.routers.token.batch import TokenRouting
 from flextron.routers.token.learning import answers
 from flextron.routers.token.making import make_token_router
 from flextron.subnet import Subnet
-from flextron.training import train
+from flextron.training.run import train
 
 VERSION = 3
 BUDGETS = (0.8, 0.6, 0.5)

@@ -32,9 +32,9 @@ from flextron.routers.static.net import StaticRouter
 from flextron.routers.static.pairs import LossMeter, Pairs
 from flextron.routers.static.router import ABOUT, WEIGHTS, Check, Router, metrics_with_router, route_along
 from flextron.routers.static.surrogate import Surrogate, SurrogateError, cross_validated
-from flextron.sampling import even_sensitivity
 from flextron.subnet import AXES, SearchSpace, Subnet
-from flextron.training import train
+from flextron.training.run import train
+from flextron.training.sampling import even_sensitivity
 
 
 @pytest.fixture

@@ -39,8 +39,8 @@ from flextron.routers.token.learning import TokenRouterAbout, answers, fit, trai
 from flextron.routers.token.making import ABOUT, WEIGHTS, load_token_router, save_token_router
 from flextron.routers.token.net import TokenRouter
 from flextron.routers.token.slopes import Slopes
-from flextron.sampling import TokenRouterInUse, make_sampler
-from flextron.training import train
+from flextron.training.run import train
+from flextron.training.sampling import TokenRouterInUse, make_sampler
 from tiny import assert_same_function, differs, logits_of
 
 BUDGETS = (0.5, 0.6, 0.75, 0.9)

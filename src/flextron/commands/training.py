@@ -66,12 +66,12 @@ def run_train(config: TrainConfig) -> None:
 
     quiet_transformers()
     if config.dry_run:
-        from flextron.estimate import estimate_training
+        from flextron.training.estimate import estimate_training
 
         estimate = estimate_training(config, processes=int(os.environ.get("WORLD_SIZE", "1")))
         if os.environ.get("RANK", "0") == "0":
             print(estimate)
         return
-    from flextron.training import train
+    from flextron.training.run import train
 
     train(config)

@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import tiny
-from flextron import distillation
 from flextron.data.corpus import positions
-from flextron.distillation import Distiller
 from flextron.elastic import loss as loss_module
 from flextron.elastic.loss import hidden_states, logits_of, losses
 from flextron.elastic.model import ElasticModel
 from flextron.subnet import Subnet
+from flextron.training import distillation
+from flextron.training.distillation import Distiller
 
 END = 5  # the token that ends a document
 CHANGES = {

@@ -17,7 +17,7 @@ from flextron.elastic.checkpoint import METADATA_FILE, Checkpoint
 from flextron.elastic.model import ElasticModel
 from flextron.errors import CheckpointError
 from flextron.ranking.sensitivity import Sensitivity
-from flextron.snapshot import latest_snapshot
+from flextron.training.snapshot import latest_snapshot
 
 VERSION = 1
 SETTINGS_FILE = "train.json"

@@ -28,24 +28,24 @@ from flextron.config import TrainConfig
 from flextron.costs.saved import find_table
 from flextron.data.blocks import TokenBlocks, load_blocks
 from flextron.data.corpus import Corpus
-from flextron.distillation import make_distiller
 from flextron.elastic.adapters import merge_adapters
 from flextron.elastic.model import ElasticModel
 from flextron.environment import arithmetic_dtype, describe_device
 from flextron.errors import FlextronError, TrainingError
-from flextron.estimate import check_processes
-from flextron.optimizer import adamw, schedule
 from flextron.ranking.sensitivity import Sensitivity
 from flextron.routers.static.making import keep_router, remake_router
 from flextron.routers.static.router import Router, metrics_with_router
 from flextron.routers.token.learning import TokenRouterAbout
 from flextron.routers.token.making import has_token_router, load_token_router, remake_token_router
-from flextron.run_folder import RunFolder
-from flextron.sampling import TokenRouterInUse, Visit, even_sensitivity, make_sampler
-from flextron.sharding import device_of, is_sharded, make_accelerator, on_first, shard, total, whole_weights
-from flextron.snapshot import latest_snapshot, load_snapshot, save_snapshot
 from flextron.subnet import Subnet
-from flextron.watching import Bar, numbers, stop_signals
+from flextron.training.distillation import make_distiller
+from flextron.training.estimate import check_processes
+from flextron.training.folder import RunFolder
+from flextron.training.optimizer import adamw, schedule
+from flextron.training.sampling import TokenRouterInUse, Visit, even_sensitivity, make_sampler
+from flextron.training.sharding import device_of, is_sharded, make_accelerator, on_first, shard, total, whole_weights
+from flextron.training.snapshot import latest_snapshot, load_snapshot, save_snapshot
+from flextron.training.watching import Bar, numbers, stop_signals
 
 LOSSES = ("loss", "divergence", "cross_entropy")
 HELD_OUT_TOKENS = 2048

@@ -9,13 +9,13 @@ from transformers import AutoConfig, LlamaConfig, T5Config
 
 import tiny
 from flextron.config import OptimizerOptions, TextOptions, TrainConfig, VisitOptions, WatchOptions
-from flextron.distillation import Distiller
 from flextron.elastic.adapters import add_adapters
 from flextron.elastic.model import ElasticModel
 from flextron.errors import CheckpointError, FlextronError, SubnetError, UnknownFamilyError
-from flextron.estimate import GPU_BYTES, estimate_training, training_flops
-from flextron.sampling import even_sensitivity
 from flextron.subnet import SearchSpace
+from flextron.training.distillation import Distiller
+from flextron.training.estimate import GPU_BYTES, estimate_training, training_flops
+from flextron.training.sampling import even_sensitivity
 
 SMALL = TextOptions(tokens=16 * 8, block_tokens=16)
 EXACT = ("weights", "gradients (fp32)", "optimizer states (2 x fp32)")

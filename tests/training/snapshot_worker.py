@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from flextron.errors import CheckpointError
-from flextron.snapshot import load_snapshot, save_snapshot
+from flextron.training.snapshot import load_snapshot, save_snapshot
 from folders import files_of_at_most
 
 

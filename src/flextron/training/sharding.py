@@ -21,9 +21,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from flextron.config import TrainConfig
-from flextron.distillation import Distiller
 from flextron.elastic.families import family_of
 from flextron.errors import FlextronError
+from flextron.training.distillation import Distiller
 
 T = TypeVar("T")
 

@@ -12,20 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
-from transformers.models.llama.modeling_llama import LlamaMLP
-
-import tiny
-from flextron import cli, distillation, environment, snapshot, training
-from flextron.data.blocks import document_end, load_blocks
-from flextron.data.corpus import positions
-from flextron.elastic.model import ElasticModel
-from flextron.errors import CheckpointError, TrainingError
-from flextron.optimizer import schedule
-from flextron.ranking.sensitivity import Sensitivity
-from flextron.snapshot import latest_snapshot
-from flextron.subnet import Subnet
-from folders import files_of_at_most, names
 from training_worker import (
     STEPS,
     Killed,
@@ -40,6 +26,22 @@ from training_worker import (
     stopped_in,
     wait_for,
 )
+from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+import tiny
+from flextron import cli, environment
+from flextron.data.blocks import document_end, load_blocks
+from flextron.data.corpus import positions
+from flextron.elastic.model import ElasticModel
+from flextron.errors import CheckpointError, TrainingError
+from flextron.ranking.sensitivity import Sensitivity
+from flextron.subnet import Subnet
+from flextron.training import distillation, snapshot
+from flextron.training import run as training
+from flextron.training.optimizer import schedule
+from flextron.training.snapshot import latest_snapshot
+from folders import files_of_at_most, names
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-
-from flextron.snapshot import latest_snapshot
-from folders import names
 from training_worker import OPTIONS, STEPS, make_checkpoint, make_text, records, run, steps_of, stopped_in, wait_for
+
+from flextron.training.snapshot import latest_snapshot
+from folders import names
 
 TESTS = Path(__file__).parent
 

@@ -13,8 +13,8 @@ from flextron.elastic.checkpoint import METADATA_FILE
 from flextron.elastic.model import ElasticModel
 from flextron.errors import CheckpointError
 from flextron.ranking.sensitivity import Sensitivity
-from flextron.run_folder import RunFolder
-from flextron.sampling import even_sensitivity
+from flextron.training.folder import RunFolder
+from flextron.training.sampling import even_sensitivity
 from folders import content, files_of_at_most, names
 
 

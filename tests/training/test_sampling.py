@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from flextron.ranking.sensitivity import Sensitivity
-from flextron.sampling import KINDS, SubnetSampler, Visit, even_sensitivity
 from flextron.subnet import AXES
+from flextron.training.sampling import KINDS, SubnetSampler, Visit, even_sensitivity
 
 
 def sampler(sensitivity: Sensitivity, smallest: float = 0.5, **options) -> SubnetSampler:

@@ -15,7 +15,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from flextron.choosing.choice import choose
 from flextron.config import TrainConfig
-from flextron.distillation import check_teacher
 from flextron.elastic import checkpoint, per_layer
 from flextron.elastic.families import family_of
 from flextron.elastic.loss import CHUNK_TOKENS, CHUNK_TOKENS_OF_A_GPU
@@ -24,8 +23,9 @@ from flextron.elastic.projections import Projection
 from flextron.environment import arithmetic_dtype, default_device
 from flextron.errors import CheckpointError
 from flextron.ranking.sensitivity import Sensitivity
-from flextron.sampling import SubnetSampler, even_sensitivity, make_sampler
 from flextron.subnet import Subnet
+from flextron.training.distillation import check_teacher
+from flextron.training.sampling import SubnetSampler, even_sensitivity, make_sampler
 
 GPU_BYTES = 80 * 10**9
 """Memory of a large GPU: what needs more gets a warning."""

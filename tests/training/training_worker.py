@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 
 import tiny
-from flextron import cli, training
+from flextron import cli
 from flextron.elastic.model import ElasticModel
 from flextron.errors import FlextronError
 from flextron.ranking.permutation import permute
 from flextron.ranking.sensitivity import measure_sensitivity
+from flextron.training import run as training
 
 STEPS = 6
 TIMES = ("seconds", "tokens_per_second")

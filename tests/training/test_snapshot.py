@@ -13,13 +13,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from snapshot_worker import Run
 
 import tiny
-from flextron import snapshot
 from flextron.errors import CheckpointError
-from flextron.snapshot import latest_snapshot, load_snapshot, save_snapshot
+from flextron.training import snapshot
+from flextron.training.snapshot import latest_snapshot, load_snapshot, save_snapshot
 from folders import files_of_at_most, names
-from snapshot_worker import Run
 
 TESTS = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -185,7 +185,7 @@ def test_at_no_moment_without_a_complete_snapshot(tmp_path, monkeypatch):
 SAVE_AND_WAIT = """
 import sys, time
 from pathlib import Path
-from flextron import snapshot
+from flextron.training import snapshot
 from snapshot_worker import Run
 
 run = Run().train(2)

@@ -27,8 +27,8 @@ from flextron.choosing.baselines import equal_widths_within
 from flextron.costs.pricing import Ceiling, formula_table
 from flextron.elastic.checkpoint import quiet_transformers
 from flextron.exporting import can_state
-from flextron.exporting.comparing import real_text
-from flextron.exporting.llamacpp import EngineTimes, LlamaCpp
+from flextron.exporting.gguf.comparing import real_text
+from flextron.exporting.gguf.engine import EngineTimes, LlamaCpp
 from model import write_results
 
 

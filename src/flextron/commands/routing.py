@@ -41,7 +41,7 @@ def _measured(model: ElasticModel, phase: str, config: MeasureLatencyConfig) -> 
     )
     if not config.in_llamacpp:
         return how()
-    from flextron.exporting.timing import in_llamacpp
+    from flextron.exporting.gguf.timing import in_llamacpp
 
     with in_llamacpp(model, phase=phase, tokens=config.tokens, quantize=config.quantize) as runner:
         return how(runner=runner)

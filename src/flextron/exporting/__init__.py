@@ -6,7 +6,7 @@ from flextron.atomic import check_new, check_new_file
 from flextron.elastic.model import ElasticModel
 from flextron.errors import ExportError
 from flextron.exporting.cutting import refuse_odd_heads
-from flextron.exporting.gguf_file import MAGIC, GgufReport, export_gguf, refuse_in_gguf
+from flextron.exporting.gguf.file import MAGIC, GgufReport, export_gguf, refuse_in_gguf
 from flextron.exporting.hf import ExportReport, check_not_elastic, export
 from flextron.subnet import Subnet
 

@@ -16,10 +16,10 @@ from flextron.costs.saved import LLAMA_CPP
 from flextron.elastic.model import ElasticModel
 from flextron.environment import describe_device
 from flextron.errors import ExportError
-from flextron.exporting.comparing import real_text
-from flextron.exporting.dialects import context_length, states_unequal_layers
-from flextron.exporting.gguf_file import export_gguf
-from flextron.exporting.llamacpp import LlamaCpp
+from flextron.exporting.gguf.comparing import real_text
+from flextron.exporting.gguf.dialects import context_length, states_unequal_layers
+from flextron.exporting.gguf.engine import LlamaCpp
+from flextron.exporting.gguf.file import export_gguf
 from flextron.subnet import Subnet
 
 NEW_TOKENS = 8

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from flextron.data.blocks import documents
 from flextron.elastic.model import ElasticModel
 from flextron.errors import ExportError, FlextronError
-from flextron.exporting.llamacpp import LlamaCpp
+from flextron.exporting.gguf.engine import LlamaCpp
 from flextron.subnet import Subnet
 
 POSITIONS = 64

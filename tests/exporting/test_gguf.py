@@ -19,9 +19,11 @@ from flextron.costs.table import CostTable
 from flextron.demo import smollm2_path
 from flextron.elastic.model import ElasticModel
 from flextron.errors import CheckpointError, ExportError
-from flextron.exporting import comparing, dialects, export_gguf, gguf_file
-from flextron.exporting.quantization import SCHEMES
-from flextron.exporting.timing import in_llamacpp
+from flextron.exporting import export_gguf
+from flextron.exporting.gguf import comparing, dialects
+from flextron.exporting.gguf import file as gguf_file
+from flextron.exporting.gguf.quantization import SCHEMES
+from flextron.exporting.gguf.timing import in_llamacpp
 from flextron.subnet import Subnet
 
 SIZES = {"vocab_size": 300, "max_position_embeddings": 128}

@@ -13,9 +13,9 @@ from flextron.atomic import check_new_file, new_file
 from flextron.elastic.model import ElasticModel
 from flextron.errors import ExportError
 from flextron.exporting.card import base_model, command
-from flextron.exporting.comparing import EngineCheck, check_in_llamacpp
 from flextron.exporting.cutting import parameters_asked
-from flextron.exporting.dialects import (
+from flextron.exporting.gguf.comparing import EngineCheck, check_in_llamacpp
+from flextron.exporting.gguf.dialects import (
     Dialect,
     LayerWritten,
     add_sizes,
@@ -24,9 +24,9 @@ from flextron.exporting.dialects import (
     gguf_tensors,
     layers_written,
 )
-from flextron.exporting.llamacpp import is_installed
-from flextron.exporting.quantization import Scheme, bytes_of, converted, scheme_of, smallest_block, types_of
-from flextron.exporting.vocabulary import add_vocabulary
+from flextron.exporting.gguf.engine import is_installed
+from flextron.exporting.gguf.quantization import Scheme, bytes_of, converted, scheme_of, smallest_block, types_of
+from flextron.exporting.gguf.vocabulary import add_vocabulary
 from flextron.subnet import Subnet
 
 MAGIC = b"GGUF"

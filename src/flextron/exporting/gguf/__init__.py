@@ -1,0 +1,1 @@
+"""A sub-network as a GGUF file for llama.cpp."""

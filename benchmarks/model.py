@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from flextron import ElasticModel
-from flextron.demo import smollm2_path
+from flextron.demo.quickstart import smollm2_path
 from flextron.elastic.checkpoint import quiet_transformers
 from flextron.environment import describe_environment
 

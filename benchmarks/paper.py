@@ -30,7 +30,7 @@ from typing import Literal, Protocol, TextIO, TypeAlias, get_args
 import tyro
 
 from flextron.atomic import new_folder, write_text
-from flextron.demo import smollm2_path
+from flextron.demo.quickstart import smollm2_path
 from flextron.environment import default_device, describe_environment, faster_dtype
 from flextron.subnet import Subnet
 from paper_page import SHAPE, table_of, write_page

@@ -22,7 +22,7 @@ import tyro
 from transformers import AutoModelForCausalLM
 
 from flextron import ElasticModel, Subnet, load_blocks, rank
-from flextron.demo import smollm2_path
+from flextron.demo.quickstart import smollm2_path
 from model import load_smollm2, write_results
 
 

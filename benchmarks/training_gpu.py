@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 
 import training
 from flextron import ElasticModel, OptimizerOptions, TextOptions, VisitOptions, load_blocks, measure_sensitivity, rank
-from flextron.demo import smollm2_path
+from flextron.demo.quickstart import smollm2_path
 from flextron.elastic.checkpoint import METADATA_FILE, quiet_transformers
 from flextron.ranking.sensitivity import Sensitivity, sensitivity_blocks
 

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flextron import ElasticModel, evaluate, export, generate, load_blocks, rank
-from flextron.demo import smollm2_path
+from flextron.demo.quickstart import smollm2_path
 from flextron.elastic.checkpoint import quiet_transformers
 
 pytestmark = pytest.mark.real

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from flextron import ElasticModel, Subnet, export
-from flextron.demo import smollm2_path
+from flextron.demo.quickstart import smollm2_path
 from flextron.elastic.checkpoint import quiet_transformers
 from flextron.vllm_plugin import register
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from flextron.costs.latency import measure_latency
     from flextron.costs.table import CostTable
     from flextron.data.blocks import TokenBlocks, load_blocks
-    from flextron.demo import quickstart
+    from flextron.demo.quickstart import quickstart
     from flextron.elastic.model import ElasticModel
     from flextron.errors import FlextronError
     from flextron.evaluation import Evaluation, evaluate
@@ -121,7 +121,7 @@ _HOMES = {
     "export_gguf": "exporting",
     "TaskResult": "tasks.results",
     "evaluate_tasks": "tasks.harness",
-    "quickstart": "demo",
+    "quickstart": "demo.quickstart",
 }
 
 

@@ -16,7 +16,7 @@ from flextron import cli
 from flextron.costs.latency import measure_latency
 from flextron.costs.saved import LLAMA_CPP, find_table, save_table
 from flextron.costs.table import CostTable
-from flextron.demo import smollm2_path
+from flextron.demo.quickstart import smollm2_path
 from flextron.elastic.model import ElasticModel
 from flextron.errors import CheckpointError, ExportError
 from flextron.exporting import export_gguf

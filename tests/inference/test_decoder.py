@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tiny
-from flextron.demo import smollm2_path
+from flextron.demo.quickstart import smollm2_path
 from flextron.elastic.adapters import add_adapters
 from flextron.elastic.checkpoint import quiet_transformers
 from flextron.elastic.model import ElasticModel

@@ -10,7 +10,7 @@ import tiny
 from flextron import cli
 from flextron.commands import loading
 from flextron.data.blocks import load_blocks
-from flextron.demo import smollm2_path
+from flextron.demo.quickstart import smollm2_path
 from flextron.elastic.adapters import add_adapters
 from flextron.elastic.checkpoint import quiet_transformers
 from flextron.elastic.model import ElasticModel

@@ -149,7 +149,7 @@ def _to_export(model: ElasticModel, config: ExportConfig) -> Subnet:
 
 def run_quickstart(config: QuickstartConfig) -> None:
     """The whole way on one model."""
-    from flextron.demo import quickstart
+    from flextron.demo.quickstart import quickstart
 
     quickstart(config)
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from flextron import report
 from flextron.atomic import new_folder, write_text
 from flextron.choosing.baselines import equal_widths, greedy
 from flextron.choosing.explaining import save_usage, usage_of
@@ -23,6 +22,7 @@ from flextron.costs.pricing import Ceiling
 from flextron.costs.saved import describe, find_table, save_table
 from flextron.costs.table import CostTable
 from flextron.data.blocks import TokenBlocks, load_blocks
+from flextron.demo import report
 from flextron.elastic.checkpoint import METADATA_FILE, quiet_transformers
 from flextron.elastic.model import ElasticModel
 from flextron.environment import default_device, describe_device, faster_dtype

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from flextron import demo
 from flextron.config import QuickstartConfig
 from flextron.costs.latency import measure_latency
+from flextron.demo import quickstart as demo
 from flextron.elastic.model import ElasticModel
 from flextron.errors import FlextronError
 from flextron.routers.static import learning as training

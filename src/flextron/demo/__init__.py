@@ -1,0 +1,1 @@
+"""The tour: quickstart and its report."""

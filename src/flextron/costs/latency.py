@@ -94,7 +94,7 @@ def measure_latency(
         designs: sub-networks to fit the table to.
         held_out: random sub-networks that the fit does not see, on which its error is measured; 0 leaves that out.
         rounds: timings of each sub-network, interleaved with the others and with the full model.
-        runner: another engine, such as `flextron.exporting.gguf.timing.in_llamacpp` gives, for this phase, batch and tokens.
+        runner: another engine, such as `exporting.gguf.timing.in_llamacpp` gives, for this phase, batch and tokens.
 
     Raises:
         ValueError: another phase, numbers that are too small, or a text too long for the model.

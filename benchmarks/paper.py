@@ -42,7 +42,7 @@ FORKS = get_context("forkserver")
 LOADING = Lock()
 """Held while this process loads a model: of two that transformers loads at once in a process, one stays empty."""
 FORKS.set_forkserver_preload(
-    ["flextron.elastic.model", "flextron.cli", "flextron.choosing.explaining", "flextron.commands.training"]
+    ["flextron.elastic.model", "flextron.cli", "flextron.choosing.explaining", "flextron.commands.rank"]
 )
 
 

@@ -17,7 +17,7 @@ import tiny
 from flextron import cli
 from flextron.choosing import explaining
 from flextron.choosing.routing import route
-from flextron.commands import loading
+from flextron.commands import shared
 from flextron.config import COMMANDS, LEAST_EVALUATIONS, EvaluateConfig
 from flextron.costs.latency import TOKENS, here
 from flextron.costs.pricing import Ceiling
@@ -291,7 +291,7 @@ def test_ctrl_c_keeps_what_was_finished_and_nothing_else(checkpoint, text, tmp_p
     ],
 )
 def test_what_cannot_be_is_said_before_anything_is_loaded(arguments, message, capsys, monkeypatch):
-    monkeypatch.setattr(loading, "load", lambda config: pytest.fail("loads"))
+    monkeypatch.setattr(shared, "load", lambda config: pytest.fail("loads"))
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
     assert stop.value.code == 2
@@ -300,7 +300,7 @@ def test_what_cannot_be_is_said_before_anything_is_loaded(arguments, message, ca
 
 @pytest.mark.parametrize("arguments", [["measure-latency"], ["train-router"], ["route", "--budget", "1x"]])
 def test_what_is_kept_beside_a_checkpoint_needs_its_folder(arguments, capsys, monkeypatch):
-    monkeypatch.setattr(loading, "load", lambda config: pytest.fail("loads"))
+    monkeypatch.setattr(shared, "load", lambda config: pytest.fail("loads"))
     command, *options = arguments
     assert cli.main([command, "some/model", *options]) == 2
     error = capsys.readouterr().err
@@ -333,7 +333,7 @@ def test_times_of_another_engine_are_read_from_a_file(deep, tmp_path, capsys, mo
     arguments = ["measure-latency", str(folder), "--from-csv", str(file), "--phase", "decode", "--batch", "4"]
     model = ElasticModel.from_pretrained(folder)
     with monkeypatch.context() as patch:
-        patch.setattr(loading, "load", lambda config: pytest.fail("loads"))
+        patch.setattr(shared, "load", lambda config: pytest.fail("loads"))
         assert cli.main([*arguments, "--tokens", "99"]) == 0
     table = find_table(model, folder, "tpot")
     about = {"phase": "decode", "engine": "as in engine.csv", "batch": 4, "context_tokens": 99}

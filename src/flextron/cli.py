@@ -16,7 +16,18 @@ import tyro
 import yaml
 
 from flextron import __version__
-from flextron.commands import routing, training, using
+from flextron.commands import (
+    env,
+    evaluate,
+    export,
+    generate,
+    measure_latency,
+    quickstart,
+    rank,
+    route,
+    train,
+    train_router,
+)
 from flextron.config import (
     COMMANDS,
     EnvConfig,
@@ -37,16 +48,16 @@ RECIPE_HELP = """
 
 --recipe FILE stands for the options listed in a YAML file, one a line, such as `tokens: 4096`; options given win."""
 _RUN: dict[type, Callable[[Any], None]] = {
-    RankConfig: training.run_rank,
-    TrainConfig: training.run_train,
-    MeasureLatencyConfig: routing.run_measure_latency,
-    TrainRouterConfig: routing.run_train_router,
-    RouteConfig: routing.run_route,
-    EvaluateConfig: using.run_evaluate,
-    GenerateConfig: using.run_generate,
-    ExportConfig: using.run_export,
-    QuickstartConfig: using.run_quickstart,
-    EnvConfig: using.run_env,
+    RankConfig: rank.run,
+    TrainConfig: train.run,
+    MeasureLatencyConfig: measure_latency.run,
+    TrainRouterConfig: train_router.run,
+    RouteConfig: route.run,
+    EvaluateConfig: evaluate.run,
+    GenerateConfig: generate.run,
+    ExportConfig: export.run,
+    QuickstartConfig: quickstart.run,
+    EnvConfig: env.run,
 }
 
 

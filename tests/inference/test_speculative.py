@@ -8,7 +8,7 @@ import torch
 
 import tiny
 from flextron import cli
-from flextron.commands import loading
+from flextron.commands import shared
 from flextron.data.blocks import load_blocks
 from flextron.demo.quickstart import smollm2_path
 from flextron.elastic.adapters import add_adapters
@@ -223,7 +223,7 @@ def test_the_command_prints_the_same_text_and_what_came_of_the_draft(checkpoint,
     ],
 )
 def test_what_cannot_be_is_said_before_anything_is_loaded(options, message, capsys, monkeypatch):
-    monkeypatch.setattr(loading, "load", lambda config: pytest.fail("loads"))
+    monkeypatch.setattr(shared, "load", lambda config: pytest.fail("loads"))
     with pytest.raises(SystemExit) as stop:
         cli.main(["generate", "m", "p", *options])
     assert stop.value.code == 2

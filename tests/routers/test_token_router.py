@@ -345,7 +345,7 @@ class TestFolder:
 
     def test_too_little_text_and_too_few_tokens(self, folder, tmp_path):
         model = ElasticModel.from_pretrained(folder)
-        assert token_training.ROUNDS * token_making.TOKENS_PER_ROUND == config.routing.LEAST_TOKENS
+        assert token_training.ROUNDS * token_making.TOKENS_PER_ROUND == config.train_router.LEAST_TOKENS
         with pytest.raises(ValueError, match=r"tokens is 100; a token router needs at least 6144"):
             token_making.make_token_router(model, folder, tokens=100)
 

@@ -1,1 +1,1 @@
-"""What the command line runs: a module for each of config/, and `loading`, which they share."""
+"""What the command line runs: a module for each verb, with a function `run`, and what they share."""

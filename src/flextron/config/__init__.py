@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from flextron.config.env import EnvConfig
+from flextron.config.evaluate import EvaluateConfig
+from flextron.config.export import ExportConfig
 from flextron.config.fields import Dtype, Phase, Score
-from flextron.config.routing import LEAST_EVALUATIONS, MeasureLatencyConfig, RouteConfig, TrainRouterConfig
-from flextron.config.training import OptimizerOptions, RankConfig, TextOptions, TrainConfig, VisitOptions, WatchOptions
-from flextron.config.using import EnvConfig, EvaluateConfig, ExportConfig, GenerateConfig, QuickstartConfig
+from flextron.config.generate import GenerateConfig
+from flextron.config.measure_latency import MeasureLatencyConfig
+from flextron.config.quickstart import QuickstartConfig
+from flextron.config.rank import RankConfig
+from flextron.config.route import RouteConfig
+from flextron.config.train import OptimizerOptions, TextOptions, TrainConfig, VisitOptions, WatchOptions
+from flextron.config.train_router import LEAST_EVALUATIONS, TrainRouterConfig
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "quickstart": QuickstartConfig,

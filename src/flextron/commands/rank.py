@@ -1,15 +1,14 @@
-"""`flextron rank` and `flextron train`."""
+"""`flextron rank`."""
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
-from flextron.commands import loading
-from flextron.config import RankConfig, TrainConfig
+from flextron.commands import shared
+from flextron.config import RankConfig
 
 if TYPE_CHECKING:
     from flextron.elastic.model import ElasticModel
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 _NOT_OF_THE_RANKING = ("out", "overwrite", "sensitivity_tokens", "device")
 
 
-def run_rank(config: RankConfig) -> None:
+def run(config: RankConfig) -> None:
     """Rank a checkpoint, measure its sensitivities, and write it as an elastic one."""
     from flextron.data.blocks import load_blocks
     from flextron.ranking.sensitivity import measure_sensitivity, sensitivity_blocks
@@ -47,9 +46,9 @@ def _ranked(config: RankConfig) -> ElasticModel:
     unfinished = asked.is_file() and not Sensitivity.is_in(config.out)
     if unfinished and asked.read_text(encoding="utf8") == wanted and not config.overwrite:
         print(f"{config.out} is ranked already; only its sensitivities are measured.", file=sys.stderr)
-        return loading.load(replace(config, model=str(config.out)))
+        return shared.load(replace(config, model=str(config.out)))
     check_new(config.out, overwrite=config.overwrite)
-    model = loading.load(config)
+    model = shared.load(config)
     if config.neuron_step is not None:
         space = model.search_space
         sizes = {"layers": space.layers, "neurons": space.neurons[-1], "kv_groups": space.kv_groups[-1]}
@@ -58,20 +57,3 @@ def _ranked(config: RankConfig) -> ElasticModel:
     model.save_pretrained(config.out, overwrite=config.overwrite)
     write_text(asked, wanted)
     return model
-
-
-def run_train(config: TrainConfig) -> None:
-    """Train elastically, or print what it would take."""
-    from flextron.elastic.checkpoint import quiet_transformers
-
-    quiet_transformers()
-    if config.dry_run:
-        from flextron.training.estimate import estimate_training
-
-        estimate = estimate_training(config, processes=int(os.environ.get("WORLD_SIZE", "1")))
-        if os.environ.get("RANK", "0") == "0":
-            print(estimate)
-        return
-    from flextron.training.run import train
-
-    train(config)

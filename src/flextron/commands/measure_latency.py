@@ -1,0 +1,57 @@
+"""`flextron measure-latency`."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flextron.commands import shared
+from flextron.config import MeasureLatencyConfig
+
+if TYPE_CHECKING:
+    from flextron.costs.table import CostTable
+    from flextron.elastic.model import ElasticModel
+
+
+def run(config: MeasureLatencyConfig) -> None:
+    """Measure latency tables, or read one from a CSV file."""
+    from flextron.costs.saved import describe, save_table
+
+    folder = shared.folder_of(config.model)
+    if config.from_csv is not None:
+        tables = iter([_table_of_csv(config, config.from_csv)])
+    else:
+        model = shared.load(config)
+        tables = (_measured(model, phase, config) for phase in config.phase)
+    for table in tables:
+        file = save_table(folder, table)
+        print(f"{describe(table)}\nwrote {file}", flush=True)
+
+
+def _measured(model: ElasticModel, phase: str, config: MeasureLatencyConfig) -> CostTable:
+    from flextron.costs.latency import measure_latency
+
+    how = partial(
+        measure_latency, model, phase=phase, batch=config.batch, tokens=config.tokens, rounds=config.rounds, show=True
+    )
+    if not config.in_llamacpp:
+        return how()
+    from flextron.exporting.gguf.timing import in_llamacpp
+
+    with in_llamacpp(model, phase=phase, tokens=config.tokens, quantize=config.quantize) as runner:
+        return how(runner=runner)
+
+
+def _table_of_csv(config: MeasureLatencyConfig, file: Path) -> CostTable:
+    from flextron.costs.latency import PHASES, TOKENS
+    from flextron.costs.saved import LLAMA_CPP, table_from_csv
+    from flextron.elastic.checkpoint import load_metadata
+
+    (phase,) = config.phase
+    space = load_metadata(config.model, {})[0] or shared.load(config).search_space
+    engine = LLAMA_CPP if config.engine == "llamacpp" else config.engine
+    given = {"engine": engine, "device": config.device_name, "batch": config.batch}
+    given |= {TOKENS[PHASES[phase]]: config.tokens, "dtype": None if config.dtype == "auto" else config.dtype}
+    conditions = {key: value for key, value in given.items() if value is not None}
+    return table_from_csv(file, space, phase=phase, conditions=conditions)

@@ -1,0 +1,28 @@
+"""`flextron train`."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from flextron.config import TrainConfig
+
+if TYPE_CHECKING:
+    pass
+
+
+def run(config: TrainConfig) -> None:
+    """Train elastically, or print what it would take."""
+    from flextron.elastic.checkpoint import quiet_transformers
+
+    quiet_transformers()
+    if config.dry_run:
+        from flextron.training.estimate import estimate_training
+
+        estimate = estimate_training(config, processes=int(os.environ.get("WORLD_SIZE", "1")))
+        if os.environ.get("RANK", "0") == "0":
+            print(estimate)
+        return
+    from flextron.training.run import train
+
+    train(config)

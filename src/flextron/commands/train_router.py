@@ -1,0 +1,69 @@
+"""`flextron train-router`."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flextron.commands import shared
+from flextron.config import TrainRouterConfig
+
+if TYPE_CHECKING:
+    pass
+
+
+def run(config: TrainRouterConfig) -> None:
+    """Train a router, with --per-token for every token."""
+    from flextron.routers.static.making import describe_router, make_router
+    from flextron.routers.static.pairs import FOLDER
+
+    started = time.monotonic()
+    folder = shared.folder_of(config.model)
+    if config.per_token:
+        _train_token_router(config, folder)
+        return
+    router = make_router(
+        shared.load(config),
+        folder,
+        phase=config.phase,
+        evaluations=config.evaluations,
+        tokens=config.tokens,
+        text=config.text,
+        lowest=config.lowest,
+        seed=config.seed,
+        any_device=config.any_device,
+        show=True,
+    )
+    print(describe_router(router))
+    print(f"\nwrote {folder / FOLDER / router.about.metric} in {time.monotonic() - started:.0f} s.")
+    budget = math.ceil(100 * max(0.6, router.net.lowest)) / 100
+    print(f"try: flextron route {folder} --budget {router.about.metric}={budget:g}x")
+
+
+def _train_token_router(config: TrainRouterConfig, folder: Path) -> None:
+    from flextron.costs.latency import PHASES
+    from flextron.routers.static.pairs import FOLDER
+    from flextron.routers.static.router import metrics_with_router
+    from flextron.routers.token.making import describe_token_router, make_token_router
+
+    metric = PHASES[config.phase]
+    if metric not in metrics_with_router(folder):
+        print(f"{folder} has no router for {metric}, which a token router starts from; training it first")
+        run(replace(config, per_token=False))
+    started = time.monotonic()
+    router, about = make_token_router(
+        shared.load(config),
+        folder,
+        phase=config.phase,
+        tokens=config.token_tokens,
+        text=config.token_text or config.text,
+        seed=config.seed,
+        any_device=config.any_device,
+        show=True,
+    )
+    print(describe_token_router(router, about))
+    print(f"\nwrote {folder / FOLDER / f'{metric}-per-token'} in {time.monotonic() - started:.0f} s.")
+    print(f"try: flextron evaluate {folder} --budget {metric}=0.6x --per-token --picture tokens.html")

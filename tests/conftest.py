@@ -8,7 +8,7 @@ import torch
 
 import tiny
 from flextron.elastic.families import FAMILIES
-from flextron.elastic.model import ElasticModel
+from flextron.model import ElasticModel
 
 ALL_THREADS = torch.get_num_threads()
 # Tiny models, of fixtures too, are many times faster in one thread than where threads wait for each other.

@@ -24,7 +24,7 @@ from flextron.costs.pricing import Ceiling
 from flextron.costs.saved import find_table, save_table
 from flextron.costs.table import CostTable, linear_table
 from flextron.data.blocks import load_blocks
-from flextron.elastic.model import ElasticModel
+from flextron.model import ElasticModel
 from flextron.ranking.sensitivity import Sensitivity
 from flextron.routers.static import learning as training
 from flextron.routers.static import making, surrogate

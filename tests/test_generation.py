@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import tiny
-from flextron.elastic.model import ElasticModel
 from flextron.errors import FlextronError, SubnetError
 from flextron.generation import generate
+from flextron.model import ElasticModel
 from flextron.subnet import Subnet
 
 

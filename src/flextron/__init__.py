@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from flextron.costs.table import CostTable
     from flextron.data.blocks import TokenBlocks, load_blocks
     from flextron.demo.quickstart import quickstart
-    from flextron.elastic.model import ElasticModel
     from flextron.errors import FlextronError
     from flextron.evaluation import Evaluation, evaluate
     from flextron.exporting import ExportReport, GgufReport, export, export_gguf
     from flextron.generation import generate
     from flextron.inference.per_token import TokenWidths, use_token_widths
     from flextron.inference.speculative import Draft, draft_model
+    from flextron.model import ElasticModel
     from flextron.ranking.permutation import rank
     from flextron.ranking.sensitivity import Sensitivity, measure_sensitivity
     from flextron.routers.static.learning import train_router
@@ -85,7 +85,7 @@ _HOMES = {
     "FlextronError": "errors",
     "Subnet": "subnet",
     "SearchSpace": "subnet",
-    "ElasticModel": "elastic.model",
+    "ElasticModel": "model",
     "TokenBlocks": "data.blocks",
     "load_blocks": "data.blocks",
     "rank": "ranking.permutation",

@@ -19,8 +19,8 @@ from flextron.choosing.baselines import (
 )
 from flextron.costs.pricing import Ceiling, meets
 from flextron.costs.table import linear_table
-from flextron.elastic.model import ElasticModel
 from flextron.errors import BudgetError, FlextronError, SubnetError
+from flextron.model import ElasticModel
 from flextron.ranking.sensitivity import Sensitivity
 from flextron.routers.choices import increase_matrix, to_indices, to_subnet
 from flextron.subnet import SearchSpace

@@ -12,9 +12,9 @@ from flextron.costs import latency
 from flextron.costs.latency import designed, fit, here, measure_latency, random_subnets, time_interleaved, timed_run
 from flextron.costs.saved import describe, find_table, save_table, table_file, table_from_csv
 from flextron.costs.table import CostTable, linear_table
-from flextron.elastic.model import ElasticModel
 from flextron.errors import CostError
 from flextron.inference import decoder as decoding
+from flextron.model import ElasticModel
 from flextron.subnet import SearchSpace, Subnet
 
 SMALL = SearchSpace(tiny.LAYERS, (0, 8, 20, tiny.NEURONS), (0, 1, tiny.KV_GROUPS))

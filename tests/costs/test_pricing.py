@@ -11,9 +11,9 @@ import tiny
 from flextron.budget import Budget, Limit
 from flextron.costs.pricing import FORMULAS, Ceiling, ceilings, check_possible, format_cost, formula_table, meets
 from flextron.costs.table import CostTable, linear_table
-from flextron.elastic.model import ElasticModel
 from flextron.errors import BudgetError, CostError, SubnetError
 from flextron.exporting import export
+from flextron.model import ElasticModel
 from flextron.subnet import SearchSpace, Subnet
 
 SPACE = SearchSpace(tiny.LAYERS, (0, 8, 20, tiny.NEURONS), (0, 1, tiny.KV_GROUPS))

@@ -9,8 +9,8 @@ import pytest
 from flextron.config import QuickstartConfig
 from flextron.costs.latency import measure_latency
 from flextron.demo import quickstart as demo
-from flextron.elastic.model import ElasticModel
 from flextron.errors import FlextronError
+from flextron.model import ElasticModel
 from flextron.routers.static import learning as training
 from flextron.routers.static import surrogate
 from flextron.subnet import Subnet

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from flextron.elastic.adapters import add_adapters, merge_adapters, without_adapters
-from flextron.elastic.model import ElasticModel
 from flextron.errors import FlextronError
+from flextron.model import ElasticModel
 from tiny import assert_same_function, differs, logits_of, masked
 
 RANK, ALPHA = 4, 6.0

@@ -10,9 +10,9 @@ from transformers.pytorch_utils import Conv1D
 
 import tiny
 from flextron.elastic.families import FAMILIES, GPT2, LLAMA_LIKE, Family, family_of
-from flextron.elastic.model import ElasticModel
 from flextron.elastic.projections import Width, make_elastic
 from flextron.errors import FlextronError, UnknownFamilyError
+from flextron.model import ElasticModel
 from flextron.subnet import Subnet
 from tiny import differs, logits_of, masked
 

@@ -17,13 +17,13 @@ from flextron.costs.latency import measure_latency
 from flextron.costs.saved import LLAMA_CPP, find_table, save_table
 from flextron.costs.table import CostTable
 from flextron.demo.quickstart import smollm2_path
-from flextron.elastic.model import ElasticModel
 from flextron.errors import CheckpointError, ExportError
 from flextron.exporting import export_gguf
 from flextron.exporting.gguf import comparing, dialects
 from flextron.exporting.gguf import file as gguf_file
 from flextron.exporting.gguf.quantization import SCHEMES
 from flextron.exporting.gguf.timing import in_llamacpp
+from flextron.model import ElasticModel
 from flextron.subnet import Subnet
 
 SIZES = {"vocab_size": 300, "max_position_embeddings": 128}

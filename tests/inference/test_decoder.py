@@ -11,11 +11,11 @@ import tiny
 from flextron.demo.quickstart import smollm2_path
 from flextron.elastic.adapters import add_adapters
 from flextron.elastic.checkpoint import quiet_transformers
-from flextron.elastic.model import ElasticModel
 from flextron.errors import SubnetError
 from flextron.generation import can_stream, generate, stream_tokens
 from flextron.inference import decoder as decoding
 from flextron.inference.decoder import Decoder, supports
+from flextron.model import ElasticModel
 from flextron.subnet import Subnet
 
 PROMPT, STEPS = 7, 5

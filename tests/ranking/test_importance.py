@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import tiny
-from flextron.elastic.model import ElasticModel
 from flextron.errors import FlextronError
+from flextron.model import ElasticModel
 from flextron.ranking import importance
 from flextron.ranking.importance import SCORES, SECOND_ROUND_SHARE, measure_importance
 

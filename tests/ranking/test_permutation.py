@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tiny
-from flextron.elastic.model import ElasticModel
+from flextron.model import ElasticModel
 from flextron.ranking.importance import SCORES, measure_importance
 from flextron.ranking.permutation import permute, rank
 from tiny import assert_same_function, differs, logits_of

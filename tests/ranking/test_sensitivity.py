@@ -9,9 +9,9 @@ import torch
 
 import tiny
 from flextron.data.blocks import load_blocks
-from flextron.elastic.model import ElasticModel
 from flextron.errors import CheckpointError, SubnetError
 from flextron.evaluation import evaluate
+from flextron.model import ElasticModel
 from flextron.ranking.sensitivity import Sensitivity, measure_sensitivity, sensitivity_blocks
 from flextron.subnet import SearchSpace, Subnet
 

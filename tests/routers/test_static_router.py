@@ -20,8 +20,8 @@ from flextron.costs.pricing import Ceiling, meets
 from flextron.costs.saved import save_table
 from flextron.costs.table import linear_table
 from flextron.data.blocks import TokenBlocks
-from flextron.elastic.model import ElasticModel
 from flextron.errors import BudgetError, CostError, RouterError, SubnetError
+from flextron.model import ElasticModel
 from flextron.ranking.sensitivity import Sensitivity
 from flextron.routers.choices import allowed, cost_matrix, increase_matrix, prices, to_indices, to_subnet
 from flextron.routers.static import learning as training

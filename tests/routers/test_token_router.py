@@ -25,8 +25,8 @@ from flextron.config import (
 )
 from flextron.costs.saved import save_table
 from flextron.costs.table import linear_table
-from flextron.elastic.model import ElasticModel
 from flextron.errors import BudgetError, RouterError
+from flextron.model import ElasticModel
 from flextron.routers.static import learning as training
 from flextron.routers.static.net import StaticRouter
 from flextron.routers.static.router import Router, RouterAbout

@@ -17,8 +17,8 @@ from flextron.choosing.routing import route_tokens
 from flextron.config import EvaluateConfig
 from flextron.costs.saved import save_table
 from flextron.costs.table import linear_table
-from flextron.elastic.model import ElasticModel
 from flextron.errors import FlextronError, SubnetError
+from flextron.model import ElasticModel
 from flextron.routers.static.net import StaticRouter
 from flextron.routers.static.router import Router, RouterAbout
 from flextron.routers.static.surrogate import Surrogate, SurrogateError

@@ -12,7 +12,7 @@ import tiny
 from flextron.data.corpus import positions
 from flextron.elastic import loss as loss_module
 from flextron.elastic.loss import hidden_states, logits_of, losses
-from flextron.elastic.model import ElasticModel
+from flextron.model import ElasticModel
 from flextron.subnet import Subnet
 from flextron.training import distillation
 from flextron.training.distillation import Distiller

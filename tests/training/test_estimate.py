@@ -10,8 +10,8 @@ from transformers import AutoConfig, LlamaConfig, T5Config
 import tiny
 from flextron.config import OptimizerOptions, TextOptions, TrainConfig, VisitOptions, WatchOptions
 from flextron.elastic.adapters import add_adapters
-from flextron.elastic.model import ElasticModel
 from flextron.errors import CheckpointError, FlextronError, SubnetError, UnknownFamilyError
+from flextron.model import ElasticModel
 from flextron.subnet import SearchSpace
 from flextron.training.distillation import Distiller
 from flextron.training.estimate import GPU_BYTES, estimate_training, training_flops

@@ -10,8 +10,8 @@ import torch
 import tiny
 from flextron.config import TrainConfig, VisitOptions
 from flextron.elastic.checkpoint import METADATA_FILE
-from flextron.elastic.model import ElasticModel
 from flextron.errors import CheckpointError
+from flextron.model import ElasticModel
 from flextron.ranking.sensitivity import Sensitivity
 from flextron.training.folder import RunFolder
 from flextron.training.sampling import even_sensitivity

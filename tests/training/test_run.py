@@ -33,8 +33,8 @@ import tiny
 from flextron import cli, environment
 from flextron.data.blocks import document_end, load_blocks
 from flextron.data.corpus import positions
-from flextron.elastic.model import ElasticModel
 from flextron.errors import CheckpointError, TrainingError
+from flextron.model import ElasticModel
 from flextron.ranking.sensitivity import Sensitivity
 from flextron.subnet import Subnet
 from flextron.training import distillation, snapshot

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 from flextron.commands import shared
 from flextron.config import EvaluateConfig
-
-if TYPE_CHECKING:
-    pass
 
 
 def run(config: EvaluateConfig) -> None:

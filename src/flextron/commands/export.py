@@ -9,7 +9,7 @@ from flextron.config import ExportConfig
 from flextron.errors import BudgetError
 
 if TYPE_CHECKING:
-    from flextron.elastic.model import ElasticModel
+    from flextron.model import ElasticModel
     from flextron.subnet import Subnet
 
 

@@ -9,8 +9,8 @@ from flextron.commands import shared
 from flextron.config import GenerateConfig
 
 if TYPE_CHECKING:
-    from flextron.elastic.model import ElasticModel
     from flextron.inference.speculative import Draft
+    from flextron.model import ElasticModel
 
 
 def run(config: GenerateConfig) -> None:

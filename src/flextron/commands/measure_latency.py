@@ -11,7 +11,7 @@ from flextron.config import MeasureLatencyConfig
 
 if TYPE_CHECKING:
     from flextron.costs.table import CostTable
-    from flextron.elastic.model import ElasticModel
+    from flextron.model import ElasticModel
 
 
 def run(config: MeasureLatencyConfig) -> None:

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from flextron.config import QuickstartConfig
-
-if TYPE_CHECKING:
-    pass
 
 
 def run(config: QuickstartConfig) -> None:

@@ -11,7 +11,7 @@ from flextron.commands import shared
 from flextron.config import RankConfig
 
 if TYPE_CHECKING:
-    from flextron.elastic.model import ElasticModel
+    from flextron.model import ElasticModel
 
 # What may change between an interrupted `rank` and the run that takes it up.
 _NOT_OF_THE_RANKING = ("out", "overwrite", "sensitivity_tokens", "device")

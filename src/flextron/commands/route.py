@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
 
 from flextron.commands import shared
 from flextron.config import RouteConfig
-
-if TYPE_CHECKING:
-    pass
 
 
 def run(config: RouteConfig) -> None:

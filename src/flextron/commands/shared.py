@@ -11,7 +11,7 @@ from flextron.errors import CheckpointError
 
 if TYPE_CHECKING:
     from flextron.choosing.routing import Routed
-    from flextron.elastic.model import ElasticModel
+    from flextron.model import ElasticModel
     from flextron.routers.token.batch import TokenRouting
     from flextron.subnet import Subnet
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def load(config: Any) -> ElasticModel:
     """The model that a config names, in its type and on its device."""
     from flextron.elastic.checkpoint import quiet_transformers
-    from flextron.elastic.model import ElasticModel
+    from flextron.model import ElasticModel
 
     quiet_transformers()
     print(f"loading {config.model}", file=sys.stderr)

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 from flextron.config import TrainConfig
-
-if TYPE_CHECKING:
-    pass
 
 
 def run(config: TrainConfig) -> None:

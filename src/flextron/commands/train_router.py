@@ -6,13 +6,9 @@ import math
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from flextron.commands import shared
 from flextron.config import TrainRouterConfig
-
-if TYPE_CHECKING:
-    pass
 
 
 def run(config: TrainRouterConfig) -> None:

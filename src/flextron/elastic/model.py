@@ -7,12 +7,11 @@ Ours: KV groups with their query heads instead of heads, and width 0 for depth.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -25,6 +24,9 @@ from flextron.elastic.projections import Projection, Width, make_elastic, make_n
 from flextron.environment import default_device
 from flextron.errors import CheckpointError, FlextronError
 from flextron.subnet import SearchSpace, Subnet
+
+if TYPE_CHECKING:
+    from typing import Self
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class ElasticLayer:
 
 
 class ElasticModel:
-    """A decoder LLM of which any nested sub-network runs, sharing one set of weights.
+    """A decoder LLM of which any nested sub-network runs; `flextron.ElasticModel` adds budgets.
 
     `lm` is the transformers model itself, with its projections swapped in place: its Parameters and their names stay,
     so anything that takes a transformers model takes it. Choosing a sub-network copies nothing.
@@ -122,7 +124,7 @@ class ElasticModel:
         device: str | torch.device = "cpu",
         search_space: SearchSpace | None = None,
         **kwargs: Any,
-    ) -> ElasticModel:
+    ) -> Self:
         """Load a plain or elastic checkpoint: a folder, a hub id, or a GGUF file (dequantised to `dtype`).
 
         `device` is where to put it; "auto" takes a GPU if there is one.
@@ -162,36 +164,14 @@ class ElasticModel:
         return self._subnet
 
     @contextmanager
-    def use(
-        self, subnet: Subnet | None = None, *, budget: str | Sequence[str] | None = None, per_token: bool = False
-    ) -> Iterator[ElasticModel]:
+    def use(self, subnet: Subnet) -> Iterator[ElasticModel]:
         """Run as `subnet` inside the block, then as before; views of the shared weights, nothing is copied.
 
         In training, call `backward` inside the block too: gradient checkpointing runs the forward pass again there.
 
-        Args:
-            budget: instead of a sub-network, such as "12ms" or "0.6x": `flextron.route` chooses the best one, by the
-                latency tables and the router in the folder that the model was loaded from.
-            per_token: with a budget, every token gets a sub-network of its own (`flextron.route_tokens`) and the
-                budget holds on average; then there may also be a budget for each row of a batch.
-
         Raises:
             SubnetError: not in the search space of this model.
-            FlextronError: as `flextron.route`, or `flextron.route_tokens`.
-            ValueError: neither or both of `subnet` and `budget`, or several budgets without `per_token`.
         """
-        if (subnet is None) == (budget is None) or (per_token and budget is None):
-            raise ValueError('name a sub-network or a budget, such as use(subnet) or use(budget="12ms").')
-        if per_token:
-            with import_module("flextron.choosing.routing").route_tokens(self, budget).use():
-                yield self
-            return
-        if subnet is None:
-            if not isinstance(budget, str):
-                raise ValueError("a budget for each row of a batch needs per_token=True.")
-            subnet = (
-                import_module("flextron.choosing.routing").route(self, budget).subnet
-            )  # which stands above this module
         self.search_space.check(subnet)
         before = self._subnet
         self._choose(subnet)

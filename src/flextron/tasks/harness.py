@@ -85,7 +85,9 @@ def evaluate_tasks(
         raise FlextronError("this checkpoint has no tokenizer; put its tokenizer files into the same folder.")
     loaded = _load([tasks] if isinstance(tasks, str) else tasks, data_folder(data), limit)
     with _quiet():
-        lm = import_module("flextron.tasks.lm").ElasticLM(model)
+        from flextron.tasks.lm import ElasticLM  # which needs lm-eval
+
+        lm = ElasticLM(model)
     kept = _Kept(keep)
     weights = {"weights": model.fingerprint(), "dtype": str(model.dtype), "device": model.device.type}
     results = []
@@ -170,7 +172,11 @@ def _load_one(manager: Any, wish: str, folder: Path | None, limit: int | None) -
         default = task.get_config("num_fewshot") or 0
         task.set_config("num_fewshot", int(number) if at else SHOTS.get(name, default))
     shots = next(iter(found.values())).get_config("num_fewshot")
-    data = import_module("flextron.tasks.local").digest(folder, name) if folder else "hub"
+    data = "hub"
+    if folder:
+        from flextron.tasks.local import digest  # which needs datasets
+
+        data = digest(folder, name)
     return _Loaded(wish, shots, found, _samples(found, limit), data)
 
 

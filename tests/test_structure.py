@@ -1,4 +1,4 @@
-"""The import contract sees every import: no module of ours is loaded by a string, the lazy table in `__init__` apart."""
+"""The import contract sees every import: no module is loaded by a string, the lazy table in `__init__` apart."""
 
 import re
 from pathlib import Path

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from flextron.errors import SubnetError
 
 SUBNET_VERSION = 1
 AXES = ("neurons", "kv_groups")
+"""The ways in which a layer narrows, each a field of Subnet and of SearchSpace."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class Subnet:
     kv_groups: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        for axis in ("neurons", "kv_groups"):
-            widths = getattr(self, axis)
+        for axis in AXES:
+            widths: Any = self[axis]  # before it is checked, whatever a caller gave
             if not isinstance(widths, Sequence) or isinstance(widths, str):
                 raise SubnetError(f"{axis} must be one whole number per layer, not {widths!r}.")
             object.__setattr__(self, axis, tuple(widths))
@@ -41,6 +42,16 @@ class Subnet:
                 f"and {len(self.kv_groups)} of kv_groups."
             )
 
+    def __getitem__(self, axis: str) -> tuple[int, ...]:
+        """Widths of every layer on one of AXES."""
+        widths: tuple[int, ...] = getattr(self, axis)
+        return widths
+
+    def with_width(self, axis: str, layer: int, width: int) -> Subnet:
+        """The same sub-network with another width of one sub-layer."""
+        widths = self[axis]
+        return replace(self, **{axis: (*widths[:layer], width, *widths[layer + 1 :])})
+
     @property
     def layers(self) -> int:
         """Number of layers that it describes."""
@@ -49,7 +60,7 @@ class Subnet:
     @property
     def is_uniform(self) -> bool:
         """Whether all layers have equal widths."""
-        return len(set(self.neurons)) == 1 and len(set(self.kv_groups)) == 1
+        return all(len(set(self[axis])) == 1 for axis in AXES)
 
     def __str__(self) -> str:
         if self.is_uniform:
@@ -74,13 +85,13 @@ class Subnet:
             data: Any = json.loads(text)
         except json.JSONDecodeError as error:
             raise SubnetError(f"not a Subnet: invalid JSON ({error}).") from None
-        keys = {"version", "neurons", "kv_groups"}
+        keys = {"version", *AXES}
         if not isinstance(data, dict) or set(data) != keys:
             found = sorted(data) if isinstance(data, dict) else type(data).__name__
             raise SubnetError(f"not a Subnet: expected the keys {sorted(keys)}, found {found}.")
         if data["version"] != SUBNET_VERSION:
             raise SubnetError(f"this Subnet has version {data['version']!r}; this flextron reads {SUBNET_VERSION}.")
-        return cls(neurons=data["neurons"], kv_groups=data["kv_groups"])
+        return cls(**{axis: data[axis] for axis in AXES})
 
     @classmethod
     def load(cls, path: str | Path) -> Subnet:
@@ -109,12 +120,22 @@ class SearchSpace:
     def __post_init__(self) -> None:
         if type(self.layers) is not int or self.layers < 1:
             raise ValueError(f"a search space has a whole number of layers from 1 up, got {self.layers!r}.")
-        for axis in ("neurons", "kv_groups"):
-            choices = tuple(getattr(self, axis))
+        for axis in AXES:
+            choices = tuple(self[axis])
             object.__setattr__(self, axis, choices)
             whole = all(type(choice) is int for choice in choices)
             if not choices or not whole or list(choices) != sorted(set(choices)) or choices[0] < 0 or choices[-1] < 1:
                 raise ValueError(f"{axis} must be ascending widths from 0 up, without repeats, got {list(choices)}.")
+
+    def __getitem__(self, axis: str) -> tuple[int, ...]:
+        """Widths to choose from on one of AXES, ascending."""
+        choices: tuple[int, ...] = getattr(self, axis)
+        return choices
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Layers, and units of a layer on each axis, of the model that this space is for."""
+        return {"layers": self.layers, **{axis: self[axis][-1] for axis in AXES}}
 
     @classmethod
     def of_model(cls, *, layers: int, neurons: int, kv_groups: int, neuron_step: int | None = None) -> SearchSpace:
@@ -131,19 +152,18 @@ class SearchSpace:
     @property
     def full(self) -> Subnet:
         """The whole model."""
-        return self.uniform(self.neurons[-1], self.kv_groups[-1])
+        return self.uniform(**{axis: self[axis][-1] for axis in AXES})
 
     @property
     def smallest(self) -> Subnet:
         """The smallest sub-network of the space."""
-        return self.uniform(self.neurons[0], self.kv_groups[0])
+        return self.uniform(**{axis: self[axis][0] for axis in AXES})
 
     def uniform(self, neurons: int | None = None, kv_groups: int | None = None) -> Subnet:
         """Equal widths in every layer; what is not named stays full."""
-        subnet = Subnet(
-            (self.neurons[-1] if neurons is None else neurons,) * self.layers,
-            (self.kv_groups[-1] if kv_groups is None else kv_groups,) * self.layers,
-        )
+        named = {"neurons": neurons, "kv_groups": kv_groups}
+        widths = {axis: self[axis][-1] if width is None else width for axis, width in named.items()}
+        subnet = Subnet(**{axis: (width,) * self.layers for axis, width in widths.items()})
         self.check(subnet)
         return subnet
 
@@ -158,9 +178,9 @@ class SearchSpace:
                 f"this Subnet is for a model of {subnet.layers} layers; this model has {self.layers}. "
                 "A Subnet belongs to the checkpoint it was chosen for."
             )
-        for axis in ("neurons", "kv_groups"):
-            choices: tuple[int, ...] = getattr(self, axis)
-            for layer, width in enumerate(getattr(subnet, axis)):
+        for axis in AXES:
+            choices = self[axis]
+            for layer, width in enumerate(subnet[axis]):
                 if width > choices[-1]:
                     raise SubnetError(f"{axis}[{layer}] is {width}; a layer of this model has {choices[-1]}.")
                 if width not in choices:

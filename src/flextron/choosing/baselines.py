@@ -37,7 +37,7 @@ from flextron.routers.choices import (
     to_subnet,
 )
 from flextron.routers.static.answering import TOLERANCE
-from flextron.subnet import Subnet
+from flextron.subnet import AXES, Subnet
 
 SOLVER_SECONDS = 30.0
 """After which the knapsack is given up; 60 sub-layers of 25 choices take well under one."""
@@ -82,13 +82,11 @@ def equal_widths_within(ceilings: Sequence[Ceiling], fits: Callable[[Subnet], bo
     """
     space = ceilings[0].table.search_space
 
-    def parts(widths: tuple[int, int]) -> list[float]:
-        return sorted(
-            width / choices[-1] for width, choices in zip(widths, (space.neurons, space.kv_groups), strict=True)
-        )
+    def parts(widths: tuple[int, ...]) -> list[float]:
+        return sorted(width / space[axis][-1] for axis, width in zip(AXES, widths, strict=True))
 
-    sizes = sorted(product(space.neurons, space.kv_groups), key=parts, reverse=True)
-    for subnet in (space.uniform(*size) for size in sizes):
+    sizes = sorted(product(*(space[axis] for axis in AXES)), key=parts, reverse=True)
+    for subnet in (space.uniform(**dict(zip(AXES, size, strict=True))) for size in sizes):
         if meets(ceilings, subnet) and fits(subnet):
             return subnet
     limits = ", ".join(ceiling.text for ceiling in ceilings)
@@ -134,8 +132,8 @@ def drop_layers(influence: Floats, table: CostTable, limit: float) -> Subnet:
         SubnetError: a search space without width 0, or influences of another number of layers.
     """
     ceiling, space = _possible(table, limit), table.search_space
-    if space.neurons[0] or space.kv_groups[0]:
-        raise SubnetError("whole layers cannot be dropped in a search space without width 0 on both axes.")
+    if any(space[axis][0] for axis in AXES):
+        raise SubnetError("whole layers cannot be dropped in a search space without width 0 on every axis.")
     if len(influence) != space.layers:
         raise SubnetError(f"got influences of {len(influence)} layers; the table is for a model of {space.layers}.")
     kept_L = np.ones(space.layers, dtype=bool)
@@ -148,8 +146,8 @@ def drop_layers(influence: Floats, table: CostTable, limit: float) -> Subnet:
 
 def _of_layers(table: CostTable, kept_L: NDArray[np.bool_]) -> Subnet:
     """Some layers full, the others left out."""
-    full = table.search_space.full
-    return Subnet(*(tuple(widths[0] * int(kept) for kept in kept_L) for widths in (full.neurons, full.kv_groups)))
+    space = table.search_space
+    return Subnet(**{axis: tuple(space[axis][-1] * int(kept) for kept in kept_L) for axis in AXES})
 
 
 def greedy(sensitivity: Sensitivity, table: CostTable, limit: float) -> Subnet:
@@ -172,7 +170,7 @@ def knapsack(sensitivity: Sensitivity, table: CostTable, limit: float) -> Subnet
     costs = cost_matrix(table)[sub_layers, choices]
     for less in (0.0, SLACK):
         taken = _solve(sub_layers, increases, costs / table.full, (limit - table.fixed) / table.full - less)
-        indices_S = np.zeros(2 * space.layers, dtype=np.int64)
+        indices_S = np.zeros(len(AXES) * space.layers, dtype=np.int64)
         indices_S[sub_layers[taken]] = choices[taken]
         subnet = to_subnet(space, indices_S)
         if meets([ceiling], subnet):

@@ -7,7 +7,7 @@ from pathlib import Path
 from flextron.elastic.model import ElasticModel
 from flextron.errors import SubnetError
 from flextron.ranking.sensitivity import Sensitivity
-from flextron.subnet import Subnet
+from flextron.subnet import AXES, Subnet
 
 FORMS = "full, a share such as 60%, equal widths such as neurons=768,kv_groups=2, or a Subnet's JSON file"
 
@@ -60,7 +60,7 @@ def _of_widths(model: ElasticModel, wish: str) -> Subnet:
     widths: dict[str, int] = {}
     for part in wish.split(","):
         axis, _, width = part.strip().partition("=")
-        if axis not in ("neurons", "kv_groups") or axis in widths or not width.isdigit():
+        if axis not in AXES or axis in widths or not width.isdigit():
             raise SubnetError(f"cannot read the widths {wish!r} at {part!r}; write such as neurons=768,kv_groups=2.")
         widths[axis] = int(width)
     return model.search_space.uniform(**widths)

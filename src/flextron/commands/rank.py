@@ -50,9 +50,7 @@ def _ranked(config: RankConfig) -> ElasticModel:
     check_new(config.out, overwrite=config.overwrite)
     model = shared.load(config)
     if config.neuron_step is not None:
-        space = model.search_space
-        sizes = {"layers": space.layers, "neurons": space.neurons[-1], "kv_groups": space.kv_groups[-1]}
-        model.search_space = SearchSpace.of_model(**sizes, neuron_step=config.neuron_step)
+        model.search_space = SearchSpace.of_model(**model.search_space.sizes, neuron_step=config.neuron_step)
     rank(model, load_blocks(model.tokenizer, config.text, tokens=config.tokens), score=config.score, show=True)
     model.save_pretrained(config.out, overwrite=config.overwrite)
     write_text(asked, wanted)

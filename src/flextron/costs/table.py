@@ -43,14 +43,14 @@ class CostTable:
     def __post_init__(self) -> None:
         object.__setattr__(self, "conditions", dict(self.conditions))
         for axis in AXES:
-            object.__setattr__(self, axis, tuple(tuple(map(float, row)) for row in getattr(self, axis)))
+            object.__setattr__(self, axis, tuple(tuple(map(float, row)) for row in self[axis]))
             self._check_rows(axis)
         if not (math.isfinite(self.fixed) and self.fixed >= 0):
             raise CostError(f"the fixed cost is {self.fixed}; it must be a number from 0 up.")
 
     def _check_rows(self, axis: str) -> None:
-        rows: Rows = getattr(self, axis)
-        layers, widths = self.search_space.layers, len(getattr(self.search_space, axis))
+        rows = self[axis]
+        layers, widths = self.search_space.layers, len(self.search_space[axis])
         if len(rows) != layers or any(len(row) != widths for row in rows):
             raise CostError(f"a cost table of this search space has {layers} rows of {widths} {axis}.")
         for layer, row in enumerate(rows):
@@ -60,6 +60,11 @@ class CostTable:
                 raise CostError(
                     f"the costs of {axis} must rise with the width, or stay; layer {layer} has {list(row)}."
                 )
+
+    def __getitem__(self, axis: str) -> Rows:
+        """Costs on one of AXES: a row for each layer, with a cost for each choice of the search space."""
+        rows: Rows = getattr(self, axis)
+        return rows
 
     def price(self, subnet: Subnet) -> float:
         """What `subnet` costs, in `unit`.
@@ -71,8 +76,8 @@ class CostTable:
         parts: list[float] = [
             row[choices.index(width)]
             for axis in AXES
-            for choices in (getattr(self.search_space, axis),)
-            for row, width in zip(getattr(self, axis), getattr(subnet, axis), strict=True)
+            for choices in (self.search_space[axis],)
+            for row, width in zip(self[axis], subnet[axis], strict=True)
         ]
         return self.fixed + sum(parts)
 
@@ -92,7 +97,8 @@ class CostTable:
         def times(rows: Rows) -> Rows:
             return tuple(tuple(factor * cost for cost in row) for row in rows)
 
-        return replace(self, fixed=factor * self.fixed, neurons=times(self.neurons), kv_groups=times(self.kv_groups))
+        rows: dict[str, Any] = {axis: times(self[axis]) for axis in AXES}
+        return replace(self, fixed=factor * self.fixed, **rows)
 
     def plus(self, other: CostTable, *, metric: str) -> CostTable:
         """The sum of two tables, such as end-to-end time from both phases; the conditions are those of this one.
@@ -106,13 +112,8 @@ class CostTable:
         def sums(rows: Rows, others: Rows) -> Rows:
             return tuple(tuple(map(sum, zip(*pair, strict=True))) for pair in zip(rows, others, strict=True))
 
-        return replace(
-            self,
-            metric=metric,
-            fixed=self.fixed + other.fixed,
-            neurons=sums(self.neurons, other.neurons),
-            kv_groups=sums(self.kv_groups, other.kv_groups),
-        )
+        rows: dict[str, Any] = {axis: sums(self[axis], other[axis]) for axis in AXES}
+        return replace(self, metric=metric, fixed=self.fixed + other.fixed, **rows)
 
     def save(self, file: str | Path) -> None:
         """Write the table as JSON, whole or not at all (docs/formats.md)."""

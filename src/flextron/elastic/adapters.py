@@ -128,12 +128,11 @@ def _matrices(adapter: Any) -> tuple[Any, Any]:
 
 def _projections(model: ElasticModel) -> Iterator[tuple[str, Projection, bool]]:
     """Name inside the transformers model of every elastic projection, the projection, and whether it opens."""
-    for index, layer in enumerate(model.layers):
-        for sub in (layer.mlp, layer.attention):
-            where = f"{model.family.layers}.{index}"
-            for path, projection in zip(sub.axis.opens, sub.opens, strict=True):
-                yield f"{where}.{path}", projection, True
-            yield f"{where}.{sub.axis.closes}", sub.closes, False
+    for layer, _, sub in model.sub_layers():
+        where = f"{model.family.layers}.{layer}"
+        for path, projection in zip(sub.axis.opens, sub.opens, strict=True):
+            yield f"{where}.{path}", projection, True
+        yield f"{where}.{sub.axis.closes}", sub.closes, False
 
 
 def _adapters(model: ElasticModel) -> dict[str, Any]:

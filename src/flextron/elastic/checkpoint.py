@@ -19,11 +19,13 @@ from transformers.utils import logging as transformers_logging
 from flextron.atomic import new_folder
 from flextron.elastic import per_layer
 from flextron.errors import CheckpointError, FlextronError
-from flextron.subnet import SearchSpace
+from flextron.subnet import AXES, SearchSpace
 
 VERSION = 1
 METADATA_FILE = "flextron.json"
 RANKING_FILE = "ranking.safetensors"
+ORDERS = (*AXES, "query_heads")
+"""Tensors of a ranking: an order on each axis, and of the query heads inside each KV group."""
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
 """What of a caller's options says how to read from the hub."""
 
@@ -211,7 +213,7 @@ def load_metadata(source: str, options: dict[str, Any]) -> tuple[SearchSpace | N
 
 
 def _save_ranking(ranking: Ranking, file: Path) -> None:
-    orders = {name: getattr(ranking, name).contiguous() for name in ("neurons", "kv_groups", "query_heads")}
+    orders = {name: getattr(ranking, name).contiguous() for name in ORDERS}
     record = {"version": str(VERSION), "score": ranking.score, "tokens": str(ranking.tokens), "text": ranking.text}
     save_file(orders, file, metadata=record)
 
@@ -231,7 +233,7 @@ def _load_ranking(file: Path) -> Ranking:
         record = stored.metadata()
         if record["version"] != str(VERSION):
             raise CheckpointError(f"{file} has version {record['version']}; this flextron reads {VERSION}.")
-        orders = {name: stored.get_tensor(name) for name in ("neurons", "kv_groups", "query_heads")}
+        orders = {name: stored.get_tensor(name) for name in ORDERS}
     return Ranking(**orders, score=record["score"], tokens=int(record["tokens"]), text=record["text"])
 
 

@@ -44,6 +44,11 @@ class Family:
     exports_fewer_heads: bool = True
     """Whether its config can state a head size that is not hidden size / heads."""
 
+    @property
+    def axes(self) -> dict[str, Axis]:
+        """What narrows in each layer, by its name in a `Subnet`."""
+        return {"neurons": self.mlp, "kv_groups": self.attention}
+
 
 _GATED_MLP = Axis(
     opens=("mlp.gate_proj", "mlp.up_proj"),

@@ -7,7 +7,7 @@ Ours: KV groups with their query heads instead of heads, and width 0 for depth.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,11 +61,23 @@ class SubLayer:
 
 @dataclass(frozen=True)
 class ElasticLayer:
-    """One decoder layer and its two elastic sub-layers."""
+    """One decoder layer and its elastic sub-layers, by the axis on which each narrows."""
 
     module: nn.Module
-    mlp: SubLayer
-    attention: SubLayer
+    subs: Mapping[str, SubLayer]
+
+    def __getitem__(self, axis: str) -> SubLayer:
+        return self.subs[axis]
+
+    @property
+    def mlp(self) -> SubLayer:
+        """The sub-layer of the neurons."""
+        return self["neurons"]
+
+    @property
+    def attention(self) -> SubLayer:
+        """The sub-layer of the KV groups."""
+        return self["kv_groups"]
 
 
 class ElasticModel:
@@ -108,7 +120,7 @@ class ElasticModel:
         self.family: Family = family_of(lm.config.model_type)
         self.layers = [_make_layer_elastic(layer, self.family, lm.config) for layer in _layers(lm, self.family)]
         first = self.layers[0]
-        sizes = {"layers": len(self.layers), "neurons": first.mlp.width.full, "kv_groups": first.attention.width.full}
+        sizes = {"layers": len(self.layers), **{axis: sub.width.full for axis, sub in first.subs.items()}}
         if ranking is not None:
             ranking.check(**sizes, query_heads=first.attention.heads_per_unit)
         self.search_space = search_space or SearchSpace.of_model(**sizes)
@@ -181,23 +193,30 @@ class ElasticModel:
             self._choose(before)
 
     def _choose(self, subnet: Subnet) -> None:
-        for layer, neurons, kv_groups in zip(self.layers, subnet.neurons, subnet.kv_groups, strict=True):
-            layer.mlp.keep(neurons)
-            layer.attention.keep(kv_groups)
+        for layer, axis, sub in self.sub_layers():
+            sub.keep(subnet[axis][layer])
         self._subnet = subnet
+
+    def sub_layers(self) -> Iterator[tuple[int, str, SubLayer]]:
+        """Every elastic sub-layer, with the number of its layer and the axis on which it narrows."""
+        for index, layer in enumerate(self.layers):
+            for axis, sub in layer.subs.items():
+                yield index, axis, sub
+
+    @property
+    def unit_weights(self) -> dict[str, tuple[int, ...]]:
+        """Weights that one unit adds, for each axis and layer."""
+        return {axis: tuple(layer[axis].weights_per_unit for layer in self.layers) for axis in self.family.axes}
 
     def layer_weights(self, subnet: Subnet) -> int:
         """Weights of the elastic projections that `subnet` keeps; embeddings, norms and closing biases apart."""
-        return sum(
-            neurons * layer.mlp.weights_per_unit + kv_groups * layer.attention.weights_per_unit
-            for layer, neurons, kv_groups in zip(self.layers, subnet.neurons, subnet.kv_groups, strict=True)
-        )
+        return sum(subnet[axis][layer] * sub.weights_per_unit for layer, axis, sub in self.sub_layers())
 
     def fingerprint(self) -> str:
         """A hash that tells this model's weights from another's, in whatever type they are: of signs, and its sizes."""
         digest = hashlib.sha256(repr((self.config.model_type, self.search_space)).encode())
         for layer in (self.layers[0], self.layers[-1]):
-            for sub in (layer.mlp, layer.attention):
+            for sub in layer.subs.values():
                 digest.update(sub.closes.weight.detach().signbit().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
@@ -248,16 +267,22 @@ def _layers(lm: PreTrainedModel, family: Family) -> list[nn.Module]:
 
 
 def _make_layer_elastic(layer: nn.Module, family: Family, config: Any) -> ElasticLayer:
-    neurons = layer.get_submodule(family.mlp.closes).get_parameter("weight").numel() // config.hidden_size
-    kv_groups = getattr(config, family.attention.config_keys[0])
-    heads = config.num_attention_heads // kv_groups
-    return ElasticLayer(
-        module=layer,
-        mlp=_make_sub_layer_elastic(layer, family.mlp, Width(neurons), heads_per_unit=1, gives_weights=False),
-        attention=_make_sub_layer_elastic(
-            layer, family.attention, Width(kv_groups), heads_per_unit=heads, gives_weights=True
-        ),
-    )
+    subs = {}
+    for name, axis in family.axes.items():
+        units, heads = _units(layer, axis, config, attends=name == "kv_groups")
+        gives_weights = name == "kv_groups"  # an attention returns (output, weights)
+        subs[name] = _make_sub_layer_elastic(
+            layer, axis, Width(units), heads_per_unit=heads, gives_weights=gives_weights
+        )
+    return ElasticLayer(layer, subs)
+
+
+def _units(layer: nn.Module, axis: Axis, config: Any, *, attends: bool) -> tuple[int, int]:
+    """Units of a sub-layer, and query heads of each (1 for neurons)."""
+    if not attends:
+        return layer.get_submodule(axis.closes).get_parameter("weight").numel() // config.hidden_size, 1
+    kv_groups = getattr(config, axis.config_keys[0])
+    return kv_groups, config.num_attention_heads // kv_groups
 
 
 def _make_sub_layer_elastic(
@@ -273,6 +298,5 @@ def _make_sub_layer_elastic(
 
 
 def _check_fits(space: SearchSpace, sizes: dict[str, int]) -> None:
-    wanted = {"layers": space.layers, "neurons": space.neurons[-1], "kv_groups": space.kv_groups[-1]}
-    if wanted != sizes:
-        raise ValueError(f"this search space is for a model with {wanted}; this one has {sizes}.")
+    if space.sizes != sizes:
+        raise ValueError(f"this search space is for a model with {space.sizes}; this one has {sizes}.")

@@ -8,7 +8,7 @@ from flextron.errors import ExportError
 from flextron.exporting.cutting import refuse_odd_heads
 from flextron.exporting.gguf.file import MAGIC, GgufReport, export_gguf, refuse_in_gguf
 from flextron.exporting.hf import ExportReport, check_not_elastic, export
-from flextron.subnet import Subnet
+from flextron.subnet import AXES, Subnet
 
 __all__ = ["ExportReport", "GgufReport", "can_state", "check_free", "export", "export_gguf", "refuse_in_gguf"]
 
@@ -35,4 +35,4 @@ def can_state(model: ElasticModel, subnet: Subnet, *, to: str, quantize: str) ->
             refuse_odd_heads(model, subnet)
     except ExportError:
         return False
-    return 0 not in (*subnet.neurons, *subnet.kv_groups)
+    return not any(0 in subnet[axis] for axis in AXES)

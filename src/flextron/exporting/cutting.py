@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from flextron.elastic.model import ElasticLayer, ElasticModel, SubLayer
+from flextron.elastic.model import ElasticModel, SubLayer
 from flextron.errors import ExportError
 from flextron.subnet import Subnet
 
@@ -13,9 +13,12 @@ Sizes = dict[str, int]
 """Config field -> value, of one layer."""
 
 
-def layer_sizes(layer: ElasticLayer, neurons: int, kv_groups: int) -> Sizes:
-    """Config fields of one layer at these widths."""
-    return {**axis_sizes(layer.mlp, neurons), **axis_sizes(layer.attention, kv_groups)}
+def layer_sizes(model: ElasticModel, subnet: Subnet) -> list[Sizes]:
+    """Config fields of every layer at the widths of `subnet`."""
+    sizes: list[Sizes] = [{} for _ in model.layers]
+    for layer, axis, sub_layer in model.sub_layers():
+        sizes[layer] |= axis_sizes(sub_layer, subnet[axis][layer])
+    return sizes
 
 
 def axis_sizes(sub_layer: SubLayer, units: int) -> Sizes:
@@ -28,9 +31,8 @@ def cut_state(model: ElasticModel, subnet: Subnet) -> dict[str, torch.Tensor]:
     """The state dict of the full model, cut to `subnet`."""
     state: dict[str, torch.Tensor] = model.lm.state_dict()
     with model.use(subnet):
-        for index, layer in enumerate(model.layers):
-            for sub_layer in (layer.mlp, layer.attention):
-                _cut(state, f"{model.family.layers}.{index}.", sub_layer)
+        for layer, _, sub_layer in model.sub_layers():
+            _cut(state, f"{model.family.layers}.{layer}.", sub_layer)
     return state
 
 
@@ -61,12 +63,11 @@ def _rows(projection: nn.Module) -> int:
 def parameters_asked(model: ElasticModel, subnet: Subnet) -> int:
     """The full model's parameters less the units left out; a sub-layer of width 0 leaves out all it has."""
     dropped = model.layer_weights(model.search_space.full) - model.layer_weights(subnet)
-    for layer, neurons, kv_groups in zip(model.layers, subnet.neurons, subnet.kv_groups, strict=True):
-        for sub_layer, units in ((layer.mlp, neurons), (layer.attention, kv_groups)):
-            if not units:
-                module = layer.module.get_submodule(sub_layer.axis.module)
-                dropped += sum(p.numel() for p in module.parameters())
-                dropped -= sub_layer.width.full * sub_layer.weights_per_unit
+    for layer, axis, sub_layer in model.sub_layers():
+        if not subnet[axis][layer]:
+            module = model.layers[layer].module.get_submodule(sub_layer.axis.module)
+            dropped += sum(p.numel() for p in module.parameters())
+            dropped -= sub_layer.width.full * sub_layer.weights_per_unit
     return int(model.lm.num_parameters()) - dropped
 
 

@@ -126,10 +126,7 @@ def export(
 
 def _build(model: ElasticModel, subnet: Subnet) -> PreTrainedModel:
     """The exported model; its weights are views of the elastic model's."""
-    sizes = [
-        layer_sizes(layer, neurons, kv_groups)
-        for layer, neurons, kv_groups in zip(model.layers, subnet.neurons, subnet.kv_groups, strict=True)
-    ]
+    sizes = layer_sizes(model, subnet)
     state = cut_state(model, subnet)
     config = _plain_config(model, sizes) if subnet.is_uniform and all(sizes[0].values()) else None
     lm_class = type(model.lm)

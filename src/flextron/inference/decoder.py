@@ -53,7 +53,7 @@ def _has_plain_projections(layer: ElasticLayer) -> bool:
     """Whether the projections are in their places, not wrapped by adapters, and are no other kind of Linear."""
     return all(
         type(projection) in (OpeningLinear, ClosingLinear) and layer.module.get_submodule(path) is projection
-        for sub in (layer.mlp, layer.attention)
+        for sub in layer.subs.values()
         for path, projection in zip((*sub.axis.opens, sub.axis.closes), (*sub.opens, sub.closes), strict=True)
     )
 
@@ -196,7 +196,7 @@ class _Places(NamedTuple):
     @classmethod
     def of_model(cls, model: ElasticModel) -> _Places:
         first, size = model.layers[0], model.config.hidden_size
-        widest = max(sum(len(opens.weight) for opens in sub.opens) for sub in (first.mlp, first.attention))
+        widest = max(sum(len(opens.weight) for opens in sub.opens) for sub in first.subs.values())
         sizes = (size, size, widest, first.attention.closing_size)
         return cls(*(torch.empty(size, dtype=model.dtype) for size in sizes))
 

@@ -53,7 +53,7 @@ class TokenWidths:
         """
         for subnet in subnets:
             model.search_space.check(subnet)
-        neurons, kv_groups = (torch.tensor([getattr(subnet, axis) for subnet in subnets]).T[..., None] for axis in AXES)
+        neurons, kv_groups = (torch.tensor([subnet[axis] for subnet in subnets]).T[..., None] for axis in AXES)
         return cls(neurons, kv_groups, torch.full_like(kv_groups, model.layers[0].attention.heads_per_unit))
 
     def check(self, model: ElasticModel) -> None:
@@ -105,7 +105,7 @@ def use_token_widths(model: ElasticModel, widths: TokenWidths, *, masked: bool =
 @contextmanager
 def running(model: ElasticModel, runs: Sequence[tuple[Forward, Forward]]) -> Iterator[None]:
     """Let the MLP and the attention of every layer be run by these inside the block."""
-    widths = [sub.width for layer in model.layers for sub in (layer.mlp, layer.attention)]
+    widths = [sub.width for _, _, sub in model.sub_layers()]
     before = [width.run for width in widths]
     for width, run in zip(widths, (run for pair in runs for run in pair), strict=True):
         width.run = run

@@ -35,15 +35,15 @@ def text_drawing(subnet: Subnet, space: SearchSpace) -> str:
 
 
 def _lines(subnet: Subnet, space: SearchSpace) -> list[str]:
-    sizes = {axis: min(_BARS[axis], getattr(space, axis)[-1]) for axis in AXES}
-    digits = {axis: len(str(getattr(space, axis)[-1])) for axis in AXES}
+    sizes = {axis: min(_BARS[axis], space[axis][-1]) for axis in AXES}
+    digits = {axis: len(str(space[axis][-1])) for axis in AXES}
     columns = {axis: max(sizes[axis] + 1 + digits[axis], len(NAMES[axis])) for axis in AXES}
     header = "  ".join(["layer", *(NAMES[axis].ljust(columns[axis]) for axis in AXES)])
     lines = []
     for layer in range(subnet.layers):
         cells = []
         for axis in AXES:
-            width, full = getattr(subnet, axis)[layer], getattr(space, axis)[-1]
+            width, full = subnet[axis][layer], space[axis][-1]
             cells.append(f"{_bar(width, full, sizes[axis])} {width:>{digits[axis]}}".ljust(columns[axis]))
         lines.append("  ".join([f"{layer:>5}", *cells]))
     return [header, *lines]
@@ -62,10 +62,8 @@ def _rows(subnet: Subnet, space: SearchSpace) -> list[str]:
         end = min(start + COLUMNS, subnet.layers)
         lines.append(f"layers {start} to {end - 1}: # full, 1 to 9 tenths, . skipped")
         for axis in AXES:
-            full = getattr(space, axis)[-1]
-            lines.append(
-                f"{NAMES[axis]:<{label}}  " + "".join(_tenths(w, full) for w in getattr(subnet, axis)[start:end])
-            )
+            full = space[axis][-1]
+            lines.append(f"{NAMES[axis]:<{label}}  " + "".join(_tenths(w, full) for w in subnet[axis][start:end]))
     return lines
 
 
@@ -88,8 +86,8 @@ def widths_figure(subnets: Mapping[str, Subnet], space: SearchSpace, title: str)
         space.check(subnet)
     figure = Figure(figsize=(11, 2.6 + 0.4 * len(subnets)), layout="constrained")
     for axes, axis in zip(figure.subplots(2, 1), AXES, strict=True):
-        full = getattr(space, axis)[-1]
-        shares = [[100 * width / full for width in getattr(subnet, axis)] for subnet in subnets.values()]
+        full = space[axis][-1]
+        shares = [[100 * width / full for width in subnet[axis]] for subnet in subnets.values()]
         image = axes.imshow(shares, aspect="auto", cmap="viridis", vmin=0, vmax=100)
         axes.set_yticks(range(len(subnets)), list(subnets))
         axes.set(title=f"{NAMES[axis]} kept, % of {full}", xlabel="layer", ylabel="budget")

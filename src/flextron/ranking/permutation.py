@@ -46,13 +46,7 @@ def permute(model: ElasticModel, ranking: Ranking) -> None:
     Raises:
         ValueError: not a permutation of this model's units; nothing was moved.
     """
-    first = model.layers[0]
-    ranking.check(
-        layers=len(model.layers),
-        neurons=first.mlp.width.full,
-        kv_groups=first.attention.width.full,
-        query_heads=first.attention.heads_per_unit,
-    )
+    ranking.check(**model.search_space.sizes, query_heads=model.layers[0].attention.heads_per_unit)
     for index, layer in enumerate(model.layers):
         _permute_sub_layer(layer.mlp, ranking.neurons[index].long())
         _permute_sub_layer(layer.attention, ranking.kv_groups[index].long(), ranking.query_heads[index].long())

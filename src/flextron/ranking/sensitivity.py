@@ -68,16 +68,15 @@ class Sensitivity:
         subnet = space.full
         for step in sorted(self._steps(), key=lambda step: (step.price, -step.down_to)):
             excess = self._weights(subnet) - share * total
-            widths = list(getattr(subnet, step.axis))
+            kept = subnet[step.axis][step.layer]
             if excess <= 0:
                 break
-            if widths[step.layer] <= step.down_to:  # rounding can put a lower step of nearly the same price first
+            if kept <= step.down_to:  # rounding can put a lower step of nearly the same price first
                 continue
-            choices = [width for width in getattr(space, step.axis) if step.down_to <= width < widths[step.layer]]
+            choices = [width for width in space[step.axis] if step.down_to <= width < kept]
             unit = self.unit_weights[step.axis][step.layer]
-            enough = [width for width in choices if (widths[step.layer] - width) * unit >= excess]
-            widths[step.layer] = max(enough, default=step.down_to)
-            subnet = replace(subnet, **{step.axis: tuple(widths)})
+            enough = [width for width in choices if (kept - width) * unit >= excess]
+            subnet = subnet.with_width(step.axis, step.layer, max(enough, default=step.down_to))
         return subnet
 
     def share(self, subnet: Subnet) -> float:
@@ -86,7 +85,7 @@ class Sensitivity:
 
     def _steps(self) -> Iterator[_Step]:
         for axis in AXES:
-            choices = np.array(getattr(self.search_space, axis))
+            choices = np.array(self.search_space[axis])
             for layer, increases in enumerate(self.increases[axis]):
                 losses = np.interp(choices, self.widths[axis], np.maximum.accumulate(increases[::-1])[::-1])
                 corners = _lower_hull(choices, losses)
@@ -96,9 +95,7 @@ class Sensitivity:
 
     def _weights(self, subnet: Subnet) -> int:
         return sum(
-            width * unit
-            for axis in AXES
-            for width, unit in zip(getattr(subnet, axis), self.unit_weights[axis], strict=True)
+            width * unit for axis in AXES for width, unit in zip(subnet[axis], self.unit_weights[axis], strict=True)
         )
 
     def save(self, folder: str | Path) -> None:
@@ -165,7 +162,7 @@ def measure_sensitivity(model: ElasticModel, blocks: TokenBlocks, *, show: bool 
     computed again: their outputs are kept, batch by batch.
     """
     space = model.search_space
-    widths = {"neurons": _quarters(space.neurons), "kv_groups": space.kv_groups}
+    widths = {**{axis: space[axis] for axis in AXES}, "neurons": _quarters(space.neurons)}
     halves = [half for half in blocks.tokens.tensor_split(2) if len(half)]
     steps = sum(len(_batches(half)) for half in halves) * space.layers
     with bar(steps, description="sensitivity", show=show) as advance, torch.inference_mode():
@@ -174,10 +171,7 @@ def measure_sensitivity(model: ElasticModel, blocks: TokenBlocks, *, show: bool 
             search_space=space,
             widths=widths,
             increases=_frozen(increases),
-            unit_weights={
-                "neurons": tuple(layer.mlp.weights_per_unit for layer in model.layers),
-                "kv_groups": tuple(layer.attention.weights_per_unit for layer in model.layers),
-            },
+            unit_weights=model.unit_weights,
             tokens=blocks.predicted_tokens,
             text=blocks.text,
         )
@@ -236,9 +230,8 @@ def _frozen(increases: dict[str, np.ndarray[Any, Any]]) -> dict[str, tuple[tuple
 def _changes(around: Subnet, widths: dict[str, tuple[int, ...]], layer: int) -> Iterator[tuple[str, int, Subnet]]:
     """`around` with every width of one layer, axis by axis."""
     for axis in AXES:
-        rest = getattr(around, axis)
         for index, width in enumerate(widths[axis]):
-            yield axis, index, replace(around, **{axis: (*rest[:layer], width, *rest[layer + 1 :])})
+            yield axis, index, around.with_width(axis, layer, width)
 
 
 def full_predictions(model: ElasticModel, tokens_BT: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Sub-networks and costs as arrays: one row for each sub-layer, one column for each of its choices.
 
-Shapes: S = 2 L sub-layers (the MLPs of all layers, then their attentions), K the most choices that one of them has.
+Shapes: S sub-layers (all layers' on the first axis, then on the next), K the most choices that one of them has.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Mask = NDArray[np.bool_]
 
 def choice_counts(space: SearchSpace) -> Indices:
     """Number of choices of each sub-layer, [S]."""
-    return np.repeat([len(getattr(space, axis)) for axis in AXES], space.layers)
+    return np.repeat([len(space[axis]) for axis in AXES], space.layers)
 
 
 def allowed(space: SearchSpace) -> Mask:
@@ -37,19 +37,19 @@ def to_indices(space: SearchSpace, subnets: Sequence[Subnet]) -> Indices:
     Raises:
         SubnetError: one is not in the search space.
     """
-    places = {axis: {width: place for place, width in enumerate(getattr(space, axis))} for axis in AXES}
+    places = {axis: {width: place for place, width in enumerate(space[axis])} for axis in AXES}
     for subnet in subnets:
         space.check(subnet)
     return np.array(
-        [[places[axis][width] for axis in AXES for width in getattr(subnet, axis)] for subnet in subnets],
+        [[places[axis][width] for axis in AXES for width in subnet[axis]] for subnet in subnets],
         dtype=np.int64,
-    ).reshape(len(subnets), 2 * space.layers)
+    ).reshape(len(subnets), len(AXES) * space.layers)
 
 
 def to_subnet(space: SearchSpace, indices_S: Indices) -> Subnet:
     """The sub-network that makes these choices."""
-    neurons, kv_groups = np.split(indices_S, 2)
-    return Subnet(tuple(space.neurons[i] for i in neurons), tuple(space.kv_groups[i] for i in kv_groups))
+    indices = dict(zip(AXES, np.split(indices_S, len(AXES)), strict=True))
+    return Subnet(**{axis: tuple(space[axis][place] for place in indices[axis]) for axis in AXES})
 
 
 def usable(space: SearchSpace, neuron_step: int | None = None) -> Mask:
@@ -84,7 +84,7 @@ def as_matrix(space: SearchSpace, rows: dict[str, Any]) -> Floats:
 
 def cost_matrix(table: CostTable) -> Floats:
     """Cost of each choice, [S, K], without the fixed part."""
-    return as_matrix(table.search_space, {axis: getattr(table, axis) for axis in AXES})
+    return as_matrix(table.search_space, {axis: table[axis] for axis in AXES})
 
 
 def increase_matrix(sensitivity: Sensitivity) -> Floats:
@@ -92,7 +92,7 @@ def increase_matrix(sensitivity: Sensitivity) -> Floats:
     space = sensitivity.search_space
     rows = {
         axis: [
-            np.interp(getattr(space, axis), sensitivity.widths[axis], np.maximum.accumulate(row[::-1])[::-1])
+            np.interp(space[axis], sensitivity.widths[axis], np.maximum.accumulate(row[::-1])[::-1])
             for row in map(np.array, sensitivity.increases[axis])
         ]
         for axis in AXES
@@ -104,10 +104,7 @@ def parts_left_out(space: SearchSpace) -> Floats:
     """Which part of a sub-layer each choice leaves out, 0 to 1, [S, K]."""
     return as_matrix(
         space,
-        {
-            axis: [[1 - width / getattr(space, axis)[-1] for width in getattr(space, axis)]] * space.layers
-            for axis in AXES
-        },
+        {axis: [[1 - width / space[axis][-1] for width in space[axis]]] * space.layers for axis in AXES},
     )
 
 

@@ -271,9 +271,8 @@ def _trained_parameters(model: ElasticModel, config: TrainConfig) -> int:
 
 
 def _projections(model: ElasticModel) -> Iterator[Projection]:
-    for layer in model.layers:
-        for sub in (layer.mlp, layer.attention):
-            yield from (*sub.opens, sub.closes)
+    for _, _, sub in model.sub_layers():
+        yield from (*sub.opens, sub.closes)
 
 
 def _copies(model: ElasticModel, teacher: ElasticModel | None, arithmetic: torch.dtype, processes: int) -> int:
@@ -324,7 +323,7 @@ def _activations_of_layer(
         2 * sum(opening.matrix().shape[0] for opening in layer.mlp.opens)
         + 4 * layer.attention.closing_size
         + block_tokens * (1 if fused else 3 * model.config.num_attention_heads)
-        + hidden * (len(layer.mlp.opens) + len(layer.attention.opens) if casts else 2)
+        + hidden * (sum(len(sub.opens) for sub in layer.subs.values()) if casts else 2)
     )
     norms = [p for name, p in layer.module.named_parameters() if p.ndim == 1 and name.endswith("weight")]
     normed = sum(hidden if norm.numel() == hidden else layer.attention.closing_size for norm in norms)

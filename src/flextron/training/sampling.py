@@ -161,11 +161,7 @@ def even_sensitivity(model: ElasticModel) -> Sensitivity:
     They lead to nearly equal widths. Attention costs ATTENTION_PRICE times as much as the MLP, weight by weight.
     """
     space = model.search_space
-    widths = {"neurons": space.neurons, "kv_groups": space.kv_groups}
-    unit_weights = {
-        "neurons": tuple(layer.mlp.weights_per_unit for layer in model.layers),
-        "kv_groups": tuple(layer.attention.weights_per_unit for layer in model.layers),
-    }
+    widths, unit_weights = {axis: space[axis] for axis in AXES}, model.unit_weights
     increases = {
         axis: tuple(
             tuple(price * (1 - width / widths[axis][-1]) ** 2 * unit * widths[axis][-1] for width in widths[axis])

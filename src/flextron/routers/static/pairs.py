@@ -14,7 +14,7 @@ from flextron.data.blocks import TokenBlocks, batch_tokens
 from flextron.elastic.model import ElasticModel
 from flextron.errors import RouterError
 from flextron.ranking.sensitivity import full_predictions, mixed_loss
-from flextron.subnet import Subnet
+from flextron.subnet import AXES, Subnet
 
 VERSION = 1
 FOLDER = "routers"
@@ -94,7 +94,7 @@ class Pairs:
             found = json.loads(lines[0])
             whole = [line for line in lines[1:] if line.endswith("\n")]
             for pair in map(json.loads, whole):
-                self.subnets.append(Subnet(pair["neurons"], pair["kv_groups"]))
+                self.subnets.append(Subnet(**{axis: pair[axis] for axis in AXES}))
                 self.losses.append(float(pair["loss"]))
         except (OSError, ValueError, IndexError, KeyError, TypeError) as error:
             raise RouterError(
@@ -115,7 +115,7 @@ class Pairs:
         self.subnets.append(subnet)
         self.losses.append(loss)
         with self.file.open("a", encoding="utf8") as file:
-            pair = {"neurons": subnet.neurons, "kv_groups": subnet.kv_groups, "loss": loss}
+            pair = {**{axis: subnet[axis] for axis in AXES}, "loss": loss}
             file.write(json.dumps(pair) + "\n")
 
     def measured(self) -> dict[Subnet, float]:

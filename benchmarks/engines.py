@@ -26,7 +26,7 @@ from flextron import ElasticModel, Subnet, export_gguf, route
 from flextron.choosing.baselines import equal_widths_within
 from flextron.costs.pricing import Ceiling, formula_table
 from flextron.elastic.checkpoint import quiet_transformers
-from flextron.exporting import can_state
+from flextron.exporting.exporters import GgufExporter
 from flextron.exporting.gguf.comparing import real_text
 from flextron.exporting.gguf.engine import EngineTimes, LlamaCpp
 from model import write_results
@@ -99,7 +99,7 @@ def _subnets(model: ElasticModel, quantize: str, settings: Settings) -> dict[str
         ceiling = Ceiling(table, table.price(per_layer), budget)
         found[f"{budget} per layer"] = per_layer
         found[f"{budget} equal"] = equal_widths_within(
-            [ceiling], lambda subnet: can_state(model, subnet, to="gguf", quantize=quantize)
+            [ceiling], lambda subnet: GgufExporter(quantize).can_state(model, subnet)
         )
     return found
 

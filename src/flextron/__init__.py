@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from flextron.demo.quickstart import quickstart
     from flextron.errors import FlextronError
     from flextron.evaluation import Evaluation, evaluate
-    from flextron.exporting import ExportReport, GgufReport, export, export_gguf
+    from flextron.exporting.gguf.file import GgufReport, export_gguf
+    from flextron.exporting.hf import ExportReport, export
     from flextron.generation import generate
     from flextron.inference.per_token import TokenWidths, use_token_widths
     from flextron.inference.speculative import Draft, draft_model
@@ -115,10 +116,10 @@ _HOMES = {
     "Draft": "inference.speculative",
     "draft_model": "inference.speculative",
     "generate": "generation",
-    "ExportReport": "exporting",
-    "GgufReport": "exporting",
-    "export": "exporting",
-    "export_gguf": "exporting",
+    "ExportReport": "exporting.hf",
+    "GgufReport": "exporting.gguf.file",
+    "export": "exporting.hf",
+    "export_gguf": "exporting.gguf.file",
     "TaskResult": "tasks.results",
     "evaluate_tasks": "tasks.harness",
     "quickstart": "demo.quickstart",

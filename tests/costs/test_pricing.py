@@ -8,11 +8,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 import tiny
+from flextron import export
 from flextron.budget import Budget, Limit
 from flextron.costs.pricing import FORMULAS, Ceiling, ceilings, check_possible, format_cost, formula_table, meets
 from flextron.costs.table import CostTable, linear_table
 from flextron.errors import BudgetError, CostError, SubnetError
-from flextron.exporting import export
 from flextron.model import ElasticModel
 from flextron.subnet import SearchSpace, Subnet
 

@@ -12,13 +12,12 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import tiny
-from flextron import cli
+from flextron import cli, export_gguf
 from flextron.costs.latency import measure_latency
 from flextron.costs.saved import LLAMA_CPP, find_table, save_table
 from flextron.costs.table import CostTable
 from flextron.demo.quickstart import smollm2_path
 from flextron.errors import CheckpointError, ExportError
-from flextron.exporting import export_gguf
 from flextron.exporting.gguf import comparing, dialects
 from flextron.exporting.gguf import file as gguf_file
 from flextron.exporting.gguf.quantization import SCHEMES

@@ -20,13 +20,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from flextron import ExportReport, export
 from flextron.costs.latency import measure_latency
 from flextron.costs.saved import save_table
 from flextron.data.blocks import load_blocks
 from flextron.elastic import per_layer
 from flextron.elastic.families import FAMILIES
 from flextron.errors import CheckpointError, ExportError, SubnetError
-from flextron.exporting import ExportReport, cutting, export, hf
+from flextron.exporting import cutting, hf
 from flextron.model import ElasticModel
 from flextron.ranking.permutation import rank
 from flextron.subnet import Subnet

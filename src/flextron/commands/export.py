@@ -9,34 +9,32 @@ from flextron.config import ExportConfig
 from flextron.errors import BudgetError
 
 if TYPE_CHECKING:
+    from flextron.exporting.exporters import Exporter
     from flextron.model import ElasticModel
     from flextron.subnet import Subnet
 
 
 def run(config: ExportConfig) -> None:
     """Write a sub-network as a model of its own."""
-    from flextron.exporting import check_free, export, export_gguf
+    from flextron.exporting.exporters import EXPORTERS
 
-    check_free(config.out, to=config.to, overwrite=config.overwrite)
+    exporter = EXPORTERS[config.to](config)
+    exporter.check_free(config.out, overwrite=config.overwrite)
     model = shared.load(config)
-    subnet = _to_export(model, config)
-    how: dict[str, Any] = {"overwrite": config.overwrite, "verify": config.verify}
-    if config.to == "gguf":
-        print(export_gguf(model, subnet, config.out, quantize=config.quantize, **how))
-    else:
-        print(export(model, subnet, config.out, remote_code=config.remote_code, **how))
+    subnet = _to_export(model, config, exporter)
+    print(exporter.write(model, subnet, config.out, overwrite=config.overwrite, verify=config.verify))
 
 
-def _to_export(model: ElasticModel, config: ExportConfig) -> Subnet:
+def _to_export(model: ElasticModel, config: ExportConfig, exporter: Exporter) -> Subnet:
     """The sub-network that --subnet, --budget and --equal-widths ask for."""
+    how: dict[str, Any] = {**exporter.table_engine, "neuron_step": config.neuron_step}
     if not config.equal_widths:
-        return shared.chosen(model, config)
+        return shared.chosen(model, config, **how)
     from flextron.choosing.baselines import equal_widths_within
     from flextron.costs.pricing import Ceiling, formula_table
-    from flextron.exporting import can_state, refuse_in_gguf
 
     if config.budget is not None:
-        limits = shared.routed(model, config.budget, config).ceilings
+        limits = shared.routed(model, config.budget, config, **how).ceilings
     else:
         table = formula_table(model, "parameters")
         limits = (Ceiling(table, table.price(shared.chosen(model, config)), f"the parameters of {config.subnet}"),)
@@ -45,11 +43,10 @@ def _to_export(model: ElasticModel, config: ExportConfig) -> Subnet:
     def fits(subnet: Subnet) -> bool:
         neurons = subnet.neurons[0]
         rounded = neurons % step == 0 or neurons == model.search_space.neurons[-1]
-        return rounded and can_state(model, subnet, to=config.to, quantize=config.quantize)
+        return rounded and exporter.can_state(model, subnet)
 
     try:
         return equal_widths_within(limits, fits)
     except BudgetError:
-        if config.to == "gguf":  # no widths at all can be stated: say why
-            refuse_in_gguf(model, model.search_space.full, config.quantize)
+        exporter.check_states(model, model.search_space.full)  # where no widths at all can be stated, says why
         raise

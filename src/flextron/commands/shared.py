@@ -42,13 +42,13 @@ def note(text: str) -> None:
     print(f"note: {text}", file=sys.stderr)
 
 
-def chosen(model: ElasticModel, config: GenerateConfig | ExportConfig) -> Subnet:
-    """The sub-network that --subnet or --budget asks for."""
+def chosen(model: ElasticModel, config: GenerateConfig | ExportConfig, **how: Any) -> Subnet:
+    """The sub-network that --subnet or --budget asks for; `how` goes to `flextron.route`."""
     from flextron.choosing.choice import choose
 
     if config.budget is None:
         return choose(model, config.subnet, config.model)
-    return within(model, config.budget, config)
+    return within(model, config.budget, config, **how)
 
 
 def tokens_within(model: ElasticModel, budget: str, config: GenerateConfig | EvaluateConfig) -> TokenRouting:
@@ -69,22 +69,20 @@ def show_usage(model: ElasticModel, routing: TokenRouting, text: str, budget: st
     print(f"\n{usage_text(usage)}\nwrote {file}", file=sys.stderr)
 
 
-def within(model: ElasticModel, budget: str, config: GenerateConfig | ExportConfig | EvaluateConfig) -> Subnet:
+def within(
+    model: ElasticModel, budget: str, config: GenerateConfig | ExportConfig | EvaluateConfig, **how: Any
+) -> Subnet:
     """The best sub-network within a budget; notes go to standard error."""
-    answer = routed(model, budget, config)
+    answer = routed(model, budget, config, **how)
     for text in answer.notes:
         note(text)
     return answer.subnet
 
 
-def routed(model: ElasticModel, budget: str, config: GenerateConfig | ExportConfig | EvaluateConfig) -> Routed:
-    """The answer to a budget; warnings go to standard error."""
+def routed(
+    model: ElasticModel, budget: str, config: GenerateConfig | ExportConfig | EvaluateConfig, **how: Any
+) -> Routed:
+    """The answer to a budget; warnings go to standard error, `how` to `flextron.route`."""
     from flextron.choosing.routing import route
-    from flextron.costs.saved import LLAMA_CPP
 
-    how: dict[str, Any] = {"any_device": config.any_device, "warn": note}
-    if isinstance(config, ExportConfig):
-        how["neuron_step"] = config.neuron_step
-        if config.to == "gguf":
-            how |= {"engine": LLAMA_CPP, "quantization": config.quantize}
-    return route(model, budget, config.model, **how)
+    return route(model, budget, config.model, any_device=config.any_device, warn=note, **how)

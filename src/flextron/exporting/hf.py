@@ -20,8 +20,8 @@ from flextron.elastic.families import Axis
 from flextron.elastic.model import ElasticModel
 from flextron.errors import CheckpointError, ExportError
 from flextron.exporting.card import CARD, model_card
+from flextron.exporting.checking import evaluating, real_text
 from flextron.exporting.cutting import Sizes, axis_sizes, cut_state, layer_sizes, parameters_asked, refuse_odd_heads
-from flextron.exporting.gguf.comparing import evaluating, real_text
 from flextron.subnet import Subnet
 
 REMOTE_CODE_FILE = "modeling_flextron.py"

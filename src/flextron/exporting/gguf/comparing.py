@@ -6,18 +6,15 @@ Shapes: T time, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from flextron.data.blocks import documents
 from flextron.elastic.model import ElasticModel
 from flextron.errors import ExportError, FlextronError
+from flextron.exporting.checking import evaluating, real_text
 from flextron.exporting.gguf.engine import LlamaCpp
 from flextron.subnet import Subnet
 
@@ -25,8 +22,6 @@ POSITIONS = 64
 """Next tokens that an export compares."""
 GREEDY_TOKENS = 16
 _PROMPT_TOKENS = 16
-_CHARACTERS_PER_TOKEN = 16
-"""More than any tokenizer's average, so that a text has enough of them."""
 _LEAST_AGREEMENT = 0.5
 """Of quantised weights, whose next tokens differ here and there."""
 _TOLERANCES = {"F32": 1e-2, "F16": 0.2, "BF16": 1.0}
@@ -86,17 +81,6 @@ def check_in_llamacpp(
     return _compare(model, subnet, tokens, found, written, kind)
 
 
-def real_text(tokenizer: PreTrainedTokenizerBase, count: int) -> tuple[str, list[int]]:
-    """The beginning of the sample's text, and its first `count` tokens."""
-    text = ""
-    for document in documents("sample/validation"):
-        text += document
-        if len(text) >= _CHARACTERS_PER_TOKEN * count:
-            break
-    text = text[: _CHARACTERS_PER_TOKEN * count]
-    return text, tokenizer(text, add_special_tokens=False).input_ids[:count]
-
-
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, engine: LlamaCpp, text: str) -> None:
     wanted = tokenizer(text, add_special_tokens=False).input_ids
     found = engine.tokenize(text)
@@ -152,14 +136,3 @@ def _compare(
             "likely. Nothing was kept; please report it."
         )
     return check
-
-
-@contextmanager
-def evaluating(lm: nn.Module) -> Iterator[None]:
-    """Without dropout inside the block."""
-    training = lm.training
-    lm.eval()
-    try:
-        yield
-    finally:
-        lm.train(training)

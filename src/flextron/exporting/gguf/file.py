@@ -119,7 +119,7 @@ def export_gguf(
         )
 
 
-def refuse_in_gguf(model: ElasticModel, subnet: Subnet, quantize: str) -> None:
+def check_states_in_gguf(model: ElasticModel, subnet: Subnet, quantize: str) -> None:
     """Pass if a GGUF file can state `subnet` in this quantisation.
 
     Raises:

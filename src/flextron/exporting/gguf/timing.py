@@ -16,7 +16,7 @@ from flextron.costs.saved import LLAMA_CPP
 from flextron.elastic.model import ElasticModel
 from flextron.environment import describe_device
 from flextron.errors import ExportError
-from flextron.exporting.gguf.comparing import real_text
+from flextron.exporting.checking import real_text
 from flextron.exporting.gguf.dialects import context_length, states_unequal_layers
 from flextron.exporting.gguf.engine import LlamaCpp
 from flextron.exporting.gguf.file import export_gguf

@@ -1,0 +1,36 @@
+"""What every engine's export is checked with: a real text, and a model without dropout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from flextron.data.blocks import documents
+
+_CHARACTERS_PER_TOKEN = 16
+"""More than any tokenizer's average, so that a text has enough of them."""
+
+
+def real_text(tokenizer: PreTrainedTokenizerBase, count: int) -> tuple[str, list[int]]:
+    """The beginning of the sample's text, and its first `count` tokens."""
+    text = ""
+    for document in documents("sample/validation"):
+        text += document
+        if len(text) >= _CHARACTERS_PER_TOKEN * count:
+            break
+    text = text[: _CHARACTERS_PER_TOKEN * count]
+    return text, tokenizer(text, add_special_tokens=False).input_ids[:count]
+
+
+@contextmanager
+def evaluating(lm: nn.Module) -> Iterator[None]:
+    """Without dropout inside the block."""
+    training = lm.training
+    lm.eval()
+    try:
+        yield
+    finally:
+        lm.train(training)

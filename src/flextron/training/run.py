@@ -23,10 +23,8 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
 
-from flextron.choosing.choice import choose
 from flextron.config import TrainConfig
 from flextron.costs.saved import find_table
-from flextron.data.blocks import TokenBlocks, load_blocks
 from flextron.data.corpus import Corpus
 from flextron.elastic.adapters import merge_adapters
 from flextron.elastic.model import ElasticModel
@@ -37,22 +35,19 @@ from flextron.routers.static.making import keep_router, remake_router
 from flextron.routers.static.router import Router, metrics_with_router
 from flextron.routers.token.learning import TokenRouterAbout
 from flextron.routers.token.making import has_token_router, load_token_router, remake_token_router
-from flextron.subnet import Subnet
 from flextron.training.distillation import make_distiller
 from flextron.training.estimate import check_processes
 from flextron.training.folder import RunFolder
+from flextron.training.held_out import HeldOut, summary
 from flextron.training.optimizer import adamw, schedule
-from flextron.training.sampling import TokenRouterInUse, Visit, even_sensitivity, make_sampler
+from flextron.training.sampling import TokenRouterInUse, Visit, make_sampler
 from flextron.training.sharding import device_of, is_sharded, make_accelerator, on_first, shard, total, whole_weights
 from flextron.training.snapshot import latest_snapshot, load_snapshot, save_snapshot
 from flextron.training.watching import Bar, numbers, stop_signals
 
 LOSSES = ("loss", "divergence", "cross_entropy")
-HELD_OUT_TOKENS = 2048
 JUMP = 10
 """Times the usual norm of the gradient that is worth a warning."""
-WORSE_NATS = 0.01
-"""Rise of the full model's held-out loss that is worth a warning."""
 
 
 def train(config: TrainConfig) -> Path:
@@ -121,15 +116,13 @@ class TrainingRun:
         )
         self.corpus: Corpus | None = None  # in the first process only; it hands the others their blocks
         on_first(self._open_corpus)
-        self.watched = {wish: self._choose(wish) for wish in config.watch.evaluate_on}
-        self.held_out = self._held_out()
+        self.held_out = HeldOut(self.model, config, self._sensitivity)
         self.distiller = make_distiller(self.model, config.optimizer, self.dtype, seed=config.seed)
         if accelerator.num_processes > 1:
             shard(self.distiller, self.dtype)
         self.parameters = [p for p in self.distiller.parameters() if p.requires_grad]
         self.optimizer = adamw(self.parameters, config.optimizer)
         self.tokens_per_step, self.steps = config.tokens_per_step, config.steps
-        self.before: dict[str, float] = {}
         self.step = 0
         self._norms: deque[float] = deque(maxlen=20)
         on_first(lambda: self.folder.open(config, model, arithmetic="fp32" if self.dtype == torch.float32 else "bf16"))
@@ -157,7 +150,7 @@ class TrainingRun:
         with bar, stop_signals() as stop:
             while self.step < self.steps:
                 bar.show(self.train_step())
-                if self._is_time_to_evaluate():
+                if self.held_out.is_due(self.step, self.steps):
                     self._evaluate()
                 stopped = self._agree(stop.asked)
                 due = self._agree(self.is_first and time.monotonic() - saved > 60 * self.config.watch.save_minutes)
@@ -273,42 +266,17 @@ class TrainingRun:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
-    # ------------------------------------------------------------------ watching
-
-    def _is_time_to_evaluate(self) -> bool:
-        part = self.config.watch.evaluations
-        return self.step * part // self.steps > (self.step - 1) * part // self.steps
-
-    @torch.no_grad()
     def _evaluate(self) -> None:
-        """Measure and log the held-out loss of the watched sub-networks, in nats per token."""
-        if self.held_out is None:
+        """Measure, log and tell the held-out losses of the watched sub-networks."""
+        losses = self.held_out.measure(self.distiller, self.autocast)
+        if not losses:
             return
-        held_out = {wish: self._held_out_loss(subnet, self.held_out) for wish, subnet in self.watched.items()}
-        self._log({"step": self.step, "held_out": held_out})
+        self._log({"step": self.step, "held_out": losses})
         if not self.step:
-            self.before = held_out
+            self.held_out.before = losses
             return
-        changes = {wish: loss - self.before[wish] for wish, loss in held_out.items() if wish in self.before}
-        text = ", ".join(
-            f"{wish} {loss:.3f}" + (f" ({changes[wish]:+.3f})" if wish in changes else "")
-            for wish, loss in held_out.items()
-        )
-        self.say(f"step {self.step} of {self.steps}, held-out nats per token (change): {text}")
-        if changes.get("full", 0) > WORSE_NATS:
-            self.say(
-                f"warning: the full model has become worse by {changes['full']:.3f}. It recovers in part as the "
-                "learning rate falls; if not, lower --learning-rate or give the first of --visits more weight."
-            )
-
-    def _held_out_loss(self, subnet: Subnet, held_out: TokenBlocks) -> float:
-        """Every process takes the same batches: sharded layers need all of them in every pass."""
-        sum_ = 0.0
-        for tokens_BT in held_out.batches(HELD_OUT_TOKENS):
-            with self.model.use(subnet), self.autocast():
-                losses = self.distiller(tokens_BT.to(self.device), held_out=True)
-            sum_ += losses.cross_entropy.item()
-        return sum_ / held_out.predicted_tokens
+        for line in self.held_out.compare(losses, step=self.step, steps=self.steps):
+            self.say(line)
 
     def _log(self, record: dict[str, Any]) -> None:
         on_first(lambda: self.folder.log(record))
@@ -325,7 +293,7 @@ class TrainingRun:
             return
         state = load_snapshot(snapshot, model=self.distiller, optimizers=[self.optimizer])
         self.step = state["step"]
-        self.before = state["before"] if state["held_out"] == self._held_out_text() else {}
+        self.held_out.load_state_dict(state)
         self.sampler.load_state_dict(state["sampler"])
         on_first(lambda: self._set_corpus(state["corpus"]))
         on_first(lambda: self.folder.forget_after(self.step))
@@ -333,8 +301,7 @@ class TrainingRun:
 
     def _save(self) -> None:
         state = {
-            "before": self.before,
-            "held_out": self._held_out_text(),
+            **self.held_out.state_dict(),
             "sampler": self.sampler.state_dict(),
             "corpus": self.corpus.state_dict() if self.corpus else None,
             "step": self.step,
@@ -358,7 +325,9 @@ class TrainingRun:
             self.model.lm.to(self.saved_dtype)
         on_first(lambda: self.folder.finish(self.model, weights, self._sensitivity))
         if self.is_first:
-            print(self._summary())
+            tokens = self.steps * self.tokens_per_step
+            print(summary(self.folder.metrics(), tokens, self.held_out.before))
+            print(f"wrote {self.config.out}")
         if self.config.watch.log_with:
             self.accelerator.end_training()
 
@@ -373,19 +342,6 @@ class TrainingRun:
         )
         if self.config.watch.log_with:
             self.accelerator.init_trackers(self.config.out.name, config=numbers(asdict(self.config)))
-
-    def _summary(self) -> str:
-        metrics = self.folder.metrics()
-        seconds = sum(record.get("seconds", 0.0) for record in metrics)
-        duration = f"{seconds / 60:.1f} minutes" if seconds > 100 else f"{seconds:.0f} s"
-        lines = [f"trained on {self.steps * self.tokens_per_step} tokens in {duration}"]
-        rows = [record["held_out"] for record in metrics if "held_out" in record]
-        if rows:
-            lines.append(f"{'held-out nats per token':<28}{'before':>9}{'after':>9}{'change':>9}")
-            for wish, after in rows[-1].items():
-                before = self.before.get(wish, math.nan)
-                lines.append(f"{wish:<28}{before:>9.3f}{after:>9.3f}{after - before:>+9.3f}")
-        return "\n".join([*lines, f"wrote {self.config.out}"])
 
     def _token_router(self, metric: str) -> TokenRouterInUse:
         if self.accelerator.num_processes > 1:
@@ -406,21 +362,6 @@ class TrainingRun:
 
     def _set_corpus(self, state: dict[str, Any]) -> None:
         cast(Corpus, self.corpus).load_state_dict(state)
-
-    def _held_out_text(self) -> list[Any]:
-        return [self.config.watch.evaluate_text, self.config.watch.evaluate_tokens]
-
-    def _held_out(self) -> TokenBlocks | None:
-        watch = self.config.watch
-        if not watch.evaluate_tokens or not watch.evaluate_on:
-            return None
-        block_tokens = min(self.config.text.block_tokens, watch.evaluate_tokens)
-        return load_blocks(
-            self.model.tokenizer, watch.evaluate_text, tokens=watch.evaluate_tokens, block_tokens=block_tokens
-        )
-
-    def _choose(self, wish: str) -> Subnet:
-        return choose(self.model, wish, sensitivity=self._sensitivity or even_sensitivity(self.model))
 
 
 def _check_vocabulary(model: ElasticModel) -> None:

@@ -72,11 +72,11 @@ class TestJson:
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            ("{", "not a Subnet: invalid JSON (Expecting property name"),
-            ("[1]", "not a Subnet: expected the keys ['kv_groups', 'neurons', 'version'], found list."),
-            ('{"version": 1, "neurons": [1]}', "found ['neurons', 'version']."),
-            (text(heads=[1]), "found ['heads', 'kv_groups', 'neurons', 'version']."),
-            (text(version=2), "this Subnet has version 2; this flextron reads 1."),
+            ("{", "not a Subnet: it is not JSON (Expecting property name"),
+            ("[1]", "not a Subnet: it holds a list instead of an object with a version."),
+            ('{"version": 1, "neurons": [1]}', "it has the keys ['neurons'] instead of ['kv_groups', 'neurons']."),
+            (text(heads=[1]), "it has the keys ['heads', 'kv_groups', 'neurons'] instead of ['kv_groups', 'neurons']."),
+            (text(version=2), "not a Subnet: it has version 2; this flextron reads 1."),
             (text(neurons=[8.0, 4]), "neurons[0] is 8.0; a width is a whole number from 0 up."),
             (text(neurons=8), "neurons must be one whole number per layer, not 8."),
         ],

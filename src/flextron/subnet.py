@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flextron.errors import SubnetError
+from flextron.records import RecordError, parse_record
 
 SUBNET_VERSION = 1
 AXES = ("neurons", "kv_groups")
@@ -82,16 +83,9 @@ class Subnet:
             SubnetError: not JSON, another version, or keys missing or too many.
         """
         try:
-            data: Any = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise SubnetError(f"not a Subnet: invalid JSON ({error}).") from None
-        keys = {"version", *AXES}
-        if not isinstance(data, dict) or set(data) != keys:
-            found = sorted(data) if isinstance(data, dict) else type(data).__name__
-            raise SubnetError(f"not a Subnet: expected the keys {sorted(keys)}, found {found}.")
-        if data["version"] != SUBNET_VERSION:
-            raise SubnetError(f"this Subnet has version {data['version']!r}; this flextron reads {SUBNET_VERSION}.")
-        return cls(**{axis: data[axis] for axis in AXES})
+            return cls(**parse_record(text, version=SUBNET_VERSION, keys=AXES))
+        except RecordError as error:
+            raise SubnetError(f"not a Subnet: {error}.") from None
 
     @classmethod
     def load(cls, path: str | Path) -> Subnet:

@@ -128,8 +128,8 @@ def test_the_file_that_is_damaged_below_is_good(tmp_path):
     [
         ("", "Expecting value"),
         (damaged()[:-20], "delimiter"),
-        ("[]", "it has version None; this flextron reads 1"),
-        ("3", "it has version None"),
+        ("[]", "it holds a list instead of an object"),
+        ("3", "it holds a int instead of an object"),
         (damaged(version=2), "it has version 2; this flextron reads 1"),
         (damaged(version="left out"), "it has version None"),
         (damaged(search_space="left out"), "it has the keys"),

@@ -307,7 +307,7 @@ DAMAGE = {
     r"state.json cannot be read \(.*No such .*": lambda path: shutil.rmtree(path.parent),
     r"state.json cannot be read \(Unterminated string": state_file('{"version": 1, "st'),
     r"state.json is not that of a snapshot": state_file("[]"),
-    r"it has version 2, and this flextron reads 1\. Update": state_file('{"version": 2}'),
+    r"it has version 2; this flextron reads 1\. Update": state_file('{"version": 2}'),
 }
 
 

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 
 from flextron.atomic import write_text
 from flextron.errors import CostError
+from flextron.records import read_record
 from flextron.subnet import AXES, SearchSpace, Subnet
 
 VERSION = 1
@@ -128,23 +129,13 @@ class CostTable:
             CostError: missing, not readable, or of another version.
         """
         try:
-            return cls._of_json(json.loads(Path(file).read_text(encoding="utf8")))
+            data = read_record(file, version=VERSION, keys={field.name for field in fields(cls)})
+            return cls(**{**data, "search_space": SearchSpace(**data["search_space"])})
         except (OSError, ValueError, TypeError, OverflowError, CostError) as error:
             reason = str(error).rstrip(".")
             raise CostError(
                 f"cannot read the cost table {file}: {reason}. Measure again, or delete the file."
             ) from None
-
-    @classmethod
-    def _of_json(cls, data: Any) -> CostTable:
-        keys = {"version", *(field.name for field in fields(cls))}
-        if not isinstance(data, dict) or data.get("version") != VERSION:
-            found = data.get("version") if isinstance(data, dict) else None
-            raise CostError(f"it has version {found!r}; this flextron reads {VERSION}")
-        if set(data) != keys:
-            raise CostError(f"it has the keys {sorted(data)} instead of {sorted(keys)}")
-        del data["version"]
-        return cls(**{**data, "search_space": SearchSpace(**data["search_space"])})
 
 
 def linear_table(

@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from flextron.atomic import new_folder
 from flextron.elastic import per_layer
 from flextron.errors import CheckpointError, FlextronError
+from flextron.records import check_version, read_record
 from flextron.subnet import AXES, SearchSpace
 
 VERSION = 1
@@ -195,20 +196,15 @@ def load_metadata(source: str, options: dict[str, Any]) -> tuple[SearchSpace | N
     if file is None:
         return None, None
     try:
-        metadata = json.loads(file.read_text(encoding="utf8"))
-        if metadata["version"] != VERSION:
-            raise CheckpointError(
-                f"{file} has version {metadata['version']!r}; this flextron reads {VERSION}. "
-                "Install the flextron that wrote it, or rank the original again."
-            )
-        space = metadata["search_space"]
+        space = read_record(file, version=VERSION)["search_space"]
         search_space = None if space is None else SearchSpace(**space)
         ranking_file = _find(source, RANKING_FILE, options)
         ranking = None if ranking_file is None else _load_ranking(ranking_file)
     except FlextronError:
         raise
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read {file}: {first_line(error)}") from error
+        way_out = "Install the flextron that wrote it, or rank the original again."
+        raise CheckpointError(f"cannot read {file}: {first_line(error)}. {way_out}") from error
     return search_space, ranking
 
 
@@ -231,8 +227,7 @@ def _find(source: str, name: str, options: dict[str, Any]) -> Path | None:
 def _load_ranking(file: Path) -> Ranking:
     with safe_open(file, framework="pt") as stored:
         record = stored.metadata()
-        if record["version"] != str(VERSION):
-            raise CheckpointError(f"{file} has version {record['version']}; this flextron reads {VERSION}.")
+        check_version(record["version"], str(VERSION))
         orders = {name: stored.get_tensor(name) for name in ORDERS}
     return Ranking(**orders, score=record["score"], tokens=int(record["tokens"]), text=record["text"])
 

@@ -23,6 +23,7 @@ from flextron.data.blocks import TokenBlocks, load_blocks
 from flextron.elastic.model import ElasticModel
 from flextron.errors import CheckpointError, SubnetError, TooLittleTextError
 from flextron.progress import bar
+from flextron.records import read_record
 from flextron.subnet import AXES, SearchSpace, Subnet
 
 VERSION = 1
@@ -116,13 +117,10 @@ class Sensitivity:
         """
         file = Path(folder) / FILE
         try:
-            data: dict[str, Any] = json.loads(file.read_text(encoding="utf8"))
-            version = data.pop("version")
-            if version != VERSION:
-                raise CheckpointError(f"{file} has version {version!r}; this flextron reads {VERSION}. Rank again.")
+            data = read_record(file, version=VERSION)
             return cls(**{**data, "search_space": SearchSpace(**data["search_space"])})
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"cannot read {file}: {error}") from error
+            raise CheckpointError(f"cannot read {file}: {error}. Rank again.") from error
 
 
 class _Step(NamedTuple):

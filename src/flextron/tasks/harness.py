@@ -18,9 +18,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from flextron.atomic import write_text
 from flextron.elastic.model import ElasticModel
 from flextron.errors import FlextronError
+from flextron.records import Journal
 from flextron.routers.token.batch import TokenRouting
 from flextron.subnet import Subnet
 from flextron.tasks.results import TaskResult
@@ -255,22 +255,18 @@ class _Kept:
     """What runs have scored, by all that it depends on, in a file that only grows."""
 
     def __init__(self, file: str | Path | None) -> None:
-        self.file = None if file is None else Path(file)
+        self._journal = None if file is None else Journal(file)
         self._scored: dict[str, dict[str, Any]] = {}
-        if self.file is not None and self.file.is_file():
-            self._read(self.file)
+        if self._journal is not None:
+            self._read(self._journal)
 
-    def _read(self, file: Path) -> None:
+    def _read(self, journal: Journal) -> None:
         try:
-            lines = file.read_text(encoding="utf8").splitlines(keepends=True)
-            for line in lines:
-                if line.endswith("\n"):  # one without was cut off
-                    entry = json.loads(line)
-                    self._scored[_text(entry["key"])] = entry["scored"]
+            for entry in journal.read():
+                self._scored[_text(entry["key"])] = entry["scored"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise FlextronError(f"cannot read the results kept in {file}: {error}. Delete it to start anew.") from None
-        if lines and not lines[-1].endswith("\n"):
-            write_text(file, "".join(lines[:-1]))
+            where = f"the results kept in {journal.file}"
+            raise FlextronError(f"cannot read {where}: {error}. Delete it to start anew.") from None
 
     def has(self, key: Mapping[str, Any]) -> bool:
         return _text(key) in self._scored
@@ -280,10 +276,8 @@ class _Kept:
 
     def add(self, key: Mapping[str, Any], scored: dict[str, Any]) -> None:
         self._scored[_text(key)] = scored
-        if self.file is not None:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            with self.file.open("a", encoding="utf8") as file:
-                file.write(json.dumps({"key": dict(key), "scored": scored}) + "\n")
+        if self._journal is not None:
+            self._journal.append({"key": dict(key), "scored": scored})
 
 
 def _text(key: Mapping[str, Any]) -> str:

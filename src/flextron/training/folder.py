@@ -17,6 +17,7 @@ from flextron.elastic.checkpoint import METADATA_FILE, Checkpoint
 from flextron.elastic.model import ElasticModel
 from flextron.errors import CheckpointError
 from flextron.ranking.sensitivity import Sensitivity
+from flextron.records import Journal
 from flextron.training.snapshot import latest_snapshot
 
 VERSION = 1
@@ -34,6 +35,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.snapshots = path / SNAPSHOTS
+        self._metrics = Journal(path / METRICS_FILE)
 
     @property
     def is_finished(self) -> bool:
@@ -91,24 +93,19 @@ class RunFolder:
 
     def forget_after(self, step: int) -> None:
         """Drop the metrics of steps after `step`: they are taken again."""
-        file = self.path / METRICS_FILE
-        if file.is_file():
-            lines = [line for line in file.read_text(encoding="utf8").splitlines() if 0 <= _step(line) <= step]
-            write_text(file, "".join(f"{line}\n" for line in lines))
+        if self._metrics.file.is_file():
+            self._metrics.replace(record for record in self.metrics() if record["step"] <= step)
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
         try:
-            with (self.path / METRICS_FILE).open("a", encoding="utf8") as file:
-                file.write(json.dumps(record) + "\n")
+            self._metrics.append(record)
         except OSError as error:
-            raise CheckpointError(f"cannot write {self.path / METRICS_FILE}: {error}.") from error
+            raise CheckpointError(f"cannot write {self._metrics.file}: {error}.") from error
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All that was logged."""
-        file = self.path / METRICS_FILE
-        lines = file.read_text(encoding="utf8").splitlines() if file.is_file() else []
-        return [json.loads(line) for line in lines if _step(line) >= 0]
+        """All that was logged; lines that a crash cut short are left out."""
+        return [record for record in self._metrics.read(strict=False) if type(record.get("step")) is int]
 
     def finish(self, model: ElasticModel, weights: Any, sensitivity: Sensitivity | None) -> None:
         """Put the trained elastic checkpoint into the folder, flextron.json last; then the snapshots may go.
@@ -175,11 +172,3 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
     for key, value in settings.items():
         flat.update(value if isinstance(value, dict) else {key: value})
     return flat
-
-
-def _step(line: str) -> int:
-    """The step of a line of metrics; -1 for a line that a crash cut short."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return -1

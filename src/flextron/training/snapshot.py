@@ -37,6 +37,7 @@ from torch.optim import Optimizer
 
 from flextron.atomic import write_text
 from flextron.errors import CheckpointError
+from flextron.records import RecordError, check_version
 
 VERSION = 1
 STATE_FILE = "state.json"
@@ -296,10 +297,10 @@ def _read_record(snapshot: Path) -> dict[str, Any]:
 def _checked_record(snapshot: Path) -> dict[str, Any]:
     """`state.json`, once all files are there and this rank's share of them is as it was written."""
     record = _read_record(snapshot)
-    if record["version"] != VERSION:
-        raise CheckpointError(
-            f"it has version {record['version']}, and this flextron reads {VERSION}. Update flextron."
-        )
+    try:
+        check_version(record["version"], VERSION)
+    except RecordError as error:
+        raise CheckpointError(f"{error}. Update flextron.") from None
     written = record["files"]
     paths = {path.name: path for path in snapshot.iterdir() if path.name != STATE_FILE}
     if wrong := sorted(paths.keys() ^ written.keys()):

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from flextron.atomic import write_text
 from flextron.data.blocks import TokenBlocks, batch_tokens
 from flextron.elastic.model import ElasticModel
 from flextron.errors import RouterError
 from flextron.ranking.sensitivity import full_predictions, mixed_loss
+from flextron.records import Journal
 from flextron.subnet import AXES, Subnet
 
 VERSION = 1
@@ -81,22 +81,19 @@ class Pairs:
         self.file = Path(file)
         self.subnets: list[Subnet] = []
         self.losses: list[float] = []
-        header = {"version": VERSION, **about}
+        self._journal, header = Journal(file), {"version": VERSION, **about}
         if self.file.is_file():
             self._read(header)
         else:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            write_text(self.file, json.dumps(header) + "\n")
+            self._journal.replace([header])
 
     def _read(self, header: dict[str, Any]) -> None:
         try:
-            lines = self.file.read_text(encoding="utf8").splitlines(keepends=True)
-            found = json.loads(lines[0])
-            whole = [line for line in lines[1:] if line.endswith("\n")]
-            for pair in map(json.loads, whole):
+            found, *pairs = self._journal.read()
+            for pair in pairs:
                 self.subnets.append(Subnet(**{axis: pair[axis] for axis in AXES}))
                 self.losses.append(float(pair["loss"]))
-        except (OSError, ValueError, IndexError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise RouterError(
                 f"cannot read the measured pairs in {self.file}: {error}. Delete it to start anew."
             ) from None
@@ -104,8 +101,6 @@ class Pairs:
             raise RouterError(
                 f"{self.file} holds pairs of another checkpoint or text: {found}. Delete it to start anew."
             )
-        if len(whole) < len(lines) - 1:
-            write_text(self.file, "".join([lines[0], *whole]))
 
     def __len__(self) -> int:
         return len(self.subnets)
@@ -114,9 +109,7 @@ class Pairs:
         """Keep one pair, on disk too."""
         self.subnets.append(subnet)
         self.losses.append(loss)
-        with self.file.open("a", encoding="utf8") as file:
-            pair = {**{axis: subnet[axis] for axis in AXES}, "loss": loss}
-            file.write(json.dumps(pair) + "\n")
+        self._journal.append({**{axis: subnet[axis] for axis in AXES}, "loss": loss})
 
     def measured(self) -> dict[Subnet, float]:
         """Loss by sub-network."""

@@ -18,6 +18,7 @@ from flextron.atomic import new_folder
 from flextron.costs.pricing import Ceiling
 from flextron.elastic.model import ElasticModel
 from flextron.errors import RouterError
+from flextron.records import read_record
 from flextron.routers.choices import Floats, Indices, Mask, allowed, to_indices, usable
 from flextron.routers.static.answering import answer
 from flextron.routers.static.net import StaticRouter
@@ -126,9 +127,7 @@ class Router:
         if not (source / ABOUT).is_file():
             raise RouterError(f"{folder} has no router for {metric}. {way_out}")
         try:
-            data = json.loads((source / ABOUT).read_text(encoding="utf8"))
-            if data.pop("version") != VERSION:
-                raise RouterError(f"{source} is of another version of flextron. {way_out}")
+            data = read_record(source / ABOUT, version=VERSION)
             space = SearchSpace(**data.pop("search_space"))
             if data.pop("fingerprint") != model.fingerprint() or space != model.search_space:
                 raise RouterError(f"the router in {source} was trained for another checkpoint than this. {way_out}")

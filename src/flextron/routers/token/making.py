@@ -21,6 +21,7 @@ from flextron.elastic.model import ElasticModel
 from flextron.environment import faster_dtype
 from flextron.errors import RouterError
 from flextron.ranking.sensitivity import sensitivity_blocks
+from flextron.records import read_record
 from flextron.routers.static.making import sensitivity_of, unused_blocks
 from flextron.routers.static.net import StaticRouter
 from flextron.routers.static.pairs import FOLDER
@@ -143,9 +144,7 @@ def load_token_router(folder: str | Path, metric: str, model: ElasticModel) -> t
     if not has_token_router(folder, metric):
         raise RouterError(f"{folder} has no token router for {metric}. {way_out}")
     try:
-        data = json.loads((source / ABOUT).read_text(encoding="utf8"))
-        if data.pop("version") != VERSION:
-            raise RouterError(f"{source} is of another version of flextron. {way_out}")
+        data = read_record(source / ABOUT, version=VERSION)
         if data.pop("fingerprint") != model.fingerprint():
             raise RouterError(f"the token router in {source} was trained for another checkpoint than this. {way_out}")
         router = _of_state(load_file(source / WEIGHTS))

@@ -36,6 +36,21 @@ GUESSING = "Guessing has 25, 0, 50, 50, 25 and 25 percent in these tasks, 29.2 o
 PUBLISHED = Path(__file__).parent / "published.json"
 OURS = "elastic, router"
 TOKENWISE = "elastic, per token"
+STYLES = {
+    OURS: ("o-", "#1f5fa8"),
+    TOKENWISE: ("*-", "#c2185b"),
+    "greedy": ("^--", "#5b9bd5"),
+    "knapsack": ("v--", "#3f8f5f"),
+    "evolution": ("D--", "#8a4fa3"),
+    "random": ("x:", "#888888"),
+    "equal widths": ("s--", "#c2622d"),
+    "layer dropping": ("P--", "#b03a48"),
+    "alone-share": ("v:", "#3f8f5f"),
+    "alone-each": ("^:", "#3f8f5f"),
+    "optipfair": ("x:", "#555555"),
+    "mergekit": ("+:", "#999999"),
+}
+"""Of every method in pictures: line and colour."""
 NAMES = {
     OURS: "**elastic, static router**",
     TOKENWISE: "elastic, routed per token",
@@ -403,23 +418,11 @@ def _short(text: str) -> str:
 
 
 def _figure(results: Results) -> Figure:
-    shown = {
-        OURS: ("o-", "#1f5fa8"),
-        TOKENWISE: ("*-", "#c2185b"),
-        "greedy": ("^--", "#5b9bd5"),
-        "evolution": ("D--", "#8a4fa3"),
-        "equal widths": ("s--", "#c2622d"),
-        "layer dropping": ("P--", "#b03a48"),
-        "alone-share": ("v:", "#3f8f5f"),
-        "alone-each": ("^:", "#3f8f5f"),
-        "optipfair": ("x:", "#555555"),
-        "mergekit": ("+:", "#999999"),
-    }
     labels = {"alone-share": "alone, tokens in all", "alone-each": "alone, tokens each"}
     figure = Figure(figsize=(1 + 6.5 * len(results.texts), 5.2), layout="constrained")
     for place, axes in enumerate(figure.subplots(1, len(results.texts), squeeze=False)[0]):
         rows = results.losses(place)
-        for method, (style, color) in shown.items():
+        for method, (style, color) in STYLES.items():
             points = [(row[method].cost, row[method].nats) for row in rows.values() if method in row]
             if points:
                 label = labels.get(method, method)

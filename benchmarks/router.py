@@ -40,19 +40,11 @@ from flextron.routers.static.making import describe_router, make_router, unused_
 from flextron.routers.static.pairs import LossMeter
 from flextron.routers.static.router import Router, metrics_with_router
 from model import write_results
-from paper_page import Loss, standard_error
+from paper_page import OURS, STYLES, Loss, standard_error
 
 mpl.use("agg")
-STYLES = {
-    "router": ("o-", "#1f5fa8"),
-    "greedy": ("^--", "#5b9bd5"),
-    "knapsack": ("v--", "#3f8f5f"),
-    "evolution": ("D--", "#8a4fa3"),
-    "random": ("x:", "#888888"),
-    "equal widths": ("s--", "#c2622d"),
-    "layer dropping": ("P--", "#b03a48"),
-}
-"""Of every method, in the order of the columns."""
+METHODS = ("router", "greedy", "knapsack", "evolution", "random", "equal widths", "layer dropping")
+"""In the order of the columns."""
 ROUNDS_AT_ONCE = 8
 """Rounds of timing after which what was measured is kept."""
 
@@ -81,7 +73,7 @@ class Settings:
     """Sub-networks that the router measures; each search shares as many among all budgets."""
     timed_tokens: int = 512
     """Tokens of the prompt or context, where a latency table is measured."""
-    methods: tuple[str, ...] = tuple(STYLES)
+    methods: tuple[str, ...] = METHODS
     """Ways to choose, the router first."""
     curve: int = 0
     """Budgets over the router's range at which the order of its answers' losses and predicted times is checked."""
@@ -103,8 +95,8 @@ class Settings:
     """PNG file to write."""
 
     def __post_init__(self) -> None:
-        if unknown := set(self.methods) - set(STYLES):
-            raise ValueError(f"methods are {', '.join(STYLES)}; got {', '.join(sorted(unknown))}.")
+        if unknown := set(self.methods) - set(METHODS):
+            raise ValueError(f"methods are {', '.join(METHODS)}; got {', '.join(sorted(unknown))}.")
 
     @property
     def all_budgets(self) -> list[float]:
@@ -469,7 +461,8 @@ def _draw(
     """Loss against measured time of every method, one panel for each text."""
     figure = Figure(figsize=(1 + 6.5 * len(losses), 5.2), layout="constrained")
     for axes, (text, rows) in zip(figure.subplots(1, len(losses), squeeze=False)[0], losses.items(), strict=True):
-        for method, (style, color) in STYLES.items():
+        for method in METHODS:
+            style, color = STYLES[OURS if method == "router" else method]
             if method not in chosen:
                 continue
             points = [

@@ -10,6 +10,9 @@ from pathlib import Path
 from flextron.commands import shared
 from flextron.config import TrainRouterConfig
 
+_OPTIONS = ("phase", "evaluations", "tokens", "text", "lowest", "seed", "any_device")
+"""Options that `make_router` takes as they are."""
+
 
 def run(config: TrainRouterConfig) -> None:
     """Train a router, with --per-token for every token."""
@@ -21,18 +24,8 @@ def run(config: TrainRouterConfig) -> None:
     if config.per_token:
         _train_token_router(config, folder)
         return
-    router = make_router(
-        shared.load(config),
-        folder,
-        phase=config.phase,
-        evaluations=config.evaluations,
-        tokens=config.tokens,
-        text=config.text,
-        lowest=config.lowest,
-        seed=config.seed,
-        any_device=config.any_device,
-        show=True,
-    )
+    asked = {option: getattr(config, option) for option in _OPTIONS}
+    router = make_router(shared.load(config), folder, show=True, **asked)
     print(describe_router(router))
     print(f"\nwrote {folder / FOLDER / router.about.metric} in {time.monotonic() - started:.0f} s.")
     budget = math.ceil(100 * max(0.6, router.net.lowest)) / 100

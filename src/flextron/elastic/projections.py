@@ -80,15 +80,27 @@ class Projection(nn.Module):
         """The weight as [out, in], a view."""
         return self.weight.t() if self.transposed else self.weight
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The projection by the units that run."""
+        if self.width.rows is not None:
+            return self._of_rows(x, self.width.rows)
+        if self.width.is_full:
+            return super().forward(x)  # type: ignore[no-any-return]
+        return self._narrow(x)
+
+    def _of_rows(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """Rows of the batch that use different numbers of units."""
+        raise NotImplementedError
+
+    def _narrow(self, x: torch.Tensor) -> torch.Tensor:
+        """All rows by the same units."""
+        raise NotImplementedError
+
 
 class _Opening(Projection):
     """Keeps the first rows: [B, T, D] -> [B, T, stacked * K]."""
 
-    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        if self.width.rows is not None:
-            return self._of_rows(x_BTD, self.width.rows)
-        if self.width.is_full:
-            return super().forward(x_BTD)  # type: ignore[no-any-return]
+    def _narrow(self, x_BTD: torch.Tensor) -> torch.Tensor:
         weights = self.matrix().chunk(self.stacked)
         biases = (None,) * self.stacked if self.bias is None else self.bias.chunk(self.stacked)
         rows = self.width.span(weights[0].shape[0])
@@ -111,11 +123,7 @@ class _Opening(Projection):
 class _Closing(Projection):
     """Keeps the first columns, and the whole bias: [B, T, K] -> [B, T, D]; a block of columns after the first, none."""
 
-    def forward(self, x_BTK: torch.Tensor) -> torch.Tensor:
-        if self.width.rows is not None:
-            return self._of_rows(x_BTK, self.width.rows)
-        if self.width.is_full:
-            return super().forward(x_BTK)  # type: ignore[no-any-return]
+    def _narrow(self, x_BTK: torch.Tensor) -> torch.Tensor:
         if (mask := self.width.mask) is not None:
             parts = x_BTK.view(*x_BTK.shape[:-1], mask.shape[-1], x_BTK.shape[-1] // mask.shape[-1])
             x_BTK = (parts * mask[..., None].to(x_BTK.dtype)).flatten(-2)

@@ -30,6 +30,8 @@ VERSION = 1
 FILE = "sensitivity.json"
 BATCH_TOKENS = 1024
 """Tokens of one batch: the outputs of all layers are kept for it."""
+Widths = dict[str, tuple[int, ...]]
+"""Widths to measure, by axis."""
 SECOND_SHARE = 0.6
 """Share of the sub-network around which the second half of the tokens is measured."""
 
@@ -181,11 +183,7 @@ def measure_sensitivity(model: ElasticModel, blocks: TokenBlocks, *, show: bool 
 
 
 def _increases(
-    model: ElasticModel,
-    tokens: torch.Tensor,
-    around: Subnet,
-    widths: dict[str, tuple[int, ...]],
-    advance: Callable[[], None],
+    model: ElasticModel, tokens: torch.Tensor, around: Subnet, widths: Widths, advance: Callable[[], None]
 ) -> dict[str, np.ndarray[Any, Any]]:
     """Loss of `around` with every change of one sub-layer, above that with the sub-layer full; [L, widths] per axis."""
     losses = {axis: np.zeros((around.layers, len(widths[axis]))) for axis in AXES}
@@ -201,11 +199,7 @@ def _batches(tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def _changed_losses(
-    model: ElasticModel,
-    tokens_BT: torch.Tensor,
-    around: Subnet,
-    widths: dict[str, tuple[int, ...]],
-    advance: Callable[[], None],
+    model: ElasticModel, tokens_BT: torch.Tensor, around: Subnet, widths: Widths, advance: Callable[[], None]
 ) -> Iterator[tuple[str, int, int, float]]:
     """Axis, layer, index of the width, and loss on one batch, for every change."""
     probabilities_BTV = full_predictions(model, tokens_BT)
@@ -225,7 +219,7 @@ def _frozen(increases: dict[str, np.ndarray[Any, Any]]) -> dict[str, tuple[tuple
     return {axis: tuple(map(tuple, rows.tolist())) for axis, rows in increases.items()}
 
 
-def _changes(around: Subnet, widths: dict[str, tuple[int, ...]], layer: int) -> Iterator[tuple[str, int, Subnet]]:
+def _changes(around: Subnet, widths: Widths, layer: int) -> Iterator[tuple[str, int, Subnet]]:
     """`around` with every width of one layer, axis by axis."""
     for axis in AXES:
         for index, width in enumerate(widths[axis]):

@@ -19,6 +19,7 @@ from flextron.costs.pricing import Ceiling
 from flextron.elastic.model import ElasticModel
 from flextron.errors import RouterError
 from flextron.records import read_record
+from flextron.routers.about import MadeFrom
 from flextron.routers.choices import Floats, Indices, Mask, allowed, to_indices, usable
 from flextron.routers.static.answering import answer
 from flextron.routers.static.net import StaticRouter
@@ -44,16 +45,9 @@ class Check:
 
 
 @dataclass(frozen=True)
-class RouterAbout:
+class RouterAbout(MadeFrom):
     """What a router was made from, and how good it is."""
 
-    metric: str
-    """Metric of its cost table."""
-    conditions: dict[str, Any]
-    """Those of its cost table."""
-    text: str
-    tokens: int
-    """Tokens that losses were measured on."""
     pairs: int
     """Measured sub-networks."""
     error: SurrogateError

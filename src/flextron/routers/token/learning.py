@@ -24,6 +24,7 @@ from flextron.elastic.model import ElasticLayer, ElasticModel
 from flextron.errors import RouterError
 from flextron.inference.per_token import Forward, TokenWidths, masked_parts, rows_of_attention, running
 from flextron.progress import bar
+from flextron.routers.about import MadeFrom
 from flextron.routers.static.router import Router
 from flextron.routers.token.batch import TokenRouting
 from flextron.routers.token.net import RANK, TokenRouter
@@ -62,14 +63,9 @@ FIRST_STEP = 1.5
 
 
 @dataclass(frozen=True)
-class TokenRouterAbout:
-    """What a token router was made from, and how good it is."""
+class TokenRouterAbout(MadeFrom):
+    """What a token router was made from, over all rounds, and how good it is."""
 
-    metric: str
-    conditions: dict[str, Any]
-    text: str
-    tokens: int
-    """Tokens that slopes were measured on, in all rounds."""
     explained: float
     """Quasi-likelihood that the last fit gained on rows left out; 0 where it tells no tokens apart."""
 

@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export PYTHONDONTWRITEBYTECODE :=
 PIP := $(BIN)/pip --disable-pip-version-check install --no-compile -c constraints.txt
 
-.PHONY: quickstart test check test-slow paper setup clean
+.PHONY: quickstart test check test-slow paper docs setup clean
 
 quickstart: setup  ## rank a real LLM, measure its sub-networks, write out/quickstart/report.md
 	$(BIN)/flextron quickstart
@@ -27,6 +27,10 @@ test-slow: setup  ## minutes each; by hand
 paper: setup  ## every rival, ablation and task beside us, about an hour on two cores: out/paper/results.md
 	$(PIP) -q -e ".[dev,rivals]"
 	$(BIN)/python benchmarks/paper.py $(PAPER)
+
+docs: setup  ## the site, build/site/index.html; a broken link fails
+	$(PIP) -q -e ".[docs]"
+	$(BIN)/sphinx-build -q -E -W --keep-going -c docs/site -d build/doctrees . build/site
 
 setup: $(READY)
 

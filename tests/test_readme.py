@@ -1,5 +1,6 @@
-"""What README.md shows runs as it stands."""
+"""What README.md and the pages of docs/ show runs as it stands, with a tiny checkpoint in place of the real one."""
 
+import lzma
 import re
 import shlex
 import shutil
@@ -7,81 +8,145 @@ from pathlib import Path
 
 import pytest
 
+import flextron
 from flextron import cli
-from flextron.routers.static import learning as training
-from flextron.routers.static import surrogate
+from flextron.routers.static import learning, surrogate
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf8")
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf8")
+VERBS = {
+    "README.md": ["rank", "train", "measure-latency", "train-router", "generate", "export"],
+    "docs/install.md": ["env"],
+    "docs/rank.md": ["rank"],
+    "docs/training.md": ["train", "evaluate"],
+    "docs/budgets.md": ["route", "route"],
+    "docs/routing.md": ["measure-latency", "train-router", "route", "evaluate"],
+    "docs/per_token.md": ["train-router", "evaluate", "generate"],
+    "docs/evaluate.md": ["evaluate", "evaluate"],
+    "docs/generate.md": ["generate", "generate", "generate"],
+    "docs/deploy.md": ["export", "export", "measure-latency", "export"],
+}
+"""The commands of each page."""
+SIZES = {
+    "rank": "--tokens 512 --sensitivity-tokens 256",
+    "train": "--tokens 512 --block-tokens 64 --evaluate-tokens 128",
+    "measure-latency": "--tokens 16 --rounds 1",
+    "train-router": "--evaluations 160 --tokens 256 --token-tokens 6144",
+    "evaluate": "--tokens 128 --block-tokens 64",
+    "generate": "--max-new-tokens 8",
+}
 
 
-def test_commands_and_code(checkpoint, tmp_path, monkeypatch, capsys):
-    """With a tiny checkpoint where the README has the real one."""
+@pytest.fixture(scope="module")
+def done(checkpoint, tmp_path_factory):
+    """A folder where the README's commands have run."""
+    folder = tmp_path_factory.mktemp("readme")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(learning, "LARGEST_ERROR", 10)  # losses of a random model hardly depend on its widths
+        patch.setattr(learning, "LOWEST_RANK", -1)
+        patch.setattr(learning, "STEPS", 20)
+        patch.setattr(surrogate, "STEPS", 20)
+        run_commands("README.md", checkpoint)
+        yield folder
+
+
+@pytest.fixture
+def work(done, tmp_path, monkeypatch):
+    """A copy of that folder to work in, with the texts that pages name."""
+    shutil.copytree(done / "out", tmp_path / "out")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(training, "LARGEST_ERROR", 10)  # losses of a random model hardly depend on its widths
-    monkeypatch.setattr(training, "LOWEST_RANK", -1)
-    monkeypatch.setattr(training, "STEPS", 20)
-    monkeypatch.setattr(surrogate, "STEPS", 20)
-    commands = re.findall(r"^flextron (.*)$", README, flags=re.MULTILINE)
-    verbs = [
-        "rank",
-        "train",
-        "measure-latency",
-        "train-router",
-        "route",
-        "train-router",
-        "evaluate",
-        "evaluate",
-        "generate",
-        "generate",
-        "export",
-        "export",
-    ]
-    assert [command.split()[0] for command in commands] == verbs
-    for command in commands:
-        words = re.sub(r"\s+#.*", "", command).replace("neurons=768", "neurons=20")
-        words = words.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(checkpoint))
-        arguments = [a or b for a, b in re.findall(r'"([^"]*)"|(\S+)', words)]
-        sizes = {"rank": ["--tokens", "512", "--sensitivity-tokens", "256"], "evaluate": ["--tokens", "512"]}
-        sizes |= {
-            "measure-latency": ["--tokens", "32"],
-            "train-router": ["--evaluations", "160", "--tokens", "512", "--token-tokens", "6144"],
-        }
-        sizes["train"] = ["--tokens", "1024", "--block-tokens", "64", "--evaluate-tokens", "256"]
-        assert cli.main([*arguments, *sizes.get(arguments[0], [])]) == 0, command
-    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    exec(code.replace("out/smollm2-fast", "out/smollm2-again"), {})  # noqa: S102
-    assert (tmp_path / "out/smollm2-again/config.json").exists()
+    Path("book.txt").write_text("Once upon a time there was a very small model. " * 40)
+    with lzma.open("corpus.jsonl.xz", "wt") as file:
+        file.write('{"text": "Once upon a time there was a very small model."}\n' * 40)
+    return tmp_path
+
+
+def commands_of(page):
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / page).read_text(encoding="utf8"), flags=re.DOTALL)
+    found = re.findall(r"^flextron (.*)$", "\n".join(blocks), flags=re.MULTILINE)
+    commands = [shlex.split(command, comments=True) for command in found]
+    assert [command[0] for command in commands] == VERBS[page]
+    return commands
+
+
+def run_commands(page, checkpoint):
+    for words in commands_of(page):
+        if words[0] in ("rank", "train"):
+            shutil.rmtree(words[2], ignore_errors=True)
+        tiny = {"HuggingFaceTB/SmolLM2-135M-Instruct": str(checkpoint), "neurons=768": "neurons=20"}
+        sizes = SIZES.get(words[0], "").split()
+        assert cli.main([*(tiny.get(word, word) for word in words), *sizes]) == 0, words
+
+
+def run_code(page, change=str):
+    names = {}
+    for code in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf8"), flags=re.DOTALL):
+        exec(change(code), names)  # noqa: S102
+    return names
+
+
+def test_code_of_the_readme(work, capsys):
+    run_code("README.md")
+    assert (work / "out/fast/config.json").exists()
     assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", [page for page in VERBS if page not in ("README.md", "docs/deploy.md")])
+def test_pages(page, work, checkpoint, capsys):
+    run_commands(page, checkpoint)
+    assert capsys.readouterr().out
+    names = run_code(page)
+    assert "draft" not in names or names["draft"].written
 
 
 def test_deploying(checkpoint, tmp_path, monkeypatch, capsys):
     """With equal widths of a tiny checkpoint, whose rows no quantisation fits."""
     pytest.importorskip("xllamacpp")
     monkeypatch.chdir(tmp_path)
-    page = (Path(__file__).parent.parent / "docs" / "deploy.md").read_text(encoding="utf8")
-    commands = re.findall(r"^flextron (.*)$", page, flags=re.MULTILINE)
-    verbs = ["export", "export", "measure-latency", "export", "generate"]
-    assert [command.split()[0] for command in commands] == verbs
     shutil.copytree(checkpoint, "out/trained")
-    for command in commands:
-        words = shlex.split(_of_tiny(command.replace("--budget 0.6x", "--subnet neurons=24").replace("q8_0", "f16")))
-        sizes = ["--tokens", "16", "--rounds", "1"] if words[0] == "measure-latency" else []
-        assert cli.main([*words, *sizes]) == 0, command
-    names = {}
-    for code in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
-        exec(_of_tiny(code).replace("out/fast", "out/again"), names)  # noqa: S102
+    tiny = {"--budget": "--subnet", "0.6x": "neurons=24", "60%": "neurons=24", "q8_0": "f16"}
+    for words in commands_of("docs/deploy.md"):
+        sizes = SIZES.get(words[0], "").split()
+        assert cli.main([*(tiny.get(word, word) for word in words), *sizes]) == 0, words
+    names = run_code("docs/deploy.md", lambda code: code.replace("60%", "neurons=24").replace("out/fast", "out/again"))
     assert names["answer"]["choices"][0]["finish_reason"] in ("length", "stop")
-    assert names["draft"].written
 
 
-def _of_tiny(text: str) -> str:
-    """Equal widths where the page has shares, for which the tiny checkpoint has no sensitivities."""
-    return text.replace("60%", "neurons=24").replace("50%", "neurons=16")
+def test_every_page_with_commands_is_run():
+    pages = [page.relative_to(ROOT).as_posix() for page in (ROOT / "docs").glob("*.md")]
+    with_commands = {page for page in pages if re.search(r"```\w*\nflextron ", (ROOT / page).read_text())}
+    assert with_commands - set(VERBS) == {"docs/tasks.md"}  # needs lm-eval's data; tests/tasks runs it
+
+
+def test_the_reference_has_every_public_name():
+    page = (ROOT / "docs/reference.md").read_text(encoding="utf8")
+    shown = re.findall(r"^\w+$", "\n".join(re.findall(r"```\{api\}\n(.*?)```", page, re.DOTALL)), re.MULTILINE)
+    assert sorted(shown) == sorted(flextron.__all__)
+
+
+def test_the_picture_finds_its_figures():
+    import readme_picture
+
+    page = (ROOT / "docs/results.md").read_text(encoding="utf8")
+    assert len(readme_picture.draw(page).axes[0].get_legend().get_texts()) == len(readme_picture.LINES)
+    assert "trained on 7,168" in readme_picture.caption(page, readme_picture.rows_of(page))
+    with pytest.raises(ValueError, match=r"is this docs/results\.md\?"):
+        readme_picture.draw("another page")
+
+
+def test_decisions_open_with_context_decision_and_cost():
+    for page in (ROOT / "docs/decisions").glob("0*.md"):
+        opening = page.read_text(encoding="utf8").split("\n\n")[1]
+        assert re.findall(r"^- \*\*(\w+):\*\* .+", opening, re.MULTILINE) == ["Context", "Decision", "Cost"], page
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 120
 
 
 def test_links_lead_somewhere():
-    root = Path(__file__).parent.parent
-    pages = [root / "README.md", root / "CONTRIBUTING.md", *(root / "docs").rglob("*.md")]
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
     for page in pages:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf8")):
             assert (page.parent / target).exists(), f"{page}: {target}"

@@ -21,7 +21,9 @@ from sphinx.util.docutils import SphinxDirective
 
 SOURCE = Path(__file__).parents[2] / "src"
 logger = logging.getLogger(__name__)
-package: Any = griffe.load("flextron", search_paths=[SOURCE], docstring_parser="google")
+package: Any = griffe.load(
+    "flextron", search_paths=[SOURCE], docstring_parser="google", docstring_options={"warnings": False}
+)
 shown: set[str] = set()
 
 

@@ -27,22 +27,26 @@ html_copy_source = False
 html_theme_options = {"navigation_with_keys": True}
 python_maximum_signature_line_length = 100
 
-CONTENTS = {
+MENU = {
     "Start": ["/README", "install", "quickstart"],
     "Guide": ["rank", "training", "budgets", "routing", "per_token", "evaluate", "tasks", "generate", "deploy"],
     "Reference": ["reference", "formats", "glossary", "add_a_family", "architecture"],
     "Results": ["measured", "results"],
-    "Project": ["/CONTRIBUTING", "/CHANGELOG", "/docs/decisions/index"],
+    "Project": ["/CONTRIBUTING", "/CHANGELOG", "decisions/index"],
 }
-"""The site's menu, kept here so that docs/index.md stays plain Markdown."""
+"""Kept here so that the pages stay plain Markdown, which GitHub shows as it stands."""
 
 
 def add_menu(_app: Sphinx, page: str, source: list[str]) -> None:
-    """Append the menu to the index, which GitHub shows without it."""
+    """Append the menu to the pages that stand above others."""
     if page == root_doc:
-        for caption, pages in CONTENTS.items():
-            paths = "\n".join(path if "/" in path else f"/docs/{path}" for path in pages)
-            source[0] += f"\n\n```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{paths}\n```\n"
+        source[0] += "".join(_entries(caption, pages) for caption, pages in MENU.items())
+    elif page == "docs/decisions/index":
+        source[0] += _entries("Decisions", ["0*"])
+
+
+def _entries(caption: str, pages: list[str]) -> str:
+    return "\n".join(["", "", "```{toctree}", ":hidden:", ":glob:", f":caption: {caption}", "", *pages, "```", ""])
 
 
 def setup(app: Sphinx) -> None:

@@ -62,16 +62,20 @@ def work(done, tmp_path, monkeypatch):
     return tmp_path
 
 
+def blocks_of(page, language):
+    text = (ROOT / page).read_text(encoding="utf8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+
+
 def commands_of(page):
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / page).read_text(encoding="utf8"), flags=re.DOTALL)
-    found = re.findall(r"^flextron (.*)$", "\n".join(blocks), flags=re.MULTILINE)
-    commands = [shlex.split(command, comments=True) for command in found]
-    assert [command[0] for command in commands] == VERBS[page]
-    return commands
+    found = re.findall(r"^flextron (.*)$", "\n".join(blocks_of(page, r"\w*")), flags=re.MULTILINE)
+    return [shlex.split(command, comments=True) for command in found]
 
 
 def run_commands(page, checkpoint):
-    for words in commands_of(page):
+    commands = commands_of(page)
+    assert [words[0] for words in commands] == VERBS[page]
+    for words in commands:
         if words[0] in ("rank", "train"):
             shutil.rmtree(words[2], ignore_errors=True)
         tiny = {"HuggingFaceTB/SmolLM2-135M-Instruct": str(checkpoint), "neurons=768": "neurons=20"}
@@ -81,7 +85,7 @@ def run_commands(page, checkpoint):
 
 def run_code(page, change=str):
     names = {}
-    for code in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf8"), flags=re.DOTALL):
+    for code in blocks_of(page, "python"):
         exec(change(code), names)  # noqa: S102
     return names
 
@@ -106,7 +110,9 @@ def test_deploying(checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(checkpoint, "out/trained")
     tiny = {"--budget": "--subnet", "0.6x": "neurons=24", "60%": "neurons=24", "q8_0": "f16"}
-    for words in commands_of("docs/deploy.md"):
+    commands = commands_of("docs/deploy.md")
+    assert [words[0] for words in commands] == VERBS["docs/deploy.md"]
+    for words in commands:
         sizes = SIZES.get(words[0], "").split()
         assert cli.main([*(tiny.get(word, word) for word in words), *sizes]) == 0, words
     names = run_code("docs/deploy.md", lambda code: code.replace("60%", "neurons=24").replace("out/fast", "out/again"))
@@ -115,13 +121,13 @@ def test_deploying(checkpoint, tmp_path, monkeypatch, capsys):
 
 def test_every_page_with_commands_is_run():
     pages = [page.relative_to(ROOT).as_posix() for page in (ROOT / "docs").glob("*.md")]
-    with_commands = {page for page in pages if re.search(r"```\w*\nflextron ", (ROOT / page).read_text())}
-    assert with_commands - set(VERBS) == {"docs/tasks.md"}  # needs lm-eval's data; tests/tasks runs it
+    assert {page for page in pages if commands_of(page)} - set(VERBS) == {
+        "docs/tasks.md"
+    }  # needs lm-eval's data; tests/tasks runs it
 
 
 def test_the_reference_has_every_public_name():
-    page = (ROOT / "docs/reference.md").read_text(encoding="utf8")
-    shown = re.findall(r"^\w+$", "\n".join(re.findall(r"```\{api\}\n(.*?)```", page, re.DOTALL)), re.MULTILINE)
+    shown = " ".join(blocks_of("docs/reference.md", r"\{api\}")).split()
     assert sorted(shown) == sorted(flextron.__all__)
 
 

@@ -134,7 +134,7 @@ class _Run:
             fitted = len(self.pairs) >= FIRST_PAIRS
             if fitted and _orders(self.fit()):
                 with one_thread():
-                    optimise(self.router, self.surrogate, seed=self.seed + len(self.pairs))
+                    optimise(self.router, self.surrogate, seed=self.seed + len(self.pairs), steps=STEPS)
             missing = pairs - len(self.pairs)
             explored = self._explore(draw)[: missing if missing > 0 else ROUND_PAIRS]
             if not explored:  # a small space, of which all that the router may answer is measured

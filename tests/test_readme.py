@@ -131,6 +131,17 @@ def test_the_reference_has_every_public_name():
     assert sorted(shown) == sorted(flextron.__all__)
 
 
+def test_the_architecture_names_what_is_there():
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf8")
+    named = re.findall(r"^[├└]── (\w+(?:\.py)?)", page, flags=re.MULTILINE)
+    inner = re.findall(r"^│   [├└]── (\w+(?:\.py|/))", page, flags=re.MULTILINE)
+    source = ROOT / "src/flextron"
+    assert sorted(named) == sorted(
+        path.name for path in source.iterdir() if path.name not in ("py.typed", "__pycache__")
+    )
+    assert [name for name in inner if not list(source.glob(f"*/{name}"))] == []
+
+
 def test_the_picture_finds_its_figures():
     import readme_picture
 

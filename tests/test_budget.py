@@ -175,15 +175,19 @@ def test_no_unit_is_guessed(text):
 
 @pytest.mark.parametrize("text", [",", "12ms,", "ms", "many"])
 def test_where_a_number_is_missing_all_forms_are_named(text):
-    assert "has no number where one belongs; write 12ms or 0.6x (time per output token" in refused(text)
+    assert (
+        "has no number where one belongs; write 12ms (time per output token), 0.6x (0.6 times the full model's"
+        in refused(text)
+    )
 
 
 def test_empty():
     with pytest.raises(
-        BudgetError, match=r"the budget is empty; write 12ms or 0\.6x .*several are separated by commas"
+        BudgetError,
+        match=r"the budget is empty; write 12ms \(time per output token\), 0\.6x .*separate several limits by commas",
     ):
         Budget.parse("  ")
-    with pytest.raises(BudgetError, match=r"a budget has at least one limit: 12ms or 0\.6x"):
+    with pytest.raises(BudgetError, match=r"a budget needs at least one limit: 12ms \(time"):
         Budget(())
 
 

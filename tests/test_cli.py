@@ -1,5 +1,6 @@
 """The command line as a user meets it: help, recipes, errors and exit codes; and the commands on a tiny checkpoint."""
 
+import io
 import json
 import os
 import re
@@ -164,6 +165,83 @@ def test_wrong_arguments_exit_2_and_name_the_nearest(arguments, message, capsys)
     assert message in capsys.readouterr().err
 
 
+def test_the_general_help_lists_every_verb_with_what_it_does(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    listed = re.findall(r"^  (\S+)  +(\S.*\.)$", shown, re.MULTILINE)
+    assert [verb for verb, _ in listed] == list(COMMANDS)
+    with pytest.raises(SystemExit):
+        cli.main([])
+    assert capsys.readouterr().out == shown
+
+
+def test_lines_of_help_fit_the_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    for command in COMMANDS:
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        lines = capsys.readouterr().out.splitlines()
+        assert max(len(line) for line in lines if not line.startswith("Example")) <= 80
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evalute", "--help"], "flextron has no verb evalute; did you mean evaluate?"),
+        (["nosuch"], f"flextron has no verb nosuch; choose one of {', '.join(COMMANDS)}."),
+        (["evaluate", "m", "--tokns", "5"], "unknown option --tokns for flextron evaluate; did you mean --tokens?"),
+        (
+            ["train", "m", "o", "--keep_lst=1"],
+            "unknown option --keep-lst for flextron train; did you mean --keep-last?",
+        ),
+        (["rank", "m", "--xyz"], "unknown option --xyz for flextron rank; `flextron rank --help` lists its options."),
+        (["evaluate", "m", "extra"], "flextron evaluate takes no such argument: extra."),
+        (["evaluate", "m", "--tokens", "five"], "--tokens is 'five'; it must be a whole number."),
+        (["evaluate", "m", "--limit", "5.5"], "--limit is '5.5'; it must be a whole number."),
+        (["train", "m", "o", "--warmup", "x"], "--warmup is 'x'; it must be a number."),
+        (["train", "m", "o", "--visits", "1", "2"], "--visits needs 4 values."),
+        (["route", "m", "--out"], "--out needs a value."),
+        (["route", "m", "--budget", "1x", "--dtype", "int8"], "--dtype is 'int8'; it must be one of 'auto', "),
+        (["train"], "flextron train needs MODEL and OUT."),
+        (["rank", "--out", "o", "--text", "t"], "flextron rank needs MODEL."),
+        (["train", "m", "o", "--tokens", "5"], "--tokens is 5; it must be at least 512."),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])  # tyro frames its messages differently
+def test_errors_about_arguments_are_one_plain_line(arguments, message, encoding, capfd, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["x" * 100_000],
+        ["evaluate", "m", "x" * 100_000],
+        ["evaluate", "m", "--" + "x" * 100_000],
+        ["evaluate", "m", "--dtype", "x" * 100_000],
+        ["evaluate", "m", "--tokens", "7 " * 50_000],
+        ["evaluate", "m", "--budget", "x " * 50_000],
+        ["evaluate", "m", "--recipe", "x" * 100_000],
+    ],
+)
+def test_long_values_are_shortened_in_messages(arguments, capsys):
+    try:
+        code = cli.main(arguments)
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    error = capsys.readouterr().err
+    assert "…" in error
+    assert len(error) < 1000
+
+
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [("tokns: 5", "--tokens"), ("- a\n- b", "must list options"), ("a: [", "cannot read the recipe")],
@@ -267,8 +345,8 @@ def test_ctrl_c_keeps_what_was_finished_and_nothing_else(checkpoint, text, tmp_p
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["generate", "m", "p", "--budget", "0.6x", "--subnet", "60%"], "subnet (60%) and budget (0.6x) exclude"),
-        (["export", "m", "o", "--budget", "0.6x", "--subnet", "60%"], "subnet (60%) and budget (0.6x) exclude"),
+        (["generate", "m", "p", "--budget", "0.6x", "--subnet", "60%"], "--subnet 60% and --budget 0.6x exclude"),
+        (["export", "m", "o", "--budget", "0.6x", "--subnet", "60%"], "--subnet 60% and --budget 0.6x exclude"),
         (["generate", "m", "p", "--budget", "12"], "cannot read the budget '12': '12' has no unit"),
         (["export", "m", "o", "--budget", "60%"], "which is `--subnet 60%`"),
         (["evaluate", "m", "--budget", "0.9x", "12 parsecs"], "'parsecs' in '12 parsecs' is no unit"),

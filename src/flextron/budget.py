@@ -1,4 +1,4 @@
-"""`Budget`: what a sub-network may cost, as a user writes it: `12ms`, `0.6x`, `e2e=3s@512+128,80M`. No torch here."""
+"""`Budget`: what a sub-network may cost, as users write it: `12ms`, `0.6x`, `e2e=3s@512+128,80M`. No torch here."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _UNITS = {
     "kv": _BYTES,
     "flops": _FLOPS,
 }
-"""Metric -> what one of each of its units is in ms, parameters, bytes or FLOPs."""
+"""For each metric, the size of its units in ms, parameters, bytes or FLOPs."""
 _EXAMPLES = {
     "tpot": "tpot=12ms",
     "ttft": "ttft=200ms@512",
@@ -33,37 +33,37 @@ _EXAMPLES = {
     "flops": "flops=200M",
 }
 _BARE = ("tpot", "parameters", "weights")
-"""Metrics of a limit without a name, told apart by their units."""
+"""Metrics that need no name, because their units tell them apart."""
 _SPELLINGS = {other: unit for unit in ("x", "k", *_BYTES) for other in (unit.lower(), unit.upper())}
-"""Units all in small or in capital letters, where those can mean nothing else; m, Mb and MS could."""
+"""Accepted spellings in all small or all capital letters. m, Mb and MS are missing because they are ambiguous."""
 _LIMIT = re.compile(r"([+-]?(?:\.?[0-9][0-9.]*|nan|inf(?:inity)?))?\s*([^@]*?)\s*(?:@\s*(.*?))?", re.IGNORECASE)
 _LENGTHS = re.compile(r"([0-9]{1,12})(?:\s*\+\s*([0-9]{1,12}))?")
 
 FORMS = (
-    "12ms or 0.6x (time per output token, or that part of the full model's), ttft=200ms, e2e=3s@512+128 "
-    "(prompt + output tokens), 80M (parameters), 150MB (weights), kv=20MB@4096, flops=200M; "
-    "several are separated by commas"
+    "12ms (time per output token), 0.6x (0.6 times the full model's), ttft=200ms (time to first token), "
+    "e2e=3s@512+128 (a whole answer: 512 prompt tokens, 128 output tokens), 80M (parameters), 150MB (weights), "
+    "kv=20MB@4096 (KV cache of 4,096 tokens) or flops=200M (for each token); separate several limits by commas"
 )
 
 
 @dataclass(frozen=True)
 class Limit:
-    """What one metric may be at most, for one sequence at a time."""
+    """The most that one metric may be, for one sequence at a time."""
 
     metric: str
-    """tpot (time per output token), ttft (time to first token), e2e (both, for all of an answer), parameters, weights,
-    kv (the KV cache) or flops (of a token's forward pass)."""
+    """tpot (time per output token), ttft (time to first token), e2e (time of a whole answer), parameters, weights,
+    kv (the KV cache) or flops (of one token's forward pass)."""
     value: float
-    """In ms, parameters, bytes or FLOPs; with `relative`, a part of the full model's."""
+    """In ms, parameters, bytes or FLOPs. If `relative`, a multiple of the full model's value, such as 0.6."""
     relative: bool = False
     prompt_tokens: int | None = None
-    """Of e2e and ttft; of kv, the tokens in the cache."""
+    """For e2e and ttft, tokens of the prompt. For kv, tokens in the cache."""
     new_tokens: int | None = None
-    """Of e2e: tokens of the answer."""
+    """For e2e, tokens of the answer."""
 
     def __post_init__(self) -> None:
         if self.metric not in _UNITS:
-            raise BudgetError(f"there is no metric {self.metric!r}; one of {', '.join(_UNITS)}.")
+            raise BudgetError(f"there is no metric {self.metric!r}; choose one of {', '.join(_UNITS)}.")
         if not (math.isfinite(self.value) and self.value > 0):
             raise BudgetError(
                 f"{self.metric} is {self.value:g}; a limit is a number above 0, such as {_EXAMPLES[self.metric]}."
@@ -74,7 +74,7 @@ class Limit:
         example = _EXAMPLES[self.metric]
         lengths = (self.prompt_tokens, self.new_tokens)
         if any(length is not None and length < 1 for length in lengths):
-            raise BudgetError(f"the lengths of {self.metric} are whole numbers from 1 up, such as {example}.")
+            raise BudgetError(f"the lengths of {self.metric} must be whole numbers from 1 up, such as {example}.")
         if self.metric == "e2e" and None in lengths:
             raise BudgetError(f"e2e needs the lengths of prompt and output, such as {example}.")
         if self.metric == "kv" and not self.relative and self.prompt_tokens is None:
@@ -89,7 +89,7 @@ class Limit:
         return f"{self.metric}={self._amount()}{'@' if lengths else ''}{lengths}"
 
     def _amount(self) -> str:
-        """The shortest number and unit that read back as the value, one without 0 before the point if there is any."""
+        """The shortest number and unit that read back as the value. A number of at least 1 goes before a fraction."""
         value = Decimal(repr(float(self.value)))
         units = {"x": 1} if self.relative else _UNITS[self.metric]
         numbers = {unit: value / factor for unit, factor in units.items()}
@@ -107,7 +107,7 @@ class Budget:
     def __post_init__(self) -> None:
         object.__setattr__(self, "limits", tuple(self.limits))
         if not self.limits:
-            raise BudgetError(f"a budget has at least one limit: {FORMS}.")
+            raise BudgetError(f"a budget needs at least one limit: {FORMS}.")
         seen: dict[str, Limit] = {}
         for limit in self.limits:
             if limit.metric in seen:
@@ -116,12 +116,12 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str) -> Budget:
-        """Read limits separated by commas (`FORMS`); letters' case matters where it tells units apart.
+        """Read limits separated by commas, as in `FORMS`. Capital letters matter where they tell units apart.
 
-        MB is 10**6 bytes, MiB 2**20. Absolute limits of e2e and kv need lengths, relative ones of e2e too.
+        MB is 10**6 bytes, MiB is 2**20 bytes. Limits of e2e always need lengths; limits of kv need one unless relative.
 
         Raises:
-            BudgetError: a part that cannot be read, or two for one metric.
+            BudgetError: a part cannot be read, or two limit the same metric.
         """
         if not text.strip():
             raise BudgetError(f"the budget is empty; write {FORMS}.")
@@ -137,7 +137,7 @@ class Budget:
 def _limit(part: str) -> Limit:
     name, equals, amount = (piece.strip() for piece in part.rpartition("="))
     if equals and name not in _UNITS:
-        raise BudgetError(f"there is no metric {name!r}; one of {', '.join(_UNITS)}.")
+        raise BudgetError(f"there is no metric {name!r}; choose one of {', '.join(_UNITS)}.")
     match = _LIMIT.fullmatch(amount)
     if match is None or match[1] is None:
         raise BudgetError(f"{part!r} has no number where one belongs; write {_EXAMPLES.get(name, FORMS)}.")
@@ -162,28 +162,32 @@ def _lengths(text: str | None, metric: str) -> tuple[int | None, int | None]:
     match = _LENGTHS.fullmatch(text)
     if match is None:
         raise BudgetError(
-            f"cannot read the lengths {text!r}; write tokens of the prompt, for e2e + those of the output, "
-            f"such as {_EXAMPLES[metric]}."
+            f"cannot read the lengths {text!r}; write the tokens of the prompt, and for e2e + the tokens of the "
+            f"output, such as {_EXAMPLES['e2e' if metric == 'e2e' else 'ttft']}."
         )
     return int(match[1]), None if match[2] is None else int(match[2])
 
 
 def _wrong_unit(part: str, metric: str, number: Decimal, unit: str) -> str:
-    """What to write instead."""
+    """The message for a wrong unit, with what to write instead."""
     if unit == "%":
         share, part = _plain(number), f"{metric or 'tpot'}={_plain(number / 100)}x"
-        return f"{share}% is a share of the layers' weights, which is `--subnet {share}%`; a part of a cost is {part}."
+        return (
+            f"{share}% is a share of the layers' weights, for `--subnet {share}%`; for a part of a cost write {part}."
+        )
     prefix = f"{metric}=" if metric else ""
     if not unit:
         example = _EXAMPLES[metric] if metric else "a unit, such as 12ms or 80M"
-        return f"{part!r} has no unit; write {prefix}{_plain(number)}x for that part of the full model's, or {example}."
+        return (
+            f"{part!r} has no unit; write {prefix}{_plain(number)}x for a multiple of the full model's, or {example}."
+        )
     if metric:
-        return f"{metric} is not in {unit}, but in {', '.join(_UNITS[metric])} or x, such as {_EXAMPLES[metric]}."
+        return f"{metric} cannot be in {unit}; use {', '.join(_UNITS[metric])} or x, such as {_EXAMPLES[metric]}."
     of_others = [metric for metric, units in _UNITS.items() if unit in units]
     if of_others:
         return f"{part!r} needs a name, such as {of_others[0]}={part}."
     units = "; ".join(f"{metric}: {', '.join(_UNITS[metric])}" for metric in _BARE)
-    return f"{unit!r} in {part!r} is no unit (m and M differ). Units are x for a part of the full model's; {units}."
+    return f"{unit!r} in {part!r} is no unit (m and M differ). Use x for a multiple of the full model's; {units}."
 
 
 def _plain(number: Decimal) -> str:

@@ -1,16 +1,21 @@
-"""The command line: from arguments and recipes to a config, and to the function in commands/ that runs it.
+"""The command line: read arguments and recipes into a config, and run the verb's function in commands/.
 
-No torch behind `--help`: what commands need is imported when they run.
+`--help` imports no torch: each verb imports what it needs when it runs.
 """
 
 from __future__ import annotations
 
+import errno
+import io
 import os
+import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from inspect import cleandoc
 from pathlib import Path
-from typing import Any
+from textwrap import fill
+from typing import Any, NoReturn
 
 import tyro
 import yaml
@@ -41,12 +46,15 @@ from flextron.config import (
     TrainConfig,
     TrainRouterConfig,
 )
+from flextron.config.refusals import nearest, plain, shortened, unknown_option
 from flextron.errors import FlextronError
 
-DESCRIPTION = "One checkpoint, every latency: nested sub-networks of any Hugging Face LLM. Also: flextron --version."
-RECIPE_HELP = """
-
---recipe FILE stands for the options listed in a YAML file, one a line, such as `tokens: 4096`; options given win."""
+DESCRIPTION = "One checkpoint, every latency: nested sub-networks of any Hugging Face LLM."
+RECIPE_HELP = (
+    "--recipe FILE reads options from a YAML file, one a line, such as `tokens: 4096`. Options on the command line win."
+)
+TEXT_COLUMNS = 100
+"""Columns of the help's text, on a terminal that has as many."""
 _RUN: dict[type, Callable[[Any], None]] = {
     RankConfig: rank.run,
     TrainConfig: train.run,
@@ -63,45 +71,109 @@ _RUN: dict[type, Callable[[Any], None]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for a user's error, 130 for Ctrl-C."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        config = parse(sys.argv[1:] if arguments is None else arguments)
+        config = parse(arguments)
         _RUN[type(config)](config)
-    except (FlextronError, ValueError) as error:
-        if os.environ.get("FLEXTRON_DEBUG"):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # who read the output has gone, such as `head`
+    except BrokenPipeError:  # the reader of the output, such as `head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except (FlextronError, ValueError, OSError) as error:
+        unexpected = isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG
+        if unexpected or os.environ.get("FLEXTRON_DEBUG"):
+            raise
+        print(f"error: {shortened(str(error), arguments)}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        print("\ninterrupted; what was finished is kept.", file=sys.stderr)
+        print("\ninterrupted; finished work is kept.", file=sys.stderr)
         return 130
     return 0
 
 
 def parse(arguments: Sequence[str]) -> Any:
-    """The config of the command that `arguments` names, recipes put in.
+    """Read the arguments, and the recipe that they name, into the config of their verb.
 
     Raises:
         FlextronError: a recipe that cannot be read.
         SystemExit: 0 after help or version, 2 for arguments that do not fit (the message is printed).
     """
-    command, *rest = arguments or ["--help"]
-    if command == "--version":
+    verb, *rest = arguments or ["--help"]
+    if verb in ("-h", "--help"):
+        print(_overview())
+        raise SystemExit(0)
+    if verb == "--version":
         print(f"flextron {__version__}")
         raise SystemExit(0)
-    if command not in COMMANDS:
-        return tyro.extras.subcommand_cli_from_dict(
-            COMMANDS, prog="flextron", description=DESCRIPTION, args=[command, *rest]
-        )
-    kind = COMMANDS[command]
-    description = cleandoc(kind.__doc__ or "") + (RECIPE_HELP if kind is not EnvConfig else "")
-    return tyro.cli(kind, prog=f"flextron {command}", args=_with_recipes(rest), description=description)
+    if verb.startswith("--tyro-"):  # completion for a shell
+        return tyro.extras.subcommand_cli_from_dict(dict(COMMANDS), prog="flextron", args=[verb, *rest])
+    if verb not in COMMANDS:
+        near = nearest(verb, list(COMMANDS))
+        way_out = f"did you mean {near}?" if near else f"choose one of {', '.join(COMMANDS)}."
+        _refuse(f"flextron has no verb {verb}; {way_out}", arguments)
+    if {"-h", "--help"} & set(rest):
+        print(_explained(COMMANDS[verb]))
+        rest = ["--help"]
+    return _config(COMMANDS[verb], f"flextron {verb}", _with_recipes(rest))
+
+
+def _config(kind: type, prog: str, arguments: list[str]) -> Any:
+    """The dataclass `kind` with the arguments as its fields.
+
+    Raises:
+        SystemExit: 0 after help, 2 for arguments that do not fit (the message is printed).
+    """
+    if arguments == ["--help"]:
+        return tyro.cli(kind, prog=prog, args=arguments, description="")
+    unknown = unknown_option(kind, arguments, prog)
+    if unknown:
+        _refuse(unknown, arguments)
+    try:
+        with redirect_stderr(io.StringIO()) as frame, _wide_terminal(sum(map(len, arguments))):
+            return tyro.cli(kind, prog=prog, args=arguments)
+    except SystemExit:
+        _refuse(plain(frame.getvalue(), prog), arguments)
+
+
+def _refuse(message: str, arguments: Sequence[str]) -> NoReturn:
+    print(f"error: {shortened(message, arguments)}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+@contextmanager
+def _wide_terminal(characters: int) -> Iterator[None]:
+    """Let tyro break no lines that repeat so many characters, so that its messages can be read back."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = str(10_000 + 2 * characters)
+    try:
+        yield
+    finally:
+        del os.environ["COLUMNS"]
+        if before is not None:
+            os.environ["COLUMNS"] = before
+
+
+def _overview() -> str:
+    """The general help: every verb with the first line of its own help, in the order in which data passes them."""
+    width = max(map(len, COMMANDS))
+    verbs = [f"  {verb:<{width}}  {_paragraphs(kind)[0]}" for verb, kind in COMMANDS.items()]
+    ends = ["`flextron VERB --help` explains a verb and its options. `flextron --version` prints the version."]
+    return "\n".join(["usage: flextron VERB [OPTIONS]", "", DESCRIPTION, "", "verbs:", *verbs, "", *ends])
+
+
+def _explained(kind: type) -> str:
+    """What a verb does, with examples; lines fit the terminal, except the examples', which are to be copied."""
+    columns = min(TEXT_COLUMNS, shutil.get_terminal_size().columns)
+    paragraphs = [*_paragraphs(kind), *([] if kind is EnvConfig else [RECIPE_HELP])]
+    wrapped = [text if text.startswith("Example") else fill(text, columns) for text in paragraphs]
+    return "\n\n".join(wrapped) + "\n"
+
+
+def _paragraphs(kind: type) -> list[str]:
+    return [" ".join(text.split()) for text in cleandoc(kind.__doc__ or "").split("\n\n")]
 
 
 def _with_recipes(arguments: list[str]) -> list[str]:
-    """`arguments` with `--recipe FILE` replaced by the options that the file lists, ahead of all options given."""
+    """Replace `--recipe FILE` by the options that the file lists, placed before all other options, which win."""
     if "--recipe" not in arguments:
         return arguments
     at = arguments.index("--recipe")

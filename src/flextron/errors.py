@@ -1,53 +1,53 @@
-"""Errors that a caller may want to catch.
+"""The errors of flextron. Catch `FlextronError` for all of them.
 
 FlextronError
-├── UnknownFamilyError    no spec for this architecture; a spec of some ten lines adds it
-├── CheckpointError       a folder or file that is missing, truncated or of another kind
-├── SubnetError           widths that the model or its search space does not have (also a ValueError)
-├── TooLittleTextError    a text shorter than one block
-├── CostError             a cost table that is missing, damaged, or of another device or model
-├── BudgetError           a budget that cannot be read or met (also a ValueError)
-├── RouterError           a router or surrogate that is missing, inaccurate, or of another checkpoint
-├── TrainingError         a loss that is no longer a number
-└── ExportError           a sub-network that the target format cannot express
+├── UnknownFamilyError    flextron does not know this architecture; about ten lines add it
+├── CheckpointError       a folder or file is missing, cut off or of another kind
+├── SubnetError           the model or its search space does not have these widths (also a ValueError)
+├── TooLittleTextError    a text is shorter than one block
+├── CostError             a cost table is missing, damaged, or of another device or model
+├── BudgetError           a budget cannot be read or met (also a ValueError)
+├── RouterError           a router is missing, too inaccurate, or of another checkpoint
+├── TrainingError         training cannot go on
+└── ExportError           the target format cannot express a sub-network
 """
 
 
 class FlextronError(Exception):
-    """Base of all errors that flextron raises for a caller to catch; the command line prints it without a traceback."""
+    """Base of all errors that flextron raises. The command line prints them in one line, without a traceback."""
 
 
 class UnknownFamilyError(FlextronError):
-    """The architecture has no `Family` spec."""
+    """flextron has no `Family` for this architecture. docs/add_a_family.md shows how to add one."""
 
 
 class CheckpointError(FlextronError):
-    """A checkpoint that is missing, incomplete, or not what it should be."""
+    """A checkpoint is missing, incomplete or of the wrong kind, or a file cannot be written."""
 
 
 class SubnetError(FlextronError, ValueError):
-    """A `Subnet` that does not fit the model or its search space."""
+    """A `Subnet` does not fit the model or its search space."""
 
 
 class TooLittleTextError(FlextronError):
-    """A text that holds less than one block of tokens."""
+    """A text has less than one block of tokens."""
 
 
 class CostError(FlextronError):
-    """A cost table that is missing, damaged, or of another device or model."""
+    """A cost table is missing, damaged, or of another device or model."""
 
 
 class BudgetError(FlextronError, ValueError):
-    """A budget that cannot be read, or that no sub-network meets."""
+    """A budget cannot be read, or no sub-network meets it."""
 
 
 class RouterError(FlextronError):
-    """A router or surrogate that is missing, too inaccurate, or made for another checkpoint."""
+    """A router is missing, too inaccurate, or made for another checkpoint. The same holds for its surrogate."""
 
 
 class TrainingError(FlextronError):
-    """A training run that cannot go on, such as one whose loss is no longer a number."""
+    """A training run cannot go on, for example because its loss is no longer a number."""
 
 
 class ExportError(FlextronError):
-    """A sub-network that cannot be exported to the format asked for."""
+    """A sub-network cannot be exported to the requested format."""

@@ -1,4 +1,4 @@
-"""`Subnet`, the noun that travels between all stages, and `SearchSpace`, the widths it may take. No torch here."""
+"""`Subnet`, which every stage takes or returns, and `SearchSpace`, the widths that it may have. No torch here."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ AXES = ("neurons", "kv_groups")
 
 @dataclass(frozen=True)
 class Subnet:
-    """Units kept in each layer; units are ranked, so keeping k means the first k.
+    """The number of units that run in each layer. Units are ranked, so k units are always the first k.
 
-    `neurons[i]` MLP neurons and `kv_groups[i]` KV groups (a key/value head with its query heads) run in layer i;
-    0 skips the sub-layer whole, residual only.
+    Layer i runs `neurons[i]` MLP neurons and `kv_groups[i]` KV groups (a key/value head with its query heads).
+    0 skips the sub-layer, so only the residual passes.
     """
 
     neurons: tuple[int, ...]
@@ -39,7 +39,7 @@ class Subnet:
                     raise SubnetError(f"{axis}[{layer}] is {width!r}; a width is a whole number from 0 up.")
         if not self.neurons or len(self.neurons) != len(self.kv_groups):
             raise SubnetError(
-                f"a Subnet has one width per layer on both axes, got {len(self.neurons)} widths of neurons "
+                f"a Subnet needs one width per layer on both axes; got {len(self.neurons)} widths of neurons "
                 f"and {len(self.kv_groups)} of kv_groups."
             )
 
@@ -55,7 +55,7 @@ class Subnet:
 
     @property
     def layers(self) -> int:
-        """Number of layers that it describes."""
+        """Number of layers."""
         return len(self.neurons)
 
     @property
@@ -72,7 +72,7 @@ class Subnet:
         )
 
     def to_json(self) -> str:
-        """The widths as one JSON object; `from_json` reads it back (docs/formats.md)."""
+        """Write the widths as one JSON object (docs/formats.md). `from_json` reads it back."""
         return json.dumps({"version": SUBNET_VERSION, **asdict(self)})
 
     @classmethod
@@ -80,7 +80,7 @@ class Subnet:
         """Read what `to_json` wrote.
 
         Raises:
-            SubnetError: not JSON, another version, or keys missing or too many.
+            SubnetError: `text` is not JSON, has another version, or has missing or unknown keys.
         """
         try:
             return cls(**parse_record(text, version=SUBNET_VERSION, keys=AXES))
@@ -92,7 +92,7 @@ class Subnet:
         """Read a Subnet from a JSON file.
 
         Raises:
-            SubnetError: no such file, or not a Subnet; the message names the file.
+            SubnetError: the file does not exist or holds no Subnet; the message names it.
         """
         try:
             return cls.from_json(Path(path).read_text(encoding="utf8"))
@@ -102,9 +102,9 @@ class Subnet:
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """The widths that each layer may take, ascending; the last of each axis is the full model's.
+    """The widths that each layer may have, in ascending order. The last of each axis is the full model's.
 
-    Every layer has the same choices. 0 among them lets a sub-layer be skipped.
+    Every layer has the same choices. 0, if it is among them, skips the sub-layer.
     """
 
     layers: int
@@ -113,7 +113,7 @@ class SearchSpace:
 
     def __post_init__(self) -> None:
         if type(self.layers) is not int or self.layers < 1:
-            raise ValueError(f"a search space has a whole number of layers from 1 up, got {self.layers!r}.")
+            raise ValueError(f"a search space needs a whole number of layers from 1 up, got {self.layers!r}.")
         for axis in AXES:
             choices = tuple(self[axis])
             object.__setattr__(self, axis, choices)
@@ -133,10 +133,10 @@ class SearchSpace:
 
     @classmethod
     def of_model(cls, *, layers: int, neurons: int, kv_groups: int, neuron_step: int | None = None) -> SearchSpace:
-        """The default space of a model: 0, every multiple of `neuron_step`, and the full width; every number of groups.
+        """Make the default space: 0, the multiples of `neuron_step` and the full width; any number of KV groups.
 
         `neuron_step` defaults to the largest power of two that gives at least 16 steps (64 for 1,536 neurons,
-        512 for 11,008): few enough to search, and sizes that hardware likes.
+        512 for 11,008). So there are few widths to search, and hardware runs them well.
         """
         step = 1 << max(0, (neurons // 16).bit_length() - 1) if neuron_step is None else neuron_step
         if not 1 <= step <= neurons:
@@ -154,7 +154,7 @@ class SearchSpace:
         return self.uniform(**{axis: self[axis][0] for axis in AXES})
 
     def uniform(self, neurons: int | None = None, kv_groups: int | None = None) -> Subnet:
-        """Equal widths in every layer; what is not named stays full."""
+        """Make a Subnet with equal widths in all layers. An axis left out stays full."""
         named = {"neurons": neurons, "kv_groups": kv_groups}
         widths = {axis: self[axis][-1] if width is None else width for axis, width in named.items()}
         subnet = Subnet(**{axis: (width,) * self.layers for axis, width in widths.items()})
@@ -162,10 +162,10 @@ class SearchSpace:
         return subnet
 
     def check(self, subnet: Subnet) -> None:
-        """Pass if `subnet` lies in this space.
+        """Raise an error unless `subnet` lies in this space.
 
         Raises:
-            SubnetError: another number of layers, a width above the model's, or one that is not among the choices.
+            SubnetError: it has another number of layers, a width above the model's, or a width that is no choice.
         """
         if subnet.layers != self.layers:
             raise SubnetError(

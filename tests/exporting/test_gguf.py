@@ -396,9 +396,9 @@ class TestCommand:
         ("arguments", "reason"),
         [
             (["out.bin", "--to", "gguf"], "its name must end in .gguf"),
-            (["out.gguf", "--to", "gguf", "--remote-code"], "remote_code is of --to hf"),
-            (["out", "--quantize", "q8_0"], "quantize is q8_0; it is of --to gguf"),
-            (["out", "--neuron-step", "256"], "neuron_step is 256; it is of --budget"),
+            (["out.gguf", "--to", "gguf", "--remote-code"], "--remote-code needs --to hf"),
+            (["out", "--quantize", "q8_0"], "--quantize q8_0 needs --to gguf"),
+            (["out", "--neuron-step", "256"], "--neuron-step 256 needs --budget"),
             (["out", "--to", "vllm"], "vllm"),
         ],
     )
@@ -499,8 +499,8 @@ class TestTimes:
     @pytest.mark.parametrize(
         ("options", "reason"),
         [
-            (["--engine", "llamacpp", "--batch", "2"], "batch is 2; in llama.cpp one sequence"),
-            (["--quantize", "q8_0"], "quantize is q8_0; it is of --engine llamacpp"),
+            (["--engine", "llamacpp", "--batch", "2"], "--batch is 2; --engine llamacpp times one sequence"),
+            (["--quantize", "q8_0"], "--quantize q8_0 needs --engine llamacpp"),
         ],
     )
     def test_options_that_do_not_go_together(self, options, reason, timed, capsys):

@@ -218,8 +218,8 @@ def test_the_command_prints_the_same_text_and_what_came_of_the_draft(checkpoint,
         (["--speculative", "12"], "'12' has no unit"),
         (["--speculative", "0.5x", "--temperature", "1"], "greedy text"),
         (["--speculative", "0.5x", "--budget", "1x", "--per-token"], "leave out --per-token"),
-        (["--speculative", "0.5x", "--draft-tokens", "0"], "draft_tokens is 0; it must be at least 1"),
-        (["--compare"], "--compare is of --speculative"),
+        (["--speculative", "0.5x", "--draft-tokens", "0"], "--draft-tokens is 0; it must be at least 1"),
+        (["--compare"], "--compare needs --speculative"),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_is_loaded(options, message, capsys, monkeypatch):

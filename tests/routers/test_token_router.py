@@ -478,9 +478,9 @@ class TestCommands:
             EvaluateConfig("model", per_token=True)
         with pytest.raises(ValueError, match="--per-token needs a budget"):
             GenerateConfig("model", "prompt", per_token=True)
-        with pytest.raises(ValueError, match="--hard is of --per-token"):
+        with pytest.raises(ValueError, match="--hard needs --per-token"):
             GenerateConfig("model", "prompt", budget="0.6x", hard=True)
-        with pytest.raises(ValueError, match=r"picture is a\.png; it is of --per-token"):
+        with pytest.raises(ValueError, match=r"--picture a\.png needs --per-token"):
             GenerateConfig("model", "prompt", budget="0.6x", picture=Path("a.png"))
         with pytest.raises(ValueError, match=r"must end in \.html"):
             EvaluateConfig("model", budget=("0.6x",), per_token=True, picture=Path("a.gif"))

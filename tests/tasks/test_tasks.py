@@ -425,7 +425,7 @@ class TestErrors:
 
     def test_options_that_do_not_go_together(self):
         for options in ({"limit": 5}, {"task_data": "x"}, {"out_dir": "x"}):
-            with pytest.raises(ValueError, match="is of --tasks"):
+            with pytest.raises(ValueError, match="needs --tasks"):
                 EvaluateConfig("model", **options)
         with pytest.raises(ValueError, match="limit is 0"):
             EvaluateConfig("model", tasks=("paper",), limit=0)

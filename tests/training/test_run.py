@@ -554,7 +554,7 @@ class TestProcess:
             assert process.returncode == 130
             stopped_at = int(kept.name[-8:])
             assert f"stopped after step {stopped_at} of {steps}; the same command goes on from there." in errors
-            assert errors.splitlines()[-1] == "interrupted; what was finished is kept."
+            assert errors.splitlines()[-1] == "interrupted; finished work is kept."
             assert len(steps_of(tmp_path / "out")) == stopped_at
         else:
             assert process.returncode == -signal.SIGKILL
@@ -708,13 +708,13 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"visits": (0, 0, 0, 0)}, "visits must be four weights"),
-            ({"block_tokens": 1}, "block_tokens is 1; it must be at least 2"),
+            ({"visits": (0, 0, 0, 0)}, "--visits must be four weights"),
+            ({"block_tokens": 1}, "--block-tokens is 1; it must be at least 2"),
             ({"tokens": 16}, "tokens is 16; it must be at least 32"),
-            ({"learning_rate": 0}, "learning_rate is 0"),
-            ({"text_weight": 1, "teacher": "other"}, "a teacher is named, but text_weight is 1"),
-            ({"text_weight": 1.5}, "text_weight is 1.5; it must lie between 0 and 1"),
-            ({"lora_rank": 2, "train_embeddings": True}, "train_embeddings and lora_rank exclude each other"),
+            ({"learning_rate": 0}, "--learning-rate is 0"),
+            ({"text_weight": 1, "teacher": "other"}, "--teacher is other, but --text-weight 1 leaves no weight for it"),
+            ({"text_weight": 1.5}, "--text-weight is 1.5; it must lie between 0 and 1"),
+            ({"lora_rank": 2, "train_embeddings": True}, "--train-embeddings and --lora-rank exclude each other"),
             ({"seed": -1}, "seed is -1; it must be at least 0"),
         ],
         ids=lambda value: "-".join(value) if isinstance(value, dict) else "",

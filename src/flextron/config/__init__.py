@@ -1,9 +1,6 @@
-"""All that a user can set: one frozen dataclass per command. The text below a field is its `--help`. No torch here."""
+"""The options of every command: one frozen dataclass for each. The text below a field is its `--help`. No torch here."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
 
 from flextron.config.env import EnvConfig
 from flextron.config.evaluate import EvaluateConfig
@@ -17,7 +14,7 @@ from flextron.config.route import RouteConfig
 from flextron.config.train import OptimizerOptions, TextOptions, TrainConfig, VisitOptions, WatchOptions
 from flextron.config.train_router import LEAST_EVALUATIONS, TrainRouterConfig
 
-COMMANDS: dict[str, Callable[..., Any]] = {
+COMMANDS: dict[str, type] = {
     "quickstart": QuickstartConfig,
     "rank": RankConfig,
     "train": TrainConfig,

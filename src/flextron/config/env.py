@@ -1,4 +1,4 @@
-"""What `flextron env` is told."""
+"""The options of `flextron env`."""
 
 from __future__ import annotations
 
@@ -7,4 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class EnvConfig:
-    """Print versions and hardware, for a bug report."""
+    """Print the versions and hardware that a bug report needs.
+
+    Example: flextron env
+    """

@@ -1,23 +1,33 @@
-"""What `flextron evaluate` is told."""
+"""The options of `flextron evaluate`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Annotated
 
 from flextron.budget import Budget
 from flextron.config.fields import (
+    AnyDeviceArgument,
     BudgetsArgument,
-    Dtype,
+    DeviceArgument,
+    DtypeArgument,
     ModelArgument,
+    OptionalInt,
+    OptionalPath,
+    SubnetsArgument,
     check_at_least,
     check_usage_picture,
+    option,
+    unset,
 )
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Loss of sub-networks on a text, in nats per token and bits per byte, or accuracy on tasks; paired.
+    """Measure the loss of sub-networks on a text, or their accuracy on tasks.
+
+    The loss is in nats per token and bits per byte. All sub-networks read the same text, so differences to the first
+    one have small errors. With --tasks, lm-eval measures accuracy instead.
 
     Example: flextron evaluate out/smollm2-elastic --subnet full 80% 60% neurons=768 --text book.txt
 
@@ -26,44 +36,40 @@ class EvaluateConfig:
 
     model: ModelArgument
     """Folder of an elastic checkpoint, or any checkpoint, hub id or GGUF file."""
-    subnet: tuple[str, ...] = ("full",)
-    """Sub-networks: full; a share of the layers' weights such as 60%; equal widths such as neurons=768,kv_groups=2; or a Subnet's JSON file."""
+    subnet: SubnetsArgument = ("full",)
     budget: BudgetsArgument = ()
     per_token: bool = False
-    """With --budget, also let every token have widths of its own: a second line for each budget, which holds on average."""
-    picture: Path | None = None
-    """With --per-token, a file for a picture of the first block at the last budget, coloured by compute: .html, .png, .svg or .pdf."""
+    """With --budget, also measure per-token routing: each budget gets a second line, in which every token has its own widths and the budget holds on average."""
+    picture: OptionalPath = None
+    """With --per-token, a file for a picture of the first block at the last budget, where colours show how much each token computed: .html, .png, .svg or .pdf."""
     text: str = "sample/validation"
-    """Text to measure on: a .jsonl or .txt file, also .xz or .gz, or a sample that comes with flextron."""
+    """Text to measure on: a .txt file, or a .jsonl file with a "text" field in each line, also as .xz or .gz, or a sample that comes with flextron."""
     tokens: int = 8192
-    """Tokens to measure on."""
+    """Number of tokens to measure on."""
     block_tokens: int = 512
-    """Tokens of one block; nothing is seen across blocks."""
+    """Tokens in one block. The model sees no other block."""
     json: bool = False
     """Print JSON instead of a table."""
-    tasks: tuple[str, ...] = ()
-    """Instead of a text's loss, accuracy on these tasks by lm-eval, such as arc_easy hellaswag@0 (no examples); paper: the six of Flextron's tables."""
-    limit: int | None = None
-    """With --tasks, documents of each at most, a fixed random sample."""
-    task_data: Path | None = None
-    """With --tasks, the folder of their data (docs/tasks.md); by default $FLEXTRON_TASK_DATA, else the Hugging Face hub."""
-    out_dir: Path | None = None
-    """With --tasks, a folder for results.json, results.md and results.png; what it has from an earlier run is not computed again."""
+    tasks: Annotated[tuple[str, ...], unset("STR [STR ...]")] = ()
+    """Measure accuracy on these tasks of lm-eval instead of the loss on a text. hellaswag@0 gives no examples before a question. paper stands for the six tasks of the Flextron paper. Needs: pip install "flextron[tasks]"."""
+    limit: OptionalInt = None
+    """With --tasks, use at most this many documents of each task, always the same random sample."""
+    task_data: OptionalPath = None
+    """With --tasks, the folder of the tasks' data (docs/tasks.md). The default is $FLEXTRON_TASK_DATA, then the Hugging Face hub."""
+    out_dir: OptionalPath = None
+    """With --tasks, a folder for results.json, results.md and results.png. Results that it holds from an earlier run are not computed again."""
     measure: bool = True
-    """With --tasks, measure the times that budgets limit, a few seconds each, where the latency table was measured here."""
-    any_device: bool = False
-    """With --budget, use a latency table of another device or version if there is no other."""
-    dtype: Dtype = "auto"
-    """Type of the weights; auto keeps the checkpoint's."""
-    device: str = "auto"
-    """Where to run, such as cpu or cuda:0; auto takes a GPU if there is one."""
+    """With --tasks, measure the times that budgets limit. This takes a few seconds for each, and happens only if the latency table was measured here."""
+    any_device: AnyDeviceArgument = False
+    dtype: DtypeArgument = "auto"
+    device: DeviceArgument = "auto"
 
     def __post_init__(self) -> None:
         self._check_tasks()
         check_at_least("block_tokens", self.block_tokens, 2)
         check_at_least("tokens", self.tokens, self.block_tokens)
         if not self.subnet:
-            raise ValueError("name at least one sub-network, such as --subnet full.")
+            raise ValueError("--subnet needs at least one sub-network, such as --subnet full.")
         if self.per_token and not self.budget:
             raise ValueError("--per-token needs a budget, such as --budget 0.6x.")
         check_usage_picture(self.picture, per_token=self.per_token)
@@ -74,7 +80,7 @@ class EvaluateConfig:
         if self.limit is not None:
             check_at_least("limit", self.limit, 1)
         if self.tasks and self.picture is not None:
-            raise ValueError("--picture is of a text; with --tasks, --out-dir writes a picture.")
+            raise ValueError("--picture draws a text; with --tasks, --out-dir writes a picture.")
         for name in ("limit", "task_data", "out_dir"):
             if getattr(self, name) is not None and not self.tasks:
-                raise ValueError(f"--{name.replace('_', '-')} is of --tasks, such as --tasks paper.")
+                raise ValueError(f"{option(name)} needs --tasks, such as --tasks paper.")

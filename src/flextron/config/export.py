@@ -1,17 +1,22 @@
-"""What `flextron export` is told."""
+"""The options of `flextron export`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
+
+from tyro.conf import arg
 
 from flextron.config.fields import (
+    AnyDeviceArgument,
     BudgetArgument,
-    Dtype,
+    DtypeArgument,
     Engine,
     ModelArgument,
     NeuronStepArgument,
     OutArgument,
     Quantization,
+    SubnetArgument,
     check_ending,
     check_one_choice,
 )
@@ -19,13 +24,14 @@ from flextron.config.fields import (
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Write a sub-network as a model of its own, and check it by loading it where it is to run.
+    """Save a sub-network as a model of its own, and check it.
 
-    hf: equal widths become a plain checkpoint of the same architecture. Widths that differ from layer to layer become
-    one with `per_layer_config`, which AutoModelForCausalLM loads after `import flextron`.
-    gguf: one file for llama.cpp and what is built on it.
+    With --to hf, equal widths give a plain checkpoint of the same architecture. Widths that differ from layer to layer
+    give a checkpoint with `per_layer_config`, which AutoModelForCausalLM loads after `import flextron`. With --to gguf,
+    `export` writes one file for llama.cpp and the tools built on it.
 
     Example: flextron export out/smollm2-elastic out/smollm2-60 --subnet 60%
+
     Example: flextron export out/smollm2-elastic small.gguf --budget 0.6x --to gguf --quantize q8_0
     """
 
@@ -33,36 +39,38 @@ class ExportConfig:
     """Folder of an elastic checkpoint."""
     out: OutArgument
     """Folder to write, or with --to gguf a file such as small.gguf."""
-    subnet: str = "full"
-    """Sub-network: full; a share of the layers' weights such as 60%; equal widths such as neurons=768,kv_groups=2; or a Subnet's JSON file."""
+    subnet: SubnetArgument = "full"
     budget: BudgetArgument = None
     neuron_step: NeuronStepArgument = None
     equal_widths: bool = False
-    """Take equal widths in all layers, of at most the cost of that sub-network, or within that budget."""
+    """Use equal widths in all layers, within --budget or at most as large as --subnet."""
     to: Engine = "hf"
-    """What it is for: hf, transformers; gguf, llama.cpp."""
+    """Format. hf is for transformers, gguf is for llama.cpp."""
     quantize: Quantization = "f16"
-    """With --to gguf, the type of the weights in the file; k-quants need the extra llamacpp."""
+    """With --to gguf, the type of the weights in the file. K-quants (q6_k, q5_k_m, q4_k_m) need: pip install "flextron[llamacpp]"."""
     verify: bool = True
-    """Load it again, with --to gguf in llama.cpp (extra llamacpp), and compare with the sub-network; keep it only if both agree."""
+    """Load the export again, compare it with the sub-network, and keep it only if both agree. With --to gguf this runs llama.cpp and needs: pip install "flextron[llamacpp]"."""
     remote_code: bool = False
-    """Copy the code of per-layer widths beside the weights, for machines without flextron (loads with trust_remote_code)."""
+    """With --to hf, copy the code for per-layer widths beside the weights, so that machines without flextron can load them with trust_remote_code."""
     overwrite: bool = False
-    """Replace what is there if it is an export of the same kind."""
-    any_device: bool = False
-    """With --budget, use a latency table of another device or version if there is no other."""
-    dtype: Dtype = "auto"
-    """Type of the weights; auto keeps the checkpoint's."""
-    device: str = "auto"
-    """Where to check it, and whose latency table a budget means, such as cpu or cuda:0; auto takes a GPU if there is one."""
+    """Replace OUT if it is an export in the same format."""
+    any_device: AnyDeviceArgument = False
+    dtype: DtypeArgument = "auto"
+    device: Annotated[
+        str,
+        arg(
+            help="Where to check the export, and whose latency table --budget uses, such as cpu or cuda:0. "
+            "auto takes a GPU if there is one."
+        ),
+    ] = "auto"
 
     def __post_init__(self) -> None:
         check_one_choice(self.subnet, self.budget)
         if self.neuron_step is not None and self.budget is None:
-            raise ValueError(f"neuron_step is {self.neuron_step}; it is of --budget, whose answer it rounds.")
+            raise ValueError(f"--neuron-step {self.neuron_step} needs --budget: it limits what a budget may choose.")
         if self.to == "gguf":
-            check_ending("out", self.out, (".gguf",))
+            check_ending("OUT", self.out, (".gguf",))
             if self.remote_code:
-                raise ValueError("remote_code is of --to hf; a GGUF file holds no code.")
+                raise ValueError("--remote-code needs --to hf: a GGUF file holds no code.")
         elif self.quantize != "f16":
-            raise ValueError(f"quantize is {self.quantize}; it is of --to gguf. With --to hf, name a --dtype.")
+            raise ValueError(f"--quantize {self.quantize} needs --to gguf. With --to hf, choose a --dtype instead.")

@@ -1,17 +1,21 @@
-"""What `flextron generate` is told."""
+"""The options of `flextron generate`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 from tyro.conf import Positional, arg
 
 from flextron.config.fields import (
+    AnyDeviceArgument,
     BudgetArgument,
-    Dtype,
+    DeviceArgument,
+    DtypeArgument,
     ModelArgument,
+    OptionalPath,
+    OptionalText,
+    SubnetArgument,
     check_at_least,
     check_draft,
     check_one_choice,
@@ -29,36 +33,32 @@ class GenerateConfig:
     model: ModelArgument
     """Folder of an elastic checkpoint, or any checkpoint, hub id or GGUF file."""
     prompt: Annotated[Positional[str], arg(metavar="PROMPT")]
-    """Text to go on from."""
-    subnet: str = "full"
-    """Sub-network: full; a share of the layers' weights such as 60%; equal widths such as neurons=768,kv_groups=2; or a Subnet's JSON file."""
+    """Text to continue."""
+    subnet: SubnetArgument = "full"
     budget: BudgetArgument = None
     per_token: bool = False
-    """With --budget, let every token have widths of its own; the budget holds on average."""
+    """With --budget, give every token its own widths. The budget then holds on average."""
     hard: bool = False
-    """With --per-token, let no forward pass exceed the budget."""
-    picture: Path | None = None
-    """With --per-token, a file for a picture of the text, coloured by compute: .html, .png, .svg or .pdf."""
-    speculative: str | None = None
-    """A smaller sub-network that writes ahead for faster greedy text, the same up to rounding: a budget such as 0.5x, or as --subnet such as 50%."""
+    """With --per-token, keep every forward pass within the budget."""
+    picture: OptionalPath = None
+    """With --per-token, a file for a picture of the text, where colours show how much each token computed: .html, .png, .svg or .pdf."""
+    speculative: OptionalText = None
+    """Decode faster: this smaller sub-network drafts tokens that the larger one checks. The greedy text stays the same, up to rounding. Name a budget such as 0.5x, or a size as for --subnet, such as 50%."""
     draft_tokens: int = 4
-    """With --speculative, tokens to write ahead before they are checked."""
+    """With --speculative, the number of tokens to draft before each check."""
     compare: bool = False
-    """With --speculative, also decode plainly, and print the speed-up."""
+    """With --speculative, also decode without it, and print the speed-up."""
     max_new_tokens: int = 64
-    """Tokens to generate at most."""
+    """Largest number of tokens to generate."""
     chat: bool = False
-    """Put the prompt into the model's chat template, as a user's message."""
+    """Send the prompt as a user's message, in the model's chat template."""
     temperature: float = 0.0
-    """0 takes the likeliest token; higher samples."""
+    """0 takes the most likely token. Higher values sample."""
     seed: int = 0
-    """Seed of the sampling."""
-    any_device: bool = False
-    """With --budget, use a latency table of another device or version if there is no other."""
-    dtype: Dtype = "auto"
-    """Type of the weights; auto keeps the checkpoint's."""
-    device: str = "auto"
-    """Where to run, such as cpu or cuda:0; auto takes a GPU if there is one."""
+    """Seed for the sampling."""
+    any_device: AnyDeviceArgument = False
+    dtype: DtypeArgument = "auto"
+    device: DeviceArgument = "auto"
 
     def __post_init__(self) -> None:
         check_at_least("max_new_tokens", self.max_new_tokens, 1)
@@ -67,7 +67,7 @@ class GenerateConfig:
         if self.per_token and self.budget is None:
             raise ValueError("--per-token needs a budget, such as --budget 0.6x.")
         if self.hard and not self.per_token:
-            raise ValueError("--hard is of --per-token.")
+            raise ValueError("--hard needs --per-token.")
         check_at_least("draft_tokens", self.draft_tokens, 1)
         check_draft(self.speculative, compare=self.compare, per_token=self.per_token, temperature=self.temperature)
         check_usage_picture(self.picture, per_token=self.per_token)

@@ -1,12 +1,14 @@
-"""What `flextron rank` is told."""
+"""The options of `flextron rank`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from flextron.config.fields import (
-    Dtype,
+    DeviceArgument,
+    DtypeArgument,
     ModelArgument,
+    OptionalInt,
     OutArgument,
     Score,
     check_at_least,
@@ -15,34 +17,33 @@ from flextron.config.fields import (
 
 @dataclass(frozen=True)
 class RankConfig:
-    """Rank the neurons and KV groups of a checkpoint and write it as an elastic one.
+    """Rank the neurons and KV groups of a checkpoint, and save an elastic checkpoint.
 
-    Forward passes only. Then removes parts one at a time to learn what each costs, so that any share of the layers'
-    weights can be asked for.
+    `rank` reads a text with forward passes only, and sorts the units of each layer so that the most important come
+    first. The full model computes the same as before. Then `rank` measures what removing each part costs, so that you
+    can ask for any share of the weights, such as 60%.
 
     Example: flextron rank HuggingFaceTB/SmolLM2-135M-Instruct out/smollm2-elastic
     """
 
     model: ModelArgument
-    """Folder, hub id, or GGUF file of a decoder LLM."""
+    """Folder, hub id or GGUF file of a decoder LLM."""
     out: OutArgument
-    """Folder to write; transformers loads it as the plain full model."""
+    """Folder to write. transformers loads it as the plain full model."""
     text: str = "sample/train"
-    """Text to rank on: a .jsonl (with a "text" field) or .txt file, also .xz or .gz; by default a sample of public-domain English that comes with flextron. Text like what the model will read is better."""
+    """Text to rank on: a .txt file, or a .jsonl file with a "text" field in each line, also as .xz or .gz. The default is a sample of public-domain English that comes with flextron. Text like what your model will read works better."""
     tokens: int = 16384
-    """Tokens to rank on."""
+    """Number of tokens to rank on."""
     score: Score = "reconstruction"
-    """What a unit is worth; docs/decisions/ compares them."""
+    """How to score a unit. docs/decisions/ compares the scores."""
     sensitivity_tokens: int = 2048
-    """Tokens on which the cost of each removal is measured; 0 leaves that out, and shares cannot be asked for."""
-    neuron_step: int | None = None
-    """Step between the widths of the MLP that the search space offers; by default 16 to 32 widths."""
+    """Number of tokens on which to measure the cost of each removal. 0 skips this, and then you cannot ask for shares such as 60%."""
+    neuron_step: OptionalInt = None
+    """Distance in neurons between the MLP widths of the search space. The default gives 16 to 32 widths."""
     overwrite: bool = False
-    """Replace the folder if it exists."""
-    dtype: Dtype = "auto"
-    """Type of the weights; auto keeps the checkpoint's."""
-    device: str = "auto"
-    """Where to run, such as cpu or cuda:0; auto takes a GPU if there is one."""
+    """Replace OUT if it is a checkpoint."""
+    dtype: DtypeArgument = "auto"
+    device: DeviceArgument = "auto"
 
     def __post_init__(self) -> None:
         check_at_least("tokens", self.tokens, 512)

@@ -1,15 +1,17 @@
-"""What `flextron route` is told."""
+"""The options of `flextron route`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from flextron.budget import Budget
 from flextron.config.fields import (
-    Dtype,
+    AnyDeviceArgument,
+    DeviceArgument,
+    DtypeArgument,
     ModelArgument,
     NeuronStepArgument,
+    OptionalPath,
     RouteArgument,
     check_ending,
 )
@@ -17,29 +19,29 @@ from flextron.config.fields import (
 
 @dataclass(frozen=True)
 class RouteConfig:
-    """Choose the best sub-network within a budget, draw it, and compare its time with what was predicted.
+    """Choose the best sub-network within a budget, and draw it.
+
+    For a budget of time, `route` also measures the sub-network, so that you can compare the predicted time with the
+    real one.
 
     Example: flextron route out/smollm2-elastic --budget 0.6x --out subnet.json
     """
 
     model: ModelArgument
-    """Folder of an elastic checkpoint."""
+    """Folder of an elastic checkpoint (see `flextron rank`)."""
     budget: RouteArgument
     neuron_step: NeuronStepArgument = None
     measure: bool = True
-    """Measure the times that the budget limits, a few seconds each, where the latency table was measured here."""
-    picture: Path | None = None
+    """Measure the times that the budget limits. This takes a few seconds for each, and happens only if the latency table was measured here."""
+    picture: OptionalPath = None
     """File for a picture of the widths: .png, .svg or .pdf."""
-    out: Path | None = None
-    """JSON file for the sub-network, for --subnet of other commands."""
+    out: OptionalPath = None
+    """JSON file for the sub-network. Other commands read it with --subnet."""
     json: bool = False
     """Print JSON instead of text."""
-    any_device: bool = False
-    """Use a latency table of another device or version if there is no other."""
-    dtype: Dtype = "auto"
-    """Type of the weights; auto keeps the checkpoint's."""
-    device: str = "auto"
-    """Where to run, such as cpu or cuda:0; auto takes a GPU if there is one."""
+    any_device: AnyDeviceArgument = False
+    dtype: DtypeArgument = "auto"
+    device: DeviceArgument = "auto"
 
     def __post_init__(self) -> None:
         Budget.parse(self.budget)

@@ -48,9 +48,9 @@ class TestSubnet:
             (
                 (8, 8, 8),
                 (1, 1),
-                "a Subnet has one width per layer on both axes, got 3 widths of neurons and 2 of kv_groups.",
+                "a Subnet needs one width per layer on both axes; got 3 widths of neurons and 2 of kv_groups.",
             ),
-            ((), (), "a Subnet has one width per layer on both axes, got 0 widths of neurons and 0 of kv_groups."),
+            ((), (), "a Subnet needs one width per layer on both axes; got 0 widths of neurons and 0 of kv_groups."),
         ],
     )
     def test_refuses(self, neurons, kv_groups, message):

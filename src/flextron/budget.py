@@ -82,7 +82,7 @@ class Limit:
         if self.metric != "e2e" and self.new_tokens is not None:
             raise BudgetError(f"{self.metric} takes no output length; only e2e does, such as {_EXAMPLES['e2e']}.")
         if self.metric not in ("e2e", "ttft", "kv") and self.prompt_tokens is not None:
-            raise BudgetError(f"{self.metric} takes no length, such as {example}; ttft, e2e and kv do.")
+            raise BudgetError(f"{self.metric} takes no length; write {example}. Only ttft, e2e and kv take one.")
 
     def __str__(self) -> str:
         lengths = "+".join(str(length) for length in (self.prompt_tokens, self.new_tokens) if length is not None)
@@ -172,9 +172,7 @@ def _wrong_unit(part: str, metric: str, number: Decimal, unit: str) -> str:
     """The message for a wrong unit, with what to write instead."""
     if unit == "%":
         share, part = _plain(number), f"{metric or 'tpot'}={_plain(number / 100)}x"
-        return (
-            f"{share}% is a share of the layers' weights, for `--subnet {share}%`; for a part of a cost write {part}."
-        )
+        return f"{share}% is a share of the layers' weights: use --subnet {share}%. For a part of a cost write {part}."
     prefix = f"{metric}=" if metric else ""
     if not unit:
         example = _EXAMPLES[metric] if metric else "a unit, such as 12ms or 80M"

@@ -10,7 +10,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from flextron.pictures.usage import COLORS, COLUMNS, INK, LINES, TokenUsage, usage_figure, usage_html, usage_text
+from flextron.pictures.usage import COLORS, INK, TokenUsage, usage_text
+from flextron.pictures.usage_figure import COLUMNS, LINES, usage_figure
+from flextron.pictures.usage_page import usage_html
 from flextron.pictures.widths import save_figure
 from flextron.subnet import SearchSpace
 
@@ -263,6 +265,7 @@ def test_text_and_page_need_neither_torch_nor_matplotlib():
     code = (
         "import sys, numpy as np; sys.argv = ['flextron']\n"
         "from flextron.subnet import SearchSpace; from flextron.pictures.usage import *\n"
+        "from flextron.pictures.usage_page import usage_html\n"
         "usage = TokenUsage(('a',), np.array([[4]]), SearchSpace(1, (0, 4), (0, 1)), '1x', 1.0)\n"
         "usage_text(usage), usage_html(usage)\n"
         "print([name for name in ('torch', 'matplotlib') if name in sys.modules])\n"

@@ -19,7 +19,9 @@ from flextron.costs.pricing import Ceiling, format_cost
 from flextron.costs.saved import find_table, foreign_conditions
 from flextron.elastic.model import ElasticModel
 from flextron.errors import FlextronError
-from flextron.pictures.usage import TokenUsage, usage_figure, usage_html
+from flextron.pictures.usage import TokenUsage
+from flextron.pictures.usage_figure import usage_figure
+from flextron.pictures.usage_page import usage_html
 from flextron.pictures.widths import save_figure, text_drawing
 from flextron.routers.token.batch import TokenRouting
 from flextron.subnet import Subnet

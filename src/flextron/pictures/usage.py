@@ -1,48 +1,37 @@
-"""How per-token routing spent MLP neurons on a text: figures for each token, as text, page and picture. No torch here.
+"""How per-token routing spent MLP neurons on a text: the figures for each token, and a report as text. No torch here.
 
-Shapes: L layers, T tokens of one text, K widths that the search space offers.
+`usage_page` writes them as a web page, `usage_figure` draws them.
+
+Shapes: L layers, T tokens of one text, K widths of the search space.
 """
 
 from __future__ import annotations
 
-import html
 import re
 import textwrap
 import unicodedata
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flextron.subnet import SearchSpace
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 Floats = NDArray[np.float64]
 
 CLASSES = ("start of a word", "inside a word", "number", "punctuation", "space or newline", "other")
 ONE_WIDTH = 0.99
-"""Part of the tokens at one width from which a layer counts as collapsed."""
+"""A layer has collapsed if at least this share of the tokens run one width in it."""
 NO_ENTROPY_BITS = 0.05
-"""A layer of less entropy does not tell tokens apart."""
+"""A layer with less entropy does not tell tokens apart."""
 COLORS = ("#fffde6", "#ffe0be", "#fec397", "#f8a771", "#f08a4b")
 """From few neurons to many: equal steps in CIELAB, darker throughout, and light enough for dark text."""
 INK = "#111111"
-COLUMNS = 90
-"""Characters in a line of the picture's text."""
-LINES = 40
-"""Lines of the picture's text."""
 
 _BAR = 32
 _BINS = 32
-_FONT = "DejaVu Sans Mono"
-_ADVANCE_EM = 1233 / 2048  # of that font's characters
-_TEXT_INCHES = 9.4
-_CONTROLS = {code: 0x2400 + code for code in range(32) if code not in b"\t\n"} | {0x7F: 0x2421}
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,7 +161,7 @@ def usage_text(usage: TokenUsage) -> str:
     means = f"mean MLP neurons of {usage.full}"
     by_width = f"tokens by width, {usage.space.neurons[0]} to {usage.full}"
     lines = [
-        *textwrap.wrap(_summary(usage), 100),
+        *textwrap.wrap(summary(usage), 100),
         "",
         f"layer  {means:<39}  entropy, bits  {by_width}",
         *_layer_lines(usage),
@@ -181,13 +170,13 @@ def usage_text(usage: TokenUsage) -> str:
     ]
     for name, (count, share) in usage.by_class().items():
         lines.append(f"{name:<16}  {count:>6}  {_bar(share)}  {share:>6.1%}")
-    verdict = _verdict(usage)
-    if verdict:
-        lines += ["", *textwrap.wrap(verdict, 100)]
+    if warning := verdict(usage):
+        lines += ["", *textwrap.wrap(warning, 100)]
     return "\n".join(lines).encode("ascii", "backslashreplace").decode()
 
 
-def _summary(usage: TokenUsage) -> str:
+def summary(usage: TokenUsage) -> str:
+    """One sentence with the budget, the average cost and the average share of neurons."""
     tokens = "1 token" if len(usage.tokens) == 1 else f"{len(usage.tokens):,} tokens"
     return (
         f"budget {usage.budget}: a token costs {usage.cost:.1%} of the full model's on average, "
@@ -195,7 +184,7 @@ def _summary(usage: TokenUsage) -> str:
     )
 
 
-def _verdict(usage: TokenUsage) -> str:
+def verdict(usage: TokenUsage) -> str:
     """What to know about layers that do not tell tokens apart; empty if all do."""
     if usage.is_collapsed and usage.shares_T.min() == 1:
         return "All tokens run the full width in every layer: there was nothing to route."
@@ -229,7 +218,7 @@ def _tenth(part: float) -> str:
     return str(min(max(round(10 * part), 1), 9))
 
 
-def _scale(shares_T: Floats) -> tuple[float, float]:
+def color_scale(shares_T: Floats) -> tuple[float, float]:
     """The shares that the first and the last colour stand for: of this text, in steps of 5%, and 20% apart or more."""
     low, high = np.floor(20 * shares_T.min()) / 20, np.ceil(20 * shares_T.max()) / 20
     apart = max(high - low, 0.2)
@@ -237,184 +226,10 @@ def _scale(shares_T: Floats) -> tuple[float, float]:
     return low, low + apart
 
 
-def _colors(shares_T: Floats) -> list[str]:
+def colors(shares_T: Floats) -> list[str]:
     """A colour for each share, as #rrggbb."""
-    low, high = _scale(shares_T)
+    low, high = color_scale(shares_T)
     stops = np.linspace(low, high, len(COLORS))
     channels = [[int(color[at : at + 2], 16) for color in COLORS] for at in (1, 3, 5)]
     rgb_T3 = np.stack([np.interp(shares_T, stops, channel) for channel in channels], axis=1).round().astype(int)
     return [f"#{red:02x}{green:02x}{blue:02x}" for red, green, blue in rgb_T3]
-
-
-_STYLE = f"""
-:root {{ color-scheme: light; }}
-body {{ max-width: 60rem; margin: 2rem auto; padding: 0 1rem; font: 1rem/1.5 system-ui, sans-serif;
-  color: {INK}; background: #ffffff; }}
-h1 {{ font-size: 1.4rem; }}
-.scale {{ display: flex; flex-wrap: wrap; gap: .6rem; align-items: center; }}
-.scale b {{ flex: 0 1 14rem; min-width: 6rem; height: 1.1rem; border: 1px solid #bbbbbb;
-  background: linear-gradient(to right, {", ".join(COLORS)}); }}
-.text {{ font: 1rem/2 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; white-space: pre-wrap;
-  overflow-wrap: anywhere; tab-size: 4; }}
-.text span {{ padding: .2em 0; border-radius: .2em; box-shadow: inset -1px 0 #ffffff; }}
-.text span:empty::before {{ content: "\\2205"; color: #555555; }}
-.text i::before {{ content: "\\21b5"; font-style: normal; color: #555555; }}
-.note {{ border-left: .3rem solid #c2622d; padding-left: .7rem; }}
-table {{ border-collapse: collapse; }}
-th, td {{ padding: .2rem .8rem; border-bottom: 1px solid #dddddd; text-align: right; }}
-th:first-child, td:first-child {{ padding-left: 0; text-align: left; font-weight: normal; }}
-"""
-
-
-def usage_html(usage: TokenUsage) -> str:
-    """One HTML page that needs no other file: the text with each token coloured by its share, a legend, the classes.
-
-    A token's title (what the pointer shows) gives its share and the neurons of every layer. Control characters other
-    than tab and newline become their symbols, so that the page is valid.
-    """
-    low, high = _scale(usage.shares_T)
-    verdict = _verdict(usage)
-    note = f'<p class="note">{html.escape(verdict)}</p>\n' if verdict else ""
-    rows = "".join(
-        f'<tr><th scope="row">{name}</th><td>{count}</td><td>{share:.1%}</td></tr>\n'
-        for name, (count, share) in usage.by_class().items()
-    )
-    summary = html.escape(_summary(usage).translate(_CONTROLS))
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>MLP neurons of each token</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-<h1>MLP neurons of each token</h1>
-<p>{summary}.</p>
-{note}<p class="scale"><span>{low:.0%}</span><b></b><span>{high:.0%} of the MLP neurons, mean over layers</span></p>
-<p class="text" lang="" dir="auto">{"".join(_spans(usage))}</p>
-<h2>By class of token</h2>
-<table>
-<tr><th scope="col">class</th><th scope="col">tokens</th><th scope="col">share of the MLP neurons</th></tr>
-{rows}</table>
-</body>
-</html>
-"""
-
-
-def _spans(usage: TokenUsage) -> Iterator[str]:
-    shares_T = usage.shares_T
-    for token, share, color, neurons_L in zip(
-        usage.tokens, shares_T, _colors(shares_T), usage.neurons_LT.T.tolist(), strict=True
-    ):
-        text = html.escape(token.translate(_CONTROLS)).replace("\n", "<i></i>\n")
-        title = f"{share:.1%} of the MLP neurons; layers 0 to {len(neurons_L) - 1}: {' '.join(map(str, neurons_L))}"
-        yield f'<span style="background:{color}" title="{title}">{text}</span>'
-
-
-def usage_figure(usage: TokenUsage) -> Figure:
-    """The text with each token coloured by its share, above a heat map of the tokens' widths in each layer.
-
-    Spaces, tabs and newlines are drawn as symbols, an empty token as an empty set, and what the font lacks as a box.
-    A token of more than a line is cut, and after LINES lines a last one says how many tokens are left out.
-    """
-    from matplotlib.figure import Figure
-
-    shown = _shown(usage.tokens)
-    places = _places(shown, usage.tokens)
-    lines = places[-1][0] + 1 + (len(places) < len(shown))
-    title = [*textwrap.wrap(_summary(usage), 135), *textwrap.wrap(_verdict(usage), 135)]
-    text_at, text_height, map_height = 0.4 + 0.16 * len(title), 0.255 * lines, 2.9
-    map_at = text_at + text_height + 0.95
-    width, height = 10.0, map_at + map_height + 0.6
-    figure = Figure(figsize=(width, height))
-
-    def add_axes(left: float, top: float, across: float, down: float) -> Axes:
-        """Axes at a place in inches from the upper left corner."""
-        return figure.add_axes((left / width, 1 - (top + down) / height, across / width, down / height))
-
-    figure.text(0.3 / width, 1 - 0.2 / height, "\n".join(title), size=9.5, va="top", parse_math=False)
-    _draw_tokens(add_axes(0.3, text_at, _TEXT_INCHES, text_height), usage, shown, places)
-    _draw_scale(add_axes(7.1, map_at - 0.83, 2.6, 0.12), usage)
-    _draw_widths(add_axes(0.9, map_at, 7.9, map_height), add_axes(8.95, map_at, 0.18, map_height), usage)
-    return figure
-
-
-def _shown(tokens: Sequence[str]) -> list[str]:
-    from matplotlib.font_manager import findfont, get_font
-
-    glyphs = get_font(findfont(_FONT)).get_charmap()
-    return [_shown_token(token, glyphs) for token in tokens]
-
-
-def _shown_token(token: str, glyphs: Container[int]) -> str:
-    symbols = {"\n": "\u21b5", "\t": "\u2192"}
-    shown = ""
-    for char in unicodedata.normalize("NFC", token):
-        if char.isspace():
-            shown += symbols.get(char, "\u00b7")
-        else:
-            one_cell = char.isprintable() and unicodedata.category(char)[0] != "M" and ord(char) in glyphs
-            shown += char if one_cell else "\u25a1"
-    return (shown if len(shown) <= COLUMNS else shown[: COLUMNS - 1] + "\u2026") or "\u2205"
-
-
-def _places(shown: Sequence[str], tokens: Sequence[str]) -> list[tuple[int, int]]:
-    """Line and column of each token, as far as LINES lines reach."""
-    places = []
-    line = column = 0
-    for text, token in zip(shown, tokens, strict=True):
-        if column + len(text) > COLUMNS:
-            line, column = line + 1, 0
-        if line == LINES:
-            break
-        places.append((line, column))
-        column += len(text)
-        if "\n" in token:
-            line, column = line + 1, 0
-    return places
-
-
-def _draw_tokens(axes: Axes, usage: TokenUsage, shown: Sequence[str], places: Sequence[tuple[int, int]]) -> None:
-    lines, columns = zip(*places, strict=True)
-    left_out = len(shown) - len(places)
-    axes.set(xlim=(0, COLUMNS), ylim=(lines[-1] + (1.5 if left_out else 0.5), -0.5))
-    axes.set_axis_off()
-    lengths = [len(text) for text in shown[: len(places)]]
-    colors = _colors(usage.shares_T)[: len(places)]
-    axes.barh(lines, lengths, left=columns, height=0.86, color=colors, edgecolor="white", linewidth=0.8)
-    size = 72 * _TEXT_INCHES / COLUMNS / _ADVANCE_EM  # a character is as wide as a column
-    style: dict[str, Any] = {"family": _FONT, "size": size, "va": "baseline", "color": INK, "parse_math": False}
-    for (line, column), text in zip(places, shown, strict=False):
-        axes.text(column, line + 0.2, text, **style)
-    if left_out:
-        axes.text(0, lines[-1] + 1.2, f"\u2026 and {left_out:,} tokens more", **style)
-
-
-def _draw_scale(axes: Axes, usage: TokenUsage) -> None:
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import LinearSegmentedColormap, Normalize
-
-    low, high = _scale(usage.shares_T)
-    colors = ScalarMappable(Normalize(100 * low, 100 * high), LinearSegmentedColormap.from_list("usage", COLORS))
-    bar = axes.figure.colorbar(colors, cax=axes, orientation="horizontal")
-    bar.ax.tick_params(labelsize=8)
-    bar.set_label("token's share of the MLP neurons, %", size=8)
-
-
-def _draw_widths(axes: Axes, bar_axes: Axes, usage: TokenUsage) -> None:
-    from matplotlib.colors import PowerNorm
-
-    widths = usage.space.neurons
-    rows = np.arange(len(widths))
-    parts_KL = 100 * usage.histogram_LK.T / len(usage.tokens)
-    roots = PowerNorm(0.5, 0, parts_KL.max())  # few tokens stay visible beside a layer with all tokens at one width
-    image = axes.imshow(parts_KL, origin="lower", aspect="auto", cmap="Blues", norm=roots, interpolation="none")
-    axes.plot(np.interp(usage.mean_neurons_L, widths, rows), ".-", color="#c2622d", linewidth=1, label="mean")
-    step = -(-len(widths) // 9)
-    ticks = rows[::-1][::step]
-    axes.set_yticks(ticks, [str(widths[row]) for row in ticks])
-    axes.locator_params(axis="x", integer=True, min_n_ticks=1)
-    axes.set(title="widths that tokens ran in each layer", xlabel="layer", ylabel="MLP neurons")
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False, borderaxespad=0.1)
-    axes.figure.colorbar(image, cax=bar_axes, label="% of the tokens")

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Write files and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from flextron.errors import CheckpointError
 def new_folder(
     path: str | Path, *, overwrite: bool = False, needs_bytes: int = 0, kind: str = "config.json"
 ) -> Iterator[Path]:
-    """Yield an empty folder beside `path`: it takes that name when the block ends well, and is removed otherwise.
+    """Yield an empty folder beside `path`. If the block succeeds, the folder is renamed to `path`; else it is removed.
 
-    Interrupted by force, it leaves `.NAME.partial-*` behind, which nothing reads. `overwrite` replaces an older folder
-    only at the very end, and only one with the file `kind` in it.
+    A killed process leaves `.NAME.partial-*` behind, which nothing reads. `overwrite` replaces an older folder only at
+    the very end, and only if it contains the file `kind`.
 
     Raises:
-        CheckpointError: `path` exists and `overwrite` is false, too little disk space, or a write that failed.
+        CheckpointError: `path` exists and `overwrite` is false, the disk has too little space, or a write fails.
     """
     target = Path(path)
     check_new(target, overwrite=overwrite, kind=kind)
@@ -42,10 +42,10 @@ def new_folder(
 
 
 def check_new(path: str | Path, *, overwrite: bool = False, kind: str = "config.json") -> None:
-    """Pass if `path` is free to be written, so that a long stage can tell before it starts.
+    """Raise an error if `new_folder` could not write `path`. Call this before a long stage starts.
 
     Raises:
-        CheckpointError: something is there already, and `overwrite` is false or the file `kind` is not in it.
+        CheckpointError: `path` exists, and `overwrite` is false or the file `kind` is not in it.
     """
     target = Path(path)
     if target.is_dir() and overwrite:
@@ -60,12 +60,12 @@ def check_new(path: str | Path, *, overwrite: bool = False, kind: str = "config.
 
 @contextmanager
 def new_file(path: str | Path, *, overwrite: bool = False, needs_bytes: int = 0, magic: bytes = b"") -> Iterator[Path]:
-    """Yield a path beside `path`: what is written there takes that name when the block ends well, else it is removed.
+    """Yield a path beside `path` to write to. If the block succeeds, it is renamed to `path`; else it is removed.
 
-    `overwrite` replaces an older file only at the very end, and only one that begins with `magic`.
+    `overwrite` replaces an older file only at the very end, and only if it begins with `magic`.
 
     Raises:
-        CheckpointError: `path` exists and `overwrite` is false, too little disk space, or a write that failed.
+        CheckpointError: `path` exists and `overwrite` is false, the disk has too little space, or a write fails.
     """
     target = Path(path)
     check_new_file(target, overwrite=overwrite, magic=magic)
@@ -82,10 +82,10 @@ def new_file(path: str | Path, *, overwrite: bool = False, needs_bytes: int = 0,
 
 
 def check_new_file(path: str | Path, *, overwrite: bool = False, magic: bytes = b"") -> None:
-    """Pass if `path` is free for a file to be written.
+    """Raise an error if `new_file` could not write `path`.
 
     Raises:
-        CheckpointError: something is there already, and `overwrite` is false or it does not begin with `magic`.
+        CheckpointError: `path` exists, and `overwrite` is false or the file does not begin with `magic`.
     """
     target = Path(path)
     if not target.exists():
@@ -109,10 +109,10 @@ def _check_space(target: Path, needs_bytes: int) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file that is whole whenever it can be seen.
+    """Write a text file. Readers see the old file or the new one, never a part.
 
     Raises:
-        CheckpointError: the write failed; the old file, if any, is still there.
+        CheckpointError: the write fails. An old file stays as it was.
     """
     target = Path(path)
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
@@ -125,7 +125,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def _make_readable(folder: Path) -> None:
-    """Temporary folders, and what safetensors writes, are for their owner only; a checkpoint is for all to read."""
+    """Let everyone read a checkpoint. Temporary folders and safetensors files are readable by their owner only."""
     folder.chmod(0o755)
     for path in folder.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)

@@ -1,4 +1,4 @@
-"""Versions and hardware: what a bug report needs, and what stands beside every measured number."""
+"""Versions and hardware, for bug reports and beside every measured number."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PACKAGES = (
 
 
 def describe_environment() -> str:
-    """One line each for packages, Python, processor, and device."""
+    """One line for each package, then Python, the processor and the GPU."""
     packages = [f"{package} {_version(package)}" for package in PACKAGES]
     python = f"python {platform.python_version()} on {platform.platform()}"
     gpu = describe_device("cuda") if torch.cuda.is_available() else "no GPU seen by torch"
@@ -34,24 +34,24 @@ def describe_environment() -> str:
 
 
 def describe_device(device: str | torch.device) -> str:
-    """The device by name, with the number of threads on a CPU."""
+    """The name of the device. For a CPU it includes the number of threads and cores."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{_processor()}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
 
 
 def default_device() -> str:
-    """What "auto" stands for: a GPU if there is one."""
+    """The device for "auto": cuda if there is a GPU, else cpu."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def arithmetic_dtype(precision: str, device: str | torch.device) -> torch.dtype:
-    """The type that bf16 or fp32 names; for auto, the faster of both on the device."""
+    """The dtype for bf16 or fp32. For auto, the faster of the two on the device."""
     return {"bf16": torch.bfloat16, "fp32": torch.float32}.get(precision) or faster_dtype(device)
 
 
 def faster_dtype(device: str | torch.device) -> torch.dtype:
-    """Whichever of bfloat16 and float32 multiplies matrices faster here: some processors have no bfloat16 units."""
+    """bfloat16 or float32, whichever multiplies matrices faster here. Some processors have no bfloat16 units."""
     if torch.device(device).type != "cpu":
         return torch.bfloat16
     return min((torch.bfloat16, torch.float32), key=_product_seconds)
@@ -59,7 +59,7 @@ def faster_dtype(device: str | torch.device) -> torch.dtype:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Run small tensors in one thread: more of them wait for each other longer than they work."""
+    """Use one thread inside the block. On small tensors, several threads spend more time waiting than working."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -69,7 +69,7 @@ def one_thread() -> Iterator[None]:
 
 
 def _product_seconds(dtype: torch.dtype) -> float:
-    """Least time of a product of small matrices; few of them where they take long, as bfloat16 in software does."""
+    """Shortest time in seconds for a product of small matrices. Slow types (bfloat16 in software) get few tries."""
     matrix = torch.ones(256, 256, dtype=dtype)
     seconds: list[float] = []
     while len(seconds) < 2 or (len(seconds) < 20 and sum(seconds) < 0.1):

@@ -113,7 +113,10 @@ class TestSource:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("a.txt@much", r"weight 'much' of 'a.txt' is no number. Write PATH@0.3; with an @, PATH@1."),
+            (
+                "a.txt@much",
+                r"weight 'much' of 'a.txt' is no number. Write PATH@0.3, or PATH@1 if PATH itself has an @.",
+            ),
             ("", "empty path"),
             ("@1", "empty path"),
         ],

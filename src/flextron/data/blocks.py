@@ -1,4 +1,4 @@
-"""Text -> blocks of tokens. N blocks of T tokens each; documents follow one another, each ended by one token."""
+"""Turn text into N blocks of T tokens. Documents follow one another, and one token ends each."""
 
 from __future__ import annotations
 
@@ -19,40 +19,40 @@ from flextron.errors import CheckpointError, FlextronError, TooLittleTextError
 
 SAMPLES = ("sample/train", "sample/validation")
 BATCH_TOKENS = 2048
-"""Tokens of one forward pass: enough to keep a processor busy, few enough that their logits fit in memory."""
+"""Tokens in one forward pass: enough to keep a processor busy, few enough that their logits fit in memory."""
 GPU_BATCHES = 16
-"""Times as many on a GPU, which small products leave idle."""
+"""A GPU gets this many times more tokens, because small matrices leave it idle."""
 _OPENERS: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open}
 
 
 @dataclass(frozen=True)
 class TokenBlocks:
-    """Token blocks of one text, and how many bytes of it each token stands for."""
+    """Token blocks of one text, and the number of bytes of text behind each token."""
 
     tokens: torch.Tensor  # [N, T] int64
     bytes: torch.Tensor  # [N, T] int64
     text: str
     """Where the text came from."""
     documents: int = 0
-    """How many documents of it were read, those skipped included."""
+    """Number of documents that were read, including skipped ones."""
 
     @property
     def predicted_tokens(self) -> int:
-        """Tokens that a language model predicts here: all but the first of each block."""
+        """Number of tokens that a language model predicts here: all but the first of each block."""
         return self.tokens[:, 1:].numel()
 
     @property
     def predicted_bytes(self) -> int:
-        """Bytes of text that the predicted tokens stand for."""
+        """Bytes of text behind the predicted tokens."""
         return int(self.bytes[:, 1:].sum())
 
     def batches(self, max_tokens: int) -> Iterator[torch.Tensor]:
-        """Consecutive blocks as [B, T], of at most `max_tokens` tokens together but at least one block."""
+        """Yield consecutive blocks, [B, T], with at most `max_tokens` tokens in each batch but at least one block."""
         return iter(torch.split(self.tokens, max(1, max_tokens // self.tokens.shape[1])))
 
 
 def batch_tokens(device: torch.device, on_cpu: int = BATCH_TOKENS) -> int:
-    """Tokens of one forward pass on a device, where a CPU gets `on_cpu`."""
+    """Tokens for one forward pass on a device. A CPU gets `on_cpu`, a GPU more."""
     return on_cpu if device.type == "cpu" else GPU_BATCHES * on_cpu
 
 
@@ -65,16 +65,16 @@ def load_blocks(
     max_characters: int | None = 4000,
     skip_documents: int = 0,
 ) -> TokenBlocks:
-    """The first `tokens` tokens of a text as blocks; fewer where the text is shorter, at least one block.
+    """Read the first `tokens` tokens of a text as blocks. A shorter text gives fewer, but at least one block.
 
     Args:
-        text: a .txt or .md file (one document), a .jsonl file with a `text` field per line, either also as .xz or .gz,
-            or one of the samples that ship with flextron: sample/train, sample/validation.
-        skip_documents: leave out the first ones.
-        max_characters: cut each document there, so that one book does not stand for a whole text; None for no cut.
+        text: a .txt or .md file (one document), or a .jsonl file with a `text` field in each line, also as .xz or .gz;
+            or a sample that comes with flextron: sample/train, sample/validation.
+        skip_documents: how many documents to skip at the start.
+        max_characters: cut each document here, so that one book does not fill all blocks; None for no cut.
 
     Raises:
-        FlextronError: no tokenizer, no such file, a file that cannot be read, or a text shorter than one block.
+        FlextronError: there is no tokenizer, the file is missing or cannot be read, or it holds less than one block.
     """
     if tokenizer is None:
         raise FlextronError("this checkpoint has no tokenizer; put its tokenizer files into the same folder.")
@@ -104,10 +104,10 @@ def load_blocks(
 
 
 def documents(text: str | Path) -> Iterator[str]:
-    """The documents of a text file, one at a time, in order.
+    """Yield the documents of a text file in order.
 
     Raises:
-        FlextronError: no such file, not UTF-8, not JSON Lines, a line without `text`, or no text at all.
+        FlextronError: the file is missing or empty, is not UTF-8 or JSON Lines, or has a line without `text`.
     """
     path = _path(text)
     empty = True
@@ -123,16 +123,16 @@ def documents(text: str | Path) -> Iterator[str]:
 
 
 def document_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The token that starts a document, [BOS], where the tokenizer puts it by itself (Gemma, Llama), else []."""
+    """[BOS] if the tokenizer starts every text with it, as those of Gemma and Llama do; else []."""
     alone = tokenizer("")["input_ids"]
     return [tokenizer.bos_token_id] if alone[:1] == [tokenizer.bos_token_id] else []
 
 
 def document_end(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that ends a document: <|endoftext|> where there is one (chat models end a turn with another), else EOS.
+    """The token that ends a document: <|endoftext|> if there is one (chat models have another EOS), else EOS.
 
     Raises:
-        CheckpointError: the tokenizer has neither.
+        CheckpointError: the tokenizer has neither of them.
     """
     end = tokenizer.get_vocab().get("<|endoftext|>", tokenizer.eos_token_id)
     if end is None:
@@ -168,7 +168,7 @@ def _read(file: TextIO, path: Path) -> Iterator[str]:
 
 
 def _tokenise(tokenizer: PreTrainedTokenizerBase, document: str) -> tuple[list[int], list[int]]:
-    """Token ids, and the bytes that each adds; where tokens share a character, the first has all its bytes."""
+    """Token ids and the bytes that each adds. If tokens share a character, the first gets all its bytes."""
     encoded = tokenizer(document, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     sizes = []
     seen = 0

@@ -1,4 +1,4 @@
-"""Texts of any size -> blocks of tokens in one fixed order that can be taken up anywhere. B blocks of T tokens."""
+"""Turn texts of any size into blocks of tokens, in a fixed order that can resume anywhere. B blocks of T tokens."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ from flextron.errors import CheckpointError, FlextronError, TooLittleTextError
 from flextron.progress import bar
 
 VERSION = 1
-"""Of the cache's files and of a saved position."""
+"""Version of the cache's files and of saved positions."""
 GROUP_CHARACTERS = 1 << 18
-"""Characters that the tokenizer gets at once: many documents, so that it uses all cores."""
+"""Characters to tokenise at once: many documents, so that the tokenizer uses all cores."""
 
 
 class Corpus:
-    """Blocks of tokens drawn from weighted sources, in one fixed order that can be taken up anywhere.
+    """Blocks of tokens from weighted sources, in a fixed order that can resume anywhere.
 
-    Documents follow one another, each ended by one token, and go on in the next block where one is full. A source is
-    tokenised once, a shard at a time when it is first needed, into `cache` (2 or 4 bytes a token). Its shards come in
-    the order of the text, the whole blocks of a shard in a seeded order; what is left of a shard, less than a block, is
-    not used. A text that ends is read again in another order.
+    Documents follow one another, one token ends each, and a document that does not fit continues in the next block.
+    Each shard of a source is tokenised once, when it is first needed, into `cache` (2 or 4 bytes a token). Shards come
+    in the order of the text, and the blocks of a shard in a seeded order. A rest of less than a block at the end of a
+    shard is not used. A text that ends is read again in another order.
 
-    The next block is from the source that lags most behind its weight, so no source is ever a whole block ahead of its
-    share. Of each source, one shard is in memory.
+    The next block comes from the source that lags most behind its weight, so no source is ever a whole block ahead of
+    its share. One shard of each source is in memory.
     """
 
     def __init__(
@@ -54,16 +54,17 @@ class Corpus:
         cache: Path | None = None,
         shard_tokens: int = 1 << 19,
     ) -> None:
-        """Find the files of all sources; nothing is read yet.
+        """Find the files of all sources. This reads no text yet.
 
         Args:
-            cache: folder for tokenised text, shared by all corpora; by default $FLEXTRON_CACHE or the user's cache.
-                A dataset of a hub is found there by its name, so a newer version of it is not noticed.
-            shard_tokens: tokens that are made, kept and shuffled together.
+            cache: folder for tokenised text, which all corpora share. The default is $FLEXTRON_CACHE, then the user's
+                cache. It finds a dataset of a hub by name, so it does not notice a newer version.
+            shard_tokens: number of tokens that are tokenised, stored and shuffled together.
 
         Raises:
-            FlextronError: no tokenizer, or a source that is not there.
-            ValueError: no source, one named twice, a bad weight, a negative seed, or a block larger than a shard.
+            FlextronError: there is no tokenizer, or a source is missing.
+            ValueError: there is no source, a source is named twice, a weight is bad, the seed is negative, or a block
+                is larger than a shard.
         """
         if tokenizer is None:
             raise FlextronError("this checkpoint has no tokenizer; put its tokenizer files into the same folder.")
@@ -83,33 +84,33 @@ class Corpus:
             self._readers.append(_Reader(shards, source.weight / total, block_tokens, (seed, index)))
 
     def next_blocks(self, count: int) -> torch.Tensor:
-        """The next `count` blocks, [count, T] int64. Where it fails or is interrupted, the position is as before.
+        """The next `count` blocks, [count, T] int64. After an error or Ctrl-C the position is as before.
 
         Raises:
-            FlextronError: a text that cannot be read, is empty, or has changed since a position in it was saved.
-            TooLittleTextError: a source of less than one block.
-            CheckpointError: the cache cannot be written, such as when the disk is full.
+            FlextronError: a text cannot be read, is empty, or has changed since the position was saved.
+            TooLittleTextError: a source has less than one block.
+            CheckpointError: the cache cannot be written, for example because the disk is full.
         """
         if count < 1:
             raise ValueError(f"got {count} blocks to draw; it must be at least 1.")
         before = [reader.position for reader in self._readers]
         try:
             blocks = [self._most_behind().next_block() for _ in range(count)]
-        except BaseException:  # Ctrl-C too: a position saved now leaves nothing out
+        except BaseException:  # Ctrl-C too: a position that is saved now skips no block
             for reader, position in zip(self._readers, before, strict=True):
                 reader.position = position
             raise
         return torch.from_numpy(np.stack(blocks).astype(np.int64))
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, as JSON, with the settings that it holds for."""
+        """The position as JSON, with the settings for which it is valid."""
         return {**self._identity(), "positions": [asdict(reader.position) for reader in self._readers]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken, in a corpus of the same sources and settings.
+        """Continue at the position of `state`, which a corpus with the same sources and settings has saved.
 
         Raises:
-            FlextronError: a position of other sources, weights, sizes or seed, or one that makes no sense.
+            FlextronError: `state` has other sources, weights, sizes or seed, or makes no sense.
         """
         for name, mine in self._identity().items():
             if state.get(name) != mine:
@@ -127,20 +128,20 @@ class Corpus:
 
     @property
     def epochs(self) -> dict[str, int]:
-        """By path, how often the source was read through before its latest block; above 0, its text repeats."""
+        """For each path, how often its text was read to the end before the latest block. Above 0 the text repeats."""
         return {reader.shards.path: reader.position.epoch for reader in self._readers}
 
     def _identity(self) -> dict[str, Any]:
         return {"version": VERSION, "sources": [asdict(source) for source in self._sources], **self._settings}
 
     def _most_behind(self) -> _Reader:
-        """The reader of the source that would lag most if the next block were another's; of equals, the first."""
+        """The reader whose source would lag most if another source gave the next block. The first wins a tie."""
         number = 1 + sum(reader.position.given for reader in self._readers)
         return max(self._readers, key=lambda reader: reader.share * number - reader.position.given)
 
 
 def positions(tokens_BT: torch.Tensor, end: int) -> torch.Tensor:
-    """Place of each token in its document, [B, T] int64: 0 after each `end` and at the start of each block."""
+    """Position of each token in its document, [B, T] int64: 0 after each `end` and at the start of each block."""
     places_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand(tokens_BT.shape)
     begins_BT = torch.nn.functional.pad(tokens_BT[:, :-1] == end, (1, 0))
     return places_BT - (places_BT * begins_BT).cummax(1).values
@@ -148,14 +149,14 @@ def positions(tokens_BT: torch.Tensor, end: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _Position:
-    """Where a source is read."""
+    """How far a source has been read."""
 
     given: int = 0
-    """Blocks since the start, those of former epochs included."""
+    """Blocks read since the start, including earlier epochs."""
     epoch: int = 0
     shard: int = 0
     place: int = 0
-    """Blocks of the shard that are done."""
+    """Blocks read of the current shard."""
 
     def __post_init__(self) -> None:
         if not all(type(value) is int and value >= 0 for value in vars(self).values()):
@@ -163,7 +164,7 @@ class _Position:
 
 
 class _Reader:
-    """The blocks of one source, for ever."""
+    """The endless sequence of blocks of one source."""
 
     def __init__(self, shards: _Shards, share: float, block_tokens: int, seed: tuple[int, int]) -> None:
         self.position = _Position()
@@ -186,7 +187,7 @@ class _Reader:
         return shard.tokens[start : start + self._block_tokens]
 
     def _after(self, shard: _Shard, blocks: int) -> _Position:
-        """The start of the shard that follows."""
+        """The position at the start of the next shard."""
         now = self.position
         if not shard.last:
             return replace(now, shard=now.shard + 1, place=0)
@@ -208,24 +209,24 @@ class _Reader:
 class _Shard:
     tokens: NDArray[Any]
     documents: int
-    """Documents of the source that end in this shard or before it."""
+    """Documents of the source that end in this shard or before."""
     begun: int
-    """Tokens of the document after those that are in this shard or before it."""
+    """Tokens of the next document that are in this shard or before."""
     last: bool
-    """Whether the text ends with this shard."""
+    """Whether the text ends in this shard."""
 
     @property
     def about(self) -> dict[str, str]:
-        """The rest as a file's metadata, with a checksum of it all."""
+        """The other fields as metadata of the file, with a checksum of everything."""
         about = {"version": str(VERSION), "documents": str(self.documents), "begun": str(self.begun)}
         about |= {"last": str(self.last).lower(), "count": str(len(self.tokens)), "dtype": str(self.tokens.dtype)}
         return about | {"checksum": str(zlib.crc32(self.tokens.tobytes(), zlib.crc32(json.dumps(about).encode())))}
 
 
 class _Shards:
-    """The tokens of one source in shards, each made from the text once and then read from its file.
+    """The tokens of one source in shards. Each shard is made from the text once, then read from its file.
 
-    Files appear whole or not at all, and any of them can be made again alone: several processes may share a folder.
+    Files appear whole or not at all, and each can be made again alone, so several processes may share a folder.
     """
 
     def __init__(self, path: str, tokenizer: PreTrainedTokenizerBase, folder: Path, shard_tokens: int) -> None:
@@ -242,7 +243,7 @@ class _Shards:
         self._number: int | None = None  # of the shard that `_coming` gives next
 
     def shard(self, number: int) -> _Shard:
-        """Shard `number`, from its file if that is whole; else it is made, after those before it."""
+        """Read shard `number` from its file. If the file is missing or damaged, make it and any missing ones before."""
         found = self._load(number)
         if found is not None:
             return found
@@ -254,7 +255,7 @@ class _Shards:
         return self._make(number)
 
     def _reopen(self, number: int) -> int:
-        """Get ready to make the shards that follow the last whole file before `number`; the first one's number."""
+        """Prepare to make the shards after the last intact file before `number`. Returns the first one's number."""
         before = None
         while number and (before := self._load(number - 1)) is None:
             number -= 1
@@ -262,7 +263,7 @@ class _Shards:
         return number
 
     def _make(self, number: int) -> _Shard:
-        self._number = None  # a generator that was interrupted gives nothing more
+        self._number = None  # an interrupted generator yields nothing more
         shard = next(self._coming, None)
         if shard is None:
             raise FlextronError(
@@ -276,7 +277,7 @@ class _Shards:
         return shard
 
     def _load(self, number: int) -> _Shard | None:
-        """The shard in the cache; None where it is not there or not whole."""
+        """Read a shard from the cache. Returns None if its file is missing or damaged."""
         try:
             with safe_open(self._file(number), "numpy") as file:
                 about, tokens = file.metadata(), file.get_tensor("tokens")
@@ -289,12 +290,12 @@ class _Shards:
         return self._folder / f"shard-{number:05}.safetensors"
 
     def _pack(self, before: _Shard | None) -> Iterator[_Shard]:
-        """The shards that follow `before`: all full but the last."""
+        """Yield the shards that follow `before`. All but the last are full."""
         done, begun = (before.documents, before.begun) if before else (0, 0)
         pieces: list[NDArray[Any]] = []
         room = self._size
         for document in self._tokenised(islice(self._texts(), done, None)):
-            while len(document) - begun > room:  # more than fits, so this shard is not the last
+            while len(document) - begun > room:  # the document does not fit, so this shard is not the last
                 pieces.append(document[begun : begun + room])
                 begun += room
                 yield _Shard(np.concatenate(pieces), done, begun, last=False)
@@ -302,11 +303,11 @@ class _Shards:
             pieces.append(document[begun:])
             room -= len(pieces[-1])
             done, begun = done + 1, 0
-        if pieces:  # none where `before` was the last
+        if pieces:  # empty if `before` was the last shard
             yield _Shard(np.concatenate(pieces), done, begun, last=True)
 
     def _tokenised(self, texts: Iterable[str]) -> Iterator[NDArray[Any]]:
-        """The tokens of each document, with those that start and end it."""
+        """Yield the tokens of each document, including those that start and end it."""
         top = max(*self._tokenizer.get_vocab().values(), *self._start, self._end)
         dtype = np.uint16 if top < 1 << 16 else np.int32
         for group in _groups(texts):
@@ -329,7 +330,7 @@ def _groups(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Of what the tokenizer does; to be taken after a first use, which clears limits to the length of a text."""
+    """A hash of the tokenizer's behaviour. Use the tokenizer once before: that clears its limits on text length."""
     return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
 

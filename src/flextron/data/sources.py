@@ -1,4 +1,4 @@
-"""Where training text comes from: files, folders, globs, parquet, datasets. Everything becomes documents, in order."""
+"""Read training text from files, folders, globs, parquet and datasets, as documents in order."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _ENDINGS = ".jsonl, .txt, .md (each also .xz, .gz) or .parquet"
 
 @dataclass(frozen=True)
 class Source:
-    """A text, and how much of the training data it gives."""
+    """A text, and its share of the training data."""
 
     path: str
-    """A file (.jsonl, .txt, .md, each also .xz or .gz, or .parquet), a folder with such files at any depth, a glob of
-    them (both in the order of their names), a sample such as sample/train, or datasets:NAME[,CONFIG[,SPLIT]]."""
+    """A file (.parquet, .jsonl, .txt or .md, the last three also as .xz or .gz), a folder with such files at any depth
+    or a glob (read in the order of their names), a sample such as sample/train, or datasets:NAME[,CONFIG[,SPLIT]]."""
     weight: float = 1.0
     """Share of the blocks, relative to the weights of the other sources."""
 
@@ -39,10 +39,10 @@ class Source:
 
     @classmethod
     def parse(cls, text: str) -> Source:
-        """The source written as PATH or PATH@WEIGHT.
+        """Read a source from PATH or PATH@WEIGHT. An @ before a / belongs to the path.
 
         Raises:
-            ValueError: what follows the last @ is no finite number above 0. It may hold a / where it is part of a path.
+            ValueError: the weight is not a finite number above 0.
         """
         path, at, weight = text.rpartition("@")
         if not at or "/" in weight or Path(text).exists():
@@ -51,13 +51,13 @@ class Source:
             number = float(weight)
         except ValueError:
             raise ValueError(
-                f"weight {weight!r} of {path!r} is no number. Write PATH@0.3; with an @, PATH@1."
+                f"weight {weight!r} of {path!r} is no number. Write PATH@0.3, or PATH@1 if PATH itself has an @."
             ) from None
         return cls(path, number)
 
 
 def open_source(path: str) -> tuple[Callable[[], Iterator[str]], Any]:
-    """A function that reads the documents of a source from the start, and what tells the source from all others."""
+    """Return a function that reads a source's documents from the start, and what identifies the source."""
     if path.startswith(_DATASET):
         name, *options = path.removeprefix(_DATASET).split(",")
         if not name or len(options) > 2:
@@ -71,7 +71,7 @@ def open_source(path: str) -> tuple[Callable[[], Iterator[str]], Any]:
 
 
 def _stats(files: list[Path]) -> list[tuple[str, int, int]]:
-    """Of each file its place, its size in bytes, and when it last changed, in nanoseconds."""
+    """The path, size in bytes and last change in nanoseconds of each file."""
     stats = [(file.resolve(), file.stat()) for file in files]
     return [(str(place), stat.st_size, stat.st_mtime_ns) for place, stat in stats]
 
@@ -95,7 +95,7 @@ def _documents(file: Path) -> Iterator[str]:
 
 
 def _strings(values: Iterable[Any], name: str) -> Iterator[str]:
-    """The values of a column, each a string, not all of them blank."""
+    """Yield the values of a text column, checked: each is a string, and at least one is not blank."""
     empty = True
     for number, value in enumerate(values, start=1):
         if not isinstance(value, str):
@@ -136,7 +136,7 @@ def _extra(module: str, path: str | Path) -> Any:
 
 @contextmanager
 def _clear_errors(path: str | Path) -> Iterator[None]:
-    """Turn what pyarrow and datasets raise, which is of many kinds, into one line."""
+    """Turn the many kinds of errors of pyarrow and datasets into a FlextronError of one line."""
     try:
         yield
     except FlextronError:

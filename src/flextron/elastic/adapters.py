@@ -1,8 +1,8 @@
-"""LoRA on the elastic projections through PEFT, nested along the same prefixes: elastic training in little memory.
+"""LoRA adapters on the elastic projections, through PEFT: elastic training in little memory.
 
-Hu et al., LoRA (ICLR 2022, arXiv 2106.09685), section 4.1: W x + (alpha / R) B A x, where W stays as it is.
-Ours: units own the rows of B, or the columns of A, that they own in W. A sub-network then uses its own units' part of
-the adapter, and W + (alpha / R) B A is nested as W is, so that a merged model is saved as a plain checkpoint.
+Hu et al., LoRA (ICLR 2022, arXiv 2106.09685), section 4.1: W x + (alpha / R) B A x, where W stays fixed.
+Ours: a unit owns the same rows of B, or columns of A, as it owns in W. So a sub-network uses only its units' part of
+the adapter, W + (alpha / R) B A is nested like W, and a merged model can be saved as a plain checkpoint.
 
 Shapes: R rank, A [R, in], B [out, R].
 """
@@ -24,21 +24,21 @@ _ADAPTER = "default"  # the name that PEFT gives to a model's only adapter
 
 
 def add_adapters(model: ElasticModel, *, rank: int, alpha: float | None = None) -> None:
-    """Freeze all weights and add a low-rank adapter to every elastic projection, nested as the projection is.
+    """Freeze all weights and add a low-rank adapter to every elastic projection. The adapter is nested like it.
 
-    The function of the model stays the same: B is zero. A is drawn from torch's global generator, on the CPU and layer
-    by layer: call `torch.manual_seed` before, for the same adapters every time. Adapters are float32 beside weights of
-    16 bits, as in PEFT's `get_peft_model`, so that small updates are not rounded away.
+    The model still computes the same, because B is zero. A is drawn from torch's global generator, on the CPU and layer
+    by layer: call `torch.manual_seed` before to get the same adapters every time. Beside weights of 16 bits, adapters
+    are float32 as in PEFT's `get_peft_model`, so that small updates are not rounded away.
 
-    While adapters are on, do not save, rank or export the model: call `merge_adapters` first.
+    Call `merge_adapters` before you save, rank or export the model.
 
     Args:
         rank: R. An adapter adds R * (in + out) weights to a projection.
-        alpha: the adapters' output is scaled by alpha / R; by default R, a scale of 1, as in PEFT's own defaults.
+        alpha: scales the adapters' output by alpha / R. The default is R, a scale of 1, as in PEFT.
 
     Raises:
-        ValueError: a rank below 1, or an alpha that is not a positive number.
-        FlextronError: PEFT is not installed, or the model has adapters.
+        ValueError: `rank` is below 1, or `alpha` is not a positive number.
+        FlextronError: PEFT is not installed, or the model already has adapters.
     """
     if rank < 1:
         raise ValueError(f"rank {rank} is below 1, the smallest that an adapter can have. Try 16.")
@@ -56,10 +56,10 @@ def add_adapters(model: ElasticModel, *, rank: int, alpha: float | None = None) 
 
 @contextmanager
 def without_adapters(model: ElasticModel) -> Iterator[None]:
-    """Run the original model inside the block, at any width: a teacher that needs no second copy of the weights.
+    """Run the original model inside the block, at any width. So a teacher needs no second copy of the weights.
 
-    The block may stand between a forward pass with adapters and its `backward`, but not around the `backward`: inside,
-    adapters take no gradient.
+    The block may stand between a forward pass with adapters and its `backward`, but must not contain the `backward`:
+    inside the block, adapters get no gradient.
 
     Raises:
         FlextronError: the model has no adapters.
@@ -77,11 +77,11 @@ def without_adapters(model: ElasticModel) -> Iterator[None]:
 def merge_adapters(model: ElasticModel) -> None:
     """Add (alpha / R) B A to every elastic weight in place and remove the adapters.
 
-    Modules, Parameters, their names and which of them are trainable are as before `add_adapters`. The function stays
-    that of the model with adapters, up to the order of sums (1e-5 in float32) and rounding to the weights' own type.
+    Modules, Parameters, their names and their `requires_grad` are then as before `add_adapters`. The model computes the
+    same as with adapters, up to the order of sums (1e-5 in float32) and rounding to the weights' dtype.
 
     Raises:
-        FlextronError: the model has no adapters, or one is not finite; then nothing is merged.
+        FlextronError: the model has no adapters, or an adapter is not finite. Then nothing is merged.
     """
     adapters = _adapters(model)
     for name, adapter in adapters.items():
@@ -114,7 +114,7 @@ def _inject(model: ElasticModel, names: list[str], *, rank: int, alpha: float) -
 
 
 def _nest(adapter: Any, projection: Projection, *, opens: bool) -> None:
-    """Give the units of `projection` their rows of B or their columns of A."""
+    """Make the adapter elastic: each unit of `projection` owns its rows of B or its columns of A."""
     for matrix in _matrices(adapter):
         matrix.to(torch.promote_types(matrix.weight.dtype, torch.float32))
     closing, opening = _matrices(adapter)
@@ -122,12 +122,12 @@ def _nest(adapter: Any, projection: Projection, *, opens: bool) -> None:
 
 
 def _matrices(adapter: Any) -> tuple[Any, Any]:
-    """A and B of one of PEFT's LoRA layers, as Linears."""
+    """A and B of a LoRA layer of PEFT, as Linears."""
     return adapter.lora_A[_ADAPTER], adapter.lora_B[_ADAPTER]
 
 
 def _projections(model: ElasticModel) -> Iterator[tuple[str, Projection, bool]]:
-    """Name inside the transformers model of every elastic projection, the projection, and whether it opens."""
+    """Yield each elastic projection: its name in the transformers model, the module, and whether it opens."""
     for layer, _, sub in model.sub_layers():
         where = f"{model.family.layers}.{layer}"
         for path, projection in zip(sub.axis.opens, sub.opens, strict=True):
@@ -136,7 +136,7 @@ def _projections(model: ElasticModel) -> Iterator[tuple[str, Projection, bool]]:
 
 
 def _adapters(model: ElasticModel) -> dict[str, Any]:
-    """PEFT's LoRA layers by the name of the projection that each one wraps."""
+    """The LoRA layers of PEFT, by the name of the projection that each wraps."""
     if not hasattr(model.lm, "_trainable_without_adapters"):
         raise FlextronError("this model has no adapters. Call add_adapters first.")
     return {name: model.lm.get_submodule(name) for name, _, _ in _projections(model)}

@@ -1,4 +1,4 @@
-"""One folder: a plain transformers checkpoint, and beside its weights flextron.json and ranking.safetensors."""
+"""Load and save elastic checkpoints: plain transformers folders plus flextron.json and ranking.safetensors."""
 
 from __future__ import annotations
 
@@ -28,15 +28,16 @@ RANKING_FILE = "ranking.safetensors"
 ORDERS = (*AXES, "query_heads")
 """Tensors of a ranking: an order on each axis, and of the query heads inside each KV group."""
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
-"""What of a caller's options says how to read from the hub."""
+"""Options of `from_pretrained` that concern the hub."""
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """In which order the original's units now stand; L layers, N neurons, G KV groups, Q query heads in a group.
+    """The order into which units were sorted: L layers, N neurons, G KV groups, Q query heads in a group.
 
-    `neurons[l, i]` is the original index of the neuron that is now number i in layer l; `kv_groups` likewise;
-    `query_heads[l, g, i]` is the original place, inside its original group, of query head i of the group now g.
+    `neurons[l, i]` is the original index of the neuron that is now number i in layer l. `kv_groups` works likewise.
+    `query_heads[l, g, i]` belongs to query head i of the group that is now number g: it is the head's original index
+    inside that group.
     """
 
     neurons: torch.Tensor  # [L, N] int32
@@ -47,10 +48,10 @@ class Ranking:
     text: str
 
     def check(self, *, layers: int, neurons: int, kv_groups: int, query_heads: int) -> None:
-        """Pass if this permutes the units of a model of these sizes.
+        """Raise an error unless this permutes the units of a model of these sizes.
 
         Raises:
-            ValueError: other sizes, or a unit named twice.
+            ValueError: a size differs, or a unit is missing or named twice.
         """
         shapes = {
             "neurons": (layers, neurons),
@@ -67,7 +68,7 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a folder, hub id or GGUF file holds."""
+    """The contents of a folder, hub id or GGUF file."""
 
     lm: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
@@ -76,12 +77,12 @@ class Checkpoint:
 
 
 def load(path: str | Path, *, dtype: str | torch.dtype = "auto", **kwargs: Any) -> Checkpoint:
-    """Read a plain or elastic checkpoint: a local folder, a hub id, or a GGUF file (which is dequantised).
+    """Read a plain or elastic checkpoint from a local folder, a hub id or a GGUF file, which is dequantised.
 
-    Further `kwargs` go to transformers' `from_pretrained` (`revision`, `attn_implementation`, ...).
+    `kwargs` go to transformers' `from_pretrained` (`revision`, `attn_implementation`, ...).
 
     Raises:
-        CheckpointError: nothing there, unreadable, incomplete, or weights that are not safetensors or GGUF.
+        CheckpointError: the checkpoint is missing, unreadable or incomplete, or is not safetensors or GGUF.
     """
     per_layer.register()
     source, gguf = source_of(path)
@@ -91,7 +92,7 @@ def load(path: str | Path, *, dtype: str | torch.dtype = "auto", **kwargs: Any) 
             source, dtype=dtype, use_safetensors=True, output_loading_info=True, **read
         )
         tokenizer = _load_tokenizer(source, {**gguf, **{key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}})
-    except Exception as error:  # what a damaged file makes transformers raise has no common type
+    except Exception as error:  # damaged files make transformers raise errors of many types
         raise CheckpointError(f"cannot load {path}: {first_line(error)}") from error
     if info["missing_keys"] or info["mismatched_keys"]:
         missing = sorted(info["missing_keys"]) or sorted(str(key) for key in info["mismatched_keys"])
@@ -112,18 +113,18 @@ def save(
     overwrite: bool = False,
     weights: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write the whole folder or nothing: transformers loads it as the plain full model.
+    """Write the whole folder or nothing. transformers loads it as the plain full model.
 
-    `weights` by name stand for the model's own, where that holds shards only.
+    `weights`, by name, replace the model's own, if the model holds shards only.
 
     Raises:
-        CheckpointError: the folder exists and `overwrite` is false, no space, or a write that failed.
+        CheckpointError: the folder exists and `overwrite` is false, the disk is full, or a write fails.
     """
     stored = list(checkpoint.lm.parameters() if weights is None else weights.values())
     needs_bytes = sum(weight.nbytes for weight in stored)
     with new_folder(folder, overwrite=overwrite, needs_bytes=needs_bytes) as partial:
         checkpoint.lm.save_pretrained(partial, state_dict=weights)
-        _set_dtype(partial / "config.json", stored[0].dtype)  # transformers names that of the shards
+        _set_dtype(partial / "config.json", stored[0].dtype)  # transformers writes the dtype of the shards
         save_tokenizer(checkpoint.tokenizer, partial)
         if checkpoint.ranking is not None:
             _save_ranking(checkpoint.ranking, partial / RANKING_FILE)
@@ -141,7 +142,7 @@ def _set_dtype(file: Path, dtype: torch.dtype) -> None:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
-    """Write the tokenizer so that transformers 4 and tools built on it load it too."""
+    """Write the tokenizer so that transformers 4, and tools built on it, can load it too."""
     if tokenizer is None:
         return
     tokenizer.save_pretrained(folder)
@@ -153,14 +154,14 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> N
 
 
 def quiet_transformers() -> None:
-    """Stop transformers' own progress bars and notices; ours say what is going on."""
+    """Turn off transformers' progress bars and notices. flextron shows its own."""
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 def source_of(path: str | Path) -> tuple[str, dict[str, Any]]:
-    """The folder or hub id to read, and what tells transformers that it is a GGUF file."""
+    """Return the folder or hub id to read, and for a GGUF file the option that transformers needs."""
     local = Path(path)
     if str(path).endswith(".gguf"):
         if not local.is_file():
@@ -183,7 +184,7 @@ def _load_tokenizer(source: str, options: dict[str, Any]) -> PreTrainedTokenizer
 
 
 def _forget_quantization(lm: PreTrainedModel) -> None:
-    """A model read from a GGUF file holds plain weights, but transformers refuses to save it before this."""
+    """Let transformers save a model from a GGUF file: its weights are plain, but it is marked as quantised."""
     if hasattr(lm.config, "quantization_config"):
         del lm.config.quantization_config
     lm.hf_quantizer = None
@@ -191,7 +192,7 @@ def _forget_quantization(lm: PreTrainedModel) -> None:
 
 
 def load_metadata(source: str, options: dict[str, Any]) -> tuple[SearchSpace | None, Ranking | None]:
-    """The search space and ranking of an elastic checkpoint; None for each that it does not have."""
+    """Read the search space and the ranking of an elastic checkpoint. Each is None if the checkpoint has none."""
     file = _find(source, METADATA_FILE, options)
     if file is None:
         return None, None
@@ -215,7 +216,7 @@ def _save_ranking(ranking: Ranking, file: Path) -> None:
 
 
 def _find(source: str, name: str, options: dict[str, Any]) -> Path | None:
-    """A file of a local folder or, downloaded, of a hub repository; None where there is none."""
+    """Find a file in a local folder, or download it from a hub repository. Returns None if it does not exist."""
     if Path(source).is_dir():
         file = Path(source) / name
         return file if file.is_file() else None
@@ -233,5 +234,5 @@ def _load_ranking(file: Path) -> Ranking:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, without what follows."""
+    """The first line of an error's message, or the name of its type if there is no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

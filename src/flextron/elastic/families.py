@@ -1,4 +1,4 @@
-"""Where a model family keeps what can be made elastic: one `Family` of some ten lines per architecture. No torch here.
+"""Where each architecture keeps its layers and elastic axes: one `Family` of about ten lines. No torch here.
 
 To add a family, see docs/add_a_family.md.
 """
@@ -12,20 +12,20 @@ from flextron.errors import UnknownFamilyError
 
 @dataclass(frozen=True)
 class Axis:
-    """One elastic axis of a layer: units (neurons, or KV groups with their query heads) of one sub-layer."""
+    """One elastic axis: the units of one sub-layer, which are neurons, or KV groups with their query heads."""
 
     opens: tuple[str, ...]
-    """Projections, as paths inside a layer, whose output rows belong to the units."""
+    """Projections whose output rows belong to the units, as paths inside a layer."""
     closes: str
-    """The projection whose input columns belong to the units; its parent module is the sub-layer."""
+    """The projection whose input columns belong to the units. Its parent module is the sub-layer."""
     config_keys: tuple[str, ...]
-    """Config fields that count the units or what shrinks with them; the first one counts the units."""
+    """Config fields that shrink with the axis. The first one counts the units."""
     stacked: int = 1
-    """How many projections lie one below the other in each opening weight: 3 where Q, K, V are one matrix in blocks."""
+    """Number of projections stacked in each opening weight: 3 if Q, K and V are blocks of one matrix."""
     norm: str = ""
-    """Path, inside a layer, of the norm that this sub-layer reads and no other, which is left out with it; or none."""
+    """Path inside a layer of the norm that only this sub-layer reads. It is skipped with the sub-layer. Or empty."""
     counts: tuple[str, ...] = ()
-    """Attributes, as paths inside a layer, in which the family's own code counts rows of one stacked block."""
+    """Attributes in which the model's own code stores the rows of one stacked block, as paths inside a layer."""
 
     @property
     def module(self) -> str:
@@ -35,14 +35,14 @@ class Axis:
 
 @dataclass(frozen=True)
 class Family:
-    """Where a `model_type` of transformers keeps its layers, and the two elastic axes inside each."""
+    """Where a `model_type` of transformers keeps its layers, and the two elastic axes of a layer."""
 
     layers: str
-    """Path of the list of layers inside the `...ForCausalLM` model."""
+    """Path of the list of layers inside the model for causal language modelling."""
     mlp: Axis
     attention: Axis
     exports_fewer_heads: bool = True
-    """Whether its config can state a head size that is not hidden size / heads."""
+    """Whether its config can state a head size other than hidden size / heads."""
 
     @property
     def axes(self) -> dict[str, Axis]:
@@ -88,7 +88,7 @@ GPT_NEOX = Family(
         norm="post_attention_layernorm",
     ),
     attention=Axis(
-        opens=("attention.query_key_value",),  # each head's Q, K, V together, so that a prefix of rows is whole heads
+        opens=("attention.query_key_value",),  # Q, K, V of each head lie together, so a prefix of rows is whole heads
         closes="attention.dense",
         config_keys=("num_attention_heads",),
         norm="input_layernorm",
@@ -96,7 +96,7 @@ GPT_NEOX = Family(
     exports_fewer_heads=False,
 )
 
-PHI = Family(  # whose two sub-layers read one norm
+PHI = Family(  # both sub-layers read the same norm
     layers="model.layers",
     mlp=Axis(opens=("mlp.fc1",), closes="mlp.fc2", config_keys=("intermediate_size",)),
     attention=Axis(
@@ -125,7 +125,7 @@ def family_of(model_type: str) -> Family:
     """The spec of a transformers `model_type`.
 
     Raises:
-        UnknownFamilyError: no spec; the message names what to add and where.
+        UnknownFamilyError: there is no spec. The message says what to add and where.
     """
     try:
         return FAMILIES[model_type]
@@ -137,6 +137,6 @@ def family_of(model_type: str) -> Family:
             ) from None
         raise UnknownFamilyError(
             f"no family spec for the architecture {model_type!r}; known: {', '.join(sorted(FAMILIES))}. "
-            f"To add it, write a Family of some ten lines and the entry FAMILIES[{model_type!r}] in "
-            "src/flextron/elastic/families.py; docs/add_a_family.md shows how, and its tests tell when it is right."
+            f"To add it, write a Family of about ten lines and the entry FAMILIES[{model_type!r}] in "
+            "src/flextron/elastic/families.py; docs/add_a_family.md shows how, and which tests check it."
         ) from None

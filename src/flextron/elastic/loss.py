@@ -1,4 +1,4 @@
-"""The training loss, from hidden states, in chunks: the logits of a whole batch never exist.
+"""The training loss, computed from hidden states in chunks, so that the logits of a whole batch never exist.
 
 Shapes: B batch, T time, D model, V vocabulary, C tokens of a chunk.
 """
@@ -15,25 +15,25 @@ from torch import nn
 from transformers import PreTrainedModel
 
 CHUNK_TOKENS = 256
-"""Tokens whose logits exist at once: 50 MB in fp32 for a vocabulary of 49,152."""
+"""Number of tokens whose logits exist at once: 50 MB in fp32 for a vocabulary of 49,152."""
 CHUNK_TOKENS_OF_A_GPU = 2048
-"""The same on a GPU, which small products leave idle."""
+"""The same on a GPU, which small matrices leave idle."""
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Sums over the predicted tokens of a batch; `total` carries the gradient, the others are for the record."""
+    """Sums over the predicted tokens of a batch. Only `total` has a gradient; the others are for logging."""
 
     total: torch.Tensor
-    """(1 - text_weight) x divergence + text_weight x cross_entropy, in nats, summed."""
+    """(1 - text_weight) x divergence + text_weight x cross_entropy, in nats."""
     divergence: torch.Tensor
-    """Forward KL from the teacher's predictions, in nats, summed."""
+    """Forward KL from the teacher's predictions, in nats."""
     cross_entropy: torch.Tensor
-    """To the text, in nats, summed."""
+    """Cross-entropy to the text, in nats."""
 
 
 def hidden_states(lm: PreTrainedModel, tokens_BT: torch.Tensor, positions_BT: torch.Tensor | None) -> torch.Tensor:
-    """What the output projection reads, [B, T, D]; attention stays inside documents where their positions are given."""
+    """The input of the output projection, [B, T, D]. With `positions_BT`, attention stays inside documents."""
     hidden_BTD: torch.Tensor = lm.base_model(
         input_ids=tokens_BT, position_ids=positions_BT, use_cache=False
     ).last_hidden_state
@@ -56,14 +56,14 @@ def losses(
     teacher_hidden_BTD: torch.Tensor | None = None,
     text_weight: float = 0.0,
 ) -> Losses:
-    """Distillation from a teacher, cross-entropy to the text, or a mix, summed over predicted tokens.
+    """Compute distillation from a teacher, cross-entropy to the text, or a mix, summed over predicted tokens.
 
-    Forward KL on logits, sum_v p_teacher log(p_teacher / p_student); no temperature. Gradients are computed chunk by
-    chunk in the forward pass, so that the backward pass holds hidden states only.
+    Distillation is forward KL on logits, sum_v p_teacher log(p_teacher / p_student), without temperature. The forward
+    pass computes gradients chunk by chunk, so the backward pass holds only hidden states.
 
     Args:
-        hidden_BTD: from `hidden_states` of the student; all but each row's last predict the token that follows.
-        text_weight: share of cross-entropy; 1 needs no teacher.
+        hidden_BTD: from `hidden_states` of the student. All but the last of each row predict the next token.
+        text_weight: share of cross-entropy, 0 to 1. 1 needs no teacher.
     """
     read = hidden_BTD[:, :-1].flatten(0, 1)
     taught = None if teacher_hidden_BTD is None else teacher_hidden_BTD[:, :-1].flatten(0, 1)
@@ -75,7 +75,7 @@ def losses(
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """The gradient is computed beside the loss, so that no chunk is computed twice and none is kept."""
+    """Compute the gradient together with the loss, so that no chunk is computed twice and none is kept."""
 
     @staticmethod
     def forward(
@@ -90,7 +90,7 @@ class _ChunkedLoss(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         wanted = ctx.needs_input_grad[0]
         gradients = [torch.zeros_like(hidden_ND)] if wanted else []
-        if wanted:  # a head's is summed over all chunks, which 16 bits are too coarse for
+        if wanted:  # the head's gradient is summed over all chunks; 16 bits are too coarse for that
             gradients += [torch.zeros_like(p, dtype=torch.float32) for p in head]
         sums = hidden_ND.new_zeros(3, dtype=torch.float32)
         for place in _chunks(labels_N):
@@ -122,9 +122,9 @@ class _ChunkedLoss(torch.autograd.Function):
 def _losses_and_slope(
     logits_CV: torch.Tensor, taught_CV: torch.Tensor | None, labels_C: torch.Tensor, text_weight: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums of total, divergence and cross-entropy, [3], and the slope of the total in each logit, [C, V].
+    """Return the sums of total, divergence and cross-entropy, [3], and the gradient of the total by logits, [C, V].
 
-    Of both losses it is p - target: the teacher's probabilities, or 1 at the token that follows.
+    For both losses that gradient is p - target, where the target is the teacher's p, or 1 at the next token.
     """
     log_p_CV = logits_CV.float().log_softmax(-1)
     cross_entropy = F.nll_loss(log_p_CV, labels_C, reduction="sum")

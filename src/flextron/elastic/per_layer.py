@@ -1,10 +1,10 @@
-"""Models whose layers have sizes of their own, as the standard `per_layer_config` of config.json lists them.
+"""Models whose layers differ in size, as the standard `per_layer_config` of config.json lists them.
 
-transformers >= 5.15 reads that standard into its configs, but its models do not build from it. The classes here are the
-stock ones, except that layer i is built from `config.per_layer_config[i]`, and that a sub-layer under its `skip`
-("attention", "mlp") has no weights and adds zero to the residual stream. `register()` makes the Auto classes know them.
+transformers >= 5.15 reads that standard into its configs, but builds no models from it. The classes here differ from
+the stock ones in two ways: layer i is built from `config.per_layer_config[i]`, and a sub-layer named in its `skip`
+("attention", "mlp") has no weights and adds zero to the residual stream. `register()` adds them to the Auto classes.
 
-This file also travels beside a checkpoint as its remote code, so it imports torch and transformers only.
+Exports also copy this file beside a checkpoint as its remote code, so it imports torch and transformers only.
 Shapes: B batch, T time, D model.
 """
 
@@ -27,11 +27,11 @@ from transformers import (
 )
 
 PREFIX = "flextron_"
-"""What a model type has before its stock name."""
+"""Model types here are this prefix plus the stock name."""
 
 
 class Places(NamedTuple):
-    """Attributes that hold the layers of a base model, and the sub-layers of a layer."""
+    """Names of the attributes that hold the layers of a base model and the sub-layers of a layer."""
 
     layers: str
     attention: str
@@ -46,12 +46,11 @@ class Classes(NamedTuple):
     causal_lm: Any
 
 
-# Not `...Attention`: in a file with a class of such a name, transformers looks for the switch of attention kernels.
+# Not `...Attention`: in a file with such a class name, transformers expects a switch for attention kernels.
 class SkippedAttn(nn.Module):
-    """No attention: zero for the residual stream, [B, T, D] -> ([B, T, D], None).
+    """Replace a skipped attention: return zeros for the residual stream, [B, T, D] -> ([B, T, D], None).
 
-    The KV cache still learns that tokens passed, by one number each, because transformers may ask any layer's cache for
-    the number of past tokens.
+    transformers may ask any layer's KV cache for the number of past tokens, so this stores one number per token there.
     """
 
     def __init__(self, layer_idx: int) -> None:
@@ -59,7 +58,7 @@ class SkippedAttn(nn.Module):
         self.layer_idx = layer_idx
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
-        """Zeros like `hidden_states`, and no attention weights."""
+        """Return zeros like `hidden_states`, and no attention weights."""
         for cache in (value for value in (*args, *kwargs.values()) if isinstance(value, Cache)):
             passed = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
             cache.update(passed, passed, self.layer_idx)
@@ -67,15 +66,15 @@ class SkippedAttn(nn.Module):
 
 
 class SkippedMLP(nn.Module):
-    """No MLP: zero for the residual stream, [B, T, D] -> [B, T, D]."""
+    """Replace a skipped MLP: return zeros for the residual stream, [B, T, D] -> [B, T, D]."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Zeros like `hidden_states`."""
+        """Return zeros like `hidden_states`."""
         return torch.zeros_like(hidden_states)
 
 
 class _PerLayerConfig:
-    """Over a stock config: what must hold layer by layer, in place of what its family asks of all layers at once."""
+    """Mixin for a stock config: check each layer alone, instead of all layers at once as the stock config does."""
 
     def validate_architecture(self: Any) -> None:
         for index, layer in enumerate(self.per_layer_config):
@@ -91,11 +90,11 @@ class _PerLayerConfig:
 
 
 class _PerLayerModel:
-    """Over a stock base model: layers built from their own configs."""
+    """Mixin for a stock base model: build each layer from its own config."""
 
     places: Places
 
-    def __init__(self, config: Any) -> None:  # `self: Any` would be the type that vLLM wants `config` to have
+    def __init__(self, config: Any) -> None:  # not `self: Any`: vLLM would take that type for the type of `config`
         super().__init__(_with_one_stock_layer(config))  # type: ignore[call-arg]
         model: Any = self
         _adopt(model, config)
@@ -106,7 +105,7 @@ class _PerLayerModel:
 
 
 class _PerLayerCausalLM:
-    """Over a stock causal language model: its base model is a `_PerLayerModel`."""
+    """Mixin for a stock causal language model: make its base model a `_PerLayerModel`."""
 
     base_model_class: Any
 
@@ -118,7 +117,7 @@ class _PerLayerCausalLM:
 
 
 def _with_one_stock_layer(config: Any) -> Any:
-    """A config from which the stock code builds all but the layers; one layer is there to tell their class."""
+    """A config from which stock code builds everything but the layers, plus one layer that shows their class."""
     stock = copy.deepcopy(config)
     stock.per_layer_config = None
     stock.num_hidden_layers = 1
@@ -126,7 +125,7 @@ def _with_one_stock_layer(config: Any) -> Any:
 
 
 def _adopt(model: Any, config: Any) -> None:
-    config._attn_implementation = model.config._attn_implementation  # which the stock __init__ has resolved
+    config._attn_implementation = model.config._attn_implementation  # the stock __init__ has resolved it
     model.config = config
 
 
@@ -140,7 +139,7 @@ def _make_layer(layer_class: type[nn.Module], config: Any, index: int, places: P
         setattr(layer, places.mlp, SkippedMLP())
     for module in layer.modules():
         if hasattr(module, "config"):
-            module.config = config  # the shared one, so that a later choice of attention kernel reaches every layer
+            module.config = config  # shared, so that a later choice of attention kernel reaches every layer
     return layer
 
 
@@ -176,13 +175,13 @@ CLASSES: dict[str, Classes] = {
         "gpt_neox": Places("layers", "attention", "mlp"),
     }.items()
 }
-"""The classes of each stock model type; this module also has them by name, such as FlextronLlamaForCausalLM."""
+"""The classes for each stock model type. They are also attributes of this module: FlextronLlamaForCausalLM, ..."""
 
 globals().update({cls.__name__: cls for classes in CLASSES.values() for cls in classes})
 
 
 def register() -> None:
-    """Let AutoConfig, AutoModel and AutoModelForCausalLM load these classes; once or more often, it is the same."""
+    """Let AutoConfig, AutoModel and AutoModelForCausalLM load these classes. Repeated calls change nothing."""
     for config, model, causal_lm in CLASSES.values():
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModel.register(config, model, exist_ok=True)

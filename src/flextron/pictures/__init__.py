@@ -1,1 +1,1 @@
-"""Drawing, in one place."""
+"""Draw sub-networks and the compute of each token, as text, web page and picture."""

@@ -36,12 +36,12 @@ _BINS = 32
 
 @dataclass(frozen=True, eq=False)
 class TokenUsage:
-    """MLP neurons that each token of one text ran in each layer."""
+    """The number of MLP neurons that each token of a text ran in each layer."""
 
     tokens: tuple[str, ...]
-    """Text of each token as it decodes alone; may hold newlines, be empty, or be a replacement character."""
+    """Text of each token, decoded alone. It may contain newlines, be empty, or be a replacement character."""
     neurons_LT: NDArray[np.integer[Any]]
-    """Neurons that each token ran in each layer, [L, T]; each a width of the search space."""
+    """Neurons that each token ran in each layer, [L, T]. Each number is a width of the search space."""
     space: SearchSpace
     budget: str
     """The budget as the user wrote it, such as ttft=0.6x."""
@@ -73,31 +73,31 @@ class TokenUsage:
 
     @property
     def shares_T(self) -> Floats:
-        """Part of the full model's neurons that each token ran, mean over layers, 0 to 1, [T]."""
+        """Share of the full model's neurons that each token ran, mean over layers, 0 to 1, [T]."""
         return np.asarray(self.neurons_LT.mean(0) / self.full, dtype=np.float64)
 
     @property
     def mean_neurons_L(self) -> Floats:
-        """Neurons that an average token ran in each layer, [L]."""
+        """Mean number of neurons that tokens ran in each layer, [L]."""
         return np.asarray(self.neurons_LT.mean(1), dtype=np.float64)
 
     @property
     def histogram_LK(self) -> NDArray[np.int64]:
-        """Tokens that ran each width of the search space in each layer, [L, K]."""
+        """Number of tokens that ran each width in each layer, [L, K]."""
         return np.stack([(self.neurons_LT == width).sum(1) for width in self.space.neurons], axis=1)
 
     @property
     def entropy_L(self) -> Floats:
-        """Entropy of each layer's distribution of tokens over widths, in bits, [L]; 0 where all ran one width."""
+        """Entropy of each layer's distribution of tokens over widths, in bits, [L]. 0 if all tokens ran one width."""
         parts_LK = self.histogram_LK / len(self.tokens)
         logs_LK = np.log2(parts_LK, where=parts_LK > 0, out=np.zeros_like(parts_LK))
         return np.asarray(np.abs((parts_LK * logs_LK).sum(1)), dtype=np.float64)
 
     @property
     def collapsed(self) -> tuple[int, ...]:
-        """Layers in which (nearly) all tokens ran one width, though their mean is neither 0 nor the full width.
+        """Layers in which (nearly) all tokens ran one width that is neither 0 nor full.
 
-        None for a single token, which has nothing to differ from.
+        Empty for a single token, which cannot differ from others.
         """
         if len(self.tokens) == 1:
             return ()
@@ -107,11 +107,11 @@ class TokenUsage:
 
     @property
     def is_collapsed(self) -> bool:
-        """Whether no layer tells tokens apart; also true where all tokens run the full model, false for one token."""
+        """Whether no layer tells tokens apart. True if all tokens run the full model, False for a single token."""
         return len(self.tokens) > 1 and bool((self.entropy_L < NO_ENTROPY_BITS).all())
 
     def by_class(self) -> dict[str, tuple[int, float]]:
-        """Number of tokens and mean share of the neurons for each of CLASSES that the text has."""
+        """For each of CLASSES in the text, the number of tokens and their mean share of the neurons."""
         classes_T = np.array(list(_classes(self.tokens)))
         shares_T = self.shares_T
         found = {}
@@ -147,16 +147,16 @@ def _class(token: str, before: str) -> str:
 
 
 def _ends_in_word(text: str) -> bool:
-    """Whether a letter after this text goes on with a word; don't and l'eau are one each."""
+    """Whether a letter after this text continues a word. don't and l'eau are one word each."""
     text = text[:-1] if text.endswith(("'", "\u2019")) else text
     return bool(text) and unicodedata.category(text[-1])[0] in "LMN"
 
 
 def usage_text(usage: TokenUsage) -> str:
-    """The use of neurons by layers and by classes of tokens, in ASCII, at most 100 columns wide.
+    """Report the neurons used by layer and by class of tokens, in ASCII, at most 100 columns wide.
 
-    A layer's line ends with its tokens by width, from the narrowest: # stands where most are, a digit for the tenths
-    of that number, a dot for none.
+    A layer's line ends with a histogram of its tokens by width, from the narrowest: # marks the most frequent width, a
+    digit gives tenths of that number, a dot means no token.
     """
     means = f"mean MLP neurons of {usage.full}"
     by_width = f"tokens by width, {usage.space.neurons[0]} to {usage.full}"
@@ -185,7 +185,7 @@ def summary(usage: TokenUsage) -> str:
 
 
 def verdict(usage: TokenUsage) -> str:
-    """What to know about layers that do not tell tokens apart; empty if all do."""
+    """A warning about layers that do not tell tokens apart. Empty if all do."""
     if usage.is_collapsed and usage.shares_T.min() == 1:
         return "All tokens run the full width in every layer: there was nothing to route."
     if usage.is_collapsed:
@@ -219,7 +219,7 @@ def _tenth(part: float) -> str:
 
 
 def color_scale(shares_T: Floats) -> tuple[float, float]:
-    """The shares that the first and the last colour stand for: of this text, in steps of 5%, and 20% apart or more."""
+    """The shares for the first and the last colour: the range of this text in steps of 5%, at least 20% wide."""
     low, high = np.floor(20 * shares_T.min()) / 20, np.ceil(20 * shares_T.max()) / 20
     apart = max(high - low, 0.2)
     low = min(max((low + high - apart) / 2, 0.0), 1 - apart)
@@ -227,7 +227,7 @@ def color_scale(shares_T: Floats) -> tuple[float, float]:
 
 
 def colors(shares_T: Floats) -> list[str]:
-    """A colour for each share, as #rrggbb."""
+    """The colour of each share, as #rrggbb."""
     low, high = color_scale(shares_T)
     stops = np.linspace(low, high, len(COLORS))
     channels = [[int(color[at : at + 2], 16) for color in COLORS] for at in (1, 3, 5)]

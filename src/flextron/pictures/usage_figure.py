@@ -29,10 +29,10 @@ _TEXT_INCHES = 9.4
 
 
 def usage_figure(usage: TokenUsage) -> Figure:
-    """The text with each token coloured by its share, above a heat map of the tokens' widths in each layer.
+    """Draw the text with tokens coloured by their share, above a heat map of the tokens' widths in each layer.
 
-    Spaces, tabs and newlines are drawn as symbols, an empty token as an empty set, and what the font lacks as a box.
-    A token of more than a line is cut, and after LINES lines a last one says how many tokens are left out.
+    Spaces, tabs and newlines become symbols, an empty token an empty set, and characters that the font lacks a box.
+    A token longer than a line is cut. After LINES lines, a last one gives the number of tokens left out.
     """
     from matplotlib.figure import Figure
 
@@ -46,7 +46,7 @@ def usage_figure(usage: TokenUsage) -> Figure:
     figure = Figure(figsize=(width, height))
 
     def add_axes(left: float, top: float, across: float, down: float) -> Axes:
-        """Axes at a place in inches from the upper left corner."""
+        """Add axes; all sizes are in inches from the upper left corner."""
         return figure.add_axes((left / width, 1 - (top + down) / height, across / width, down / height))
 
     figure.text(0.3 / width, 1 - 0.2 / height, "\n".join(title), size=9.5, va="top", parse_math=False)
@@ -76,7 +76,7 @@ def _shown_token(token: str, glyphs: Container[int]) -> str:
 
 
 def _places(shown: Sequence[str], tokens: Sequence[str]) -> list[tuple[int, int]]:
-    """Line and column of each token, as far as LINES lines reach."""
+    """Line and column of each token that fits into LINES lines."""
     places = []
     line = column = 0
     for text, token in zip(shown, tokens, strict=True):

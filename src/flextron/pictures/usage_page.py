@@ -29,10 +29,10 @@ th:first-child, td:first-child {{ padding-left: 0; text-align: left; font-weight
 
 
 def usage_html(usage: TokenUsage) -> str:
-    """One HTML page that needs no other file: the text with each token coloured by its share, a legend, the classes.
+    """Write one HTML page that needs no other file: the text with tokens coloured by share, and a table of classes.
 
-    A token's title (what the pointer shows) gives its share and the neurons of every layer. Control characters other
-    than tab and newline become their symbols, so that the page is valid.
+    Under the pointer, a token shows its share and its neurons in every layer. Control characters other than tab and
+    newline become their symbols, so that the page is valid.
     """
     low, high = color_scale(usage.shares_T)
     warning = verdict(usage)

@@ -1,4 +1,4 @@
-"""Pictures of sub-networks: of one as text, of several as heat maps of their widths. No torch here."""
+"""Draw the widths of one sub-network as text, or of several as heat maps. No torch here."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ if TYPE_CHECKING:
 
 NAMES = {"neurons": "MLP neurons", "kv_groups": "KV groups"}
 LAYERS_WITH_A_LINE = 64
-"""A model of more layers is drawn with a character for each layer."""
+"""Models with more layers get one character per layer."""
 COLUMNS = 80
-"""Layers in a line, where each has a character only."""
+"""Layers in a line, if each gets one character."""
 _BARS = {"neurons": 40, "kv_groups": 24}
 _TENTHS = ".123456789#"
 
 
 def text_drawing(subnet: Subnet, space: SearchSpace) -> str:
-    """The widths of every layer as bars of ASCII characters, at most 100 columns wide.
+    """Draw the widths of every layer as bars of ASCII characters, at most 100 columns wide.
 
-    One line for each layer, # for what is kept and . for what is left out; with more than 64 layers one character for
-    each: # full, . skipped, else the tenths that are kept, rounded down but at least 1.
+    Each layer gets a line, with # for kept and . for removed units. With more than 64 layers, each gets one character:
+    # is full, . is skipped, and a digit gives the kept tenths, rounded down but at least 1.
 
     Raises:
-        SubnetError: not in the search space.
+        SubnetError: the sub-network is not in the search space.
     """
     space.check(subnet)
     lines = _lines if subnet.layers <= LAYERS_WITH_A_LINE else _rows
@@ -50,7 +50,7 @@ def _lines(subnet: Subnet, space: SearchSpace) -> list[str]:
 
 
 def _bar(width: int, full: int, size: int) -> str:
-    """`size` characters; all are # only at the full width, none only at 0."""
+    """A bar of `size` characters. All are # only at the full width, and none only at 0."""
     kept = size if width == full else min(max(round(width / full * size), width > 0), size - 1)
     return "#" * kept + "." * (size - kept)
 
@@ -72,11 +72,11 @@ def _tenths(width: int, full: int) -> str:
 
 
 def widths_figure(subnets: Mapping[str, Subnet], space: SearchSpace, title: str) -> Figure:
-    """Heat maps of MLP neurons and KV groups kept: a column for each layer, a row for each of `subnets`, by its name.
+    """Draw heat maps of the kept MLP neurons and KV groups: one column per layer, one row per sub-network, by name.
 
     Raises:
-        SubnetError: one that is not in the search space.
-        ValueError: no sub-network.
+        SubnetError: a sub-network is not in the search space.
+        ValueError: `subnets` is empty.
     """
     from matplotlib.figure import Figure
 
@@ -97,6 +97,6 @@ def widths_figure(subnets: Mapping[str, Subnet], space: SearchSpace, title: str)
 
 
 def save_figure(figure: Figure, file: str | Path) -> None:
-    """Write a figure as the kind of picture that the file's name ends in; makes its folder."""
+    """Save a figure in the format of the file's ending, and make its folder if needed."""
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=130)

@@ -1,1 +1,1 @@
-"""Accuracy of sub-networks on the paper's tasks, by lm-eval."""
+"""Measure the accuracy of sub-networks on tasks, with lm-eval."""

@@ -1,4 +1,4 @@
-"""`flextron evaluate --tasks`: what is run, what it costs, a table, results.json, results.md and results.png."""
+"""`flextron evaluate --tasks`: run the tasks, and report as a table, results.json, results.md and results.png."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ from flextron.tasks.results import TaskResult, averages, floored
 
 VERSION = 1
 KEPT = "scores.jsonl"
-"""In the folder of results: what is not computed again."""
+"""File in the results folder with the scores that are not computed again."""
 
 
 @dataclass(frozen=True)
 class _Run:
-    """What is scored, and what it costs by its budget's first limit."""
+    """One thing to score, and its cost in the metric of the budget's first limit."""
 
     what: Subnet | TokenRouting
     cost: float | None = None
-    """By the table, as a part of the full model's; of a token routing known when it has run."""
+    """Predicted cost as a share of the full model's. For token routing it is known only after the run."""
     metric: str | None = None
     ceiling: Ceiling | None = None
-    """Of a budget of time, by whose measure it is timed, once it has been scored."""
+    """For a budget of time, the limit whose time is measured after scoring."""
 
 
 def evaluate_on_tasks(model: ElasticModel, config: EvaluateConfig, *, warn: Callable[[str], None]) -> str:
-    """Score all that the config names, write the files that it asks for, and return the text to print.
+    """Score everything the config names, write its files, and return the text to print.
 
     Raises:
-        FlextronError: as `route` and `evaluate_tasks`.
+        FlextronError: `route` or `evaluate_tasks` fails.
     """
     runs = _runs(model, config, warn)
     folder = config.out_dir
@@ -92,7 +92,7 @@ def _static(subnet: Subnet, table: CostTable | None, ceiling: Ceiling | None = N
 
 
 def _measured(model: ElasticModel, run: _Run, folder: str) -> float | None:
-    """Time measured now, as a part of the full model's; None where the table is not of here."""
+    """Time measured now, as a share of the full model's. None if the latency table was measured elsewhere."""
     if run.ceiling is None or not isinstance(run.what, Subnet):
         return None
     times = measured_ms(model, run.ceiling, run.what, folder)
@@ -102,7 +102,7 @@ def _measured(model: ElasticModel, run: _Run, folder: str) -> float | None:
 def _summary(
     model: ElasticModel, config: EvaluateConfig, runs: dict[str, _Run], results: Sequence[TaskResult]
 ) -> dict[str, Any]:
-    """All that is printed and written, as JSON without NaN."""
+    """Everything to print and write, as JSON without NaN."""
     rows = []
     for average in averages(results):
         own = [result for result in results if result.run == average.run]
@@ -153,7 +153,7 @@ def _task(result: TaskResult, results: Sequence[TaskResult]) -> dict[str, Any]:
 
 
 def markdown(summary: dict[str, Any]) -> str:
-    """The results as a table, and what they were measured with."""
+    """Write the results as a Markdown table, and below it the conditions of the measurement."""
     rows, about = summary["runs"], summary["conditions"]
     tasks = rows[0]["tasks"]
     titles = [f"{name}, {task['metric']}, {task['shots']}-shot" for name, task in tasks.items()]

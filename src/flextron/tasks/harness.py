@@ -1,4 +1,4 @@
-"""`evaluate_tasks`: accuracy of sub-networks on tasks, by lm-eval's prompts and scoring, on the same documents."""
+"""`evaluate_tasks`: accuracy of sub-networks on tasks, with lm-eval's prompts and scoring, on the same documents."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from flextron.subnet import Subnet
 from flextron.tasks.results import TaskResult
 
 PAPER = ("arc_easy", "lambada_openai", "piqa", "winogrande", "mmlu", "hellaswag")
-"""The tasks of Flextron's tables."""
+"""The tasks in the tables of the Flextron paper."""
 SHOTS = {"mmlu": 5, "hellaswag": 10}
-"""Examples before each question, where a task has any by default."""
+"""Default number of examples before each question. Other tasks have lm-eval's default."""
 METRICS = {"hellaswag": "acc_norm"}
-"""The metric that counts, where it is not `acc`."""
+"""The main metric of a task, if it is not `acc`."""
 DATA = "FLEXTRON_TASK_DATA"
 VERSION = 1
 _SEED = 1234
@@ -39,14 +39,14 @@ _YAML = Path(__file__).parent / "yaml"
 
 @dataclass(frozen=True)
 class _Loaded:
-    """A task of the harness, or the tasks of a group, and which documents of them are scored."""
+    """A task of lm-eval, or the tasks of a group, and the documents to score."""
 
     name: str
     shots: int
     tasks: dict[str, Any]
     samples: dict[str, list[int]]
     data: str
-    """What tells the data from any other."""
+    """Identifies the data: a hash of local files, or hub."""
 
 
 def evaluate_tasks(
@@ -59,20 +59,20 @@ def evaluate_tasks(
     keep: str | Path | None = None,
     show: bool = False,
 ) -> list[TaskResult]:
-    """Accuracy of each run on each task; the first run is what the others are compared with (`results.averages`).
+    """Measure the accuracy of each run on each task. `results.averages` compares the others with the first run.
 
     Args:
-        tasks: "paper" or names, as lm-eval's; NAME@SHOTS takes another number of examples, such as hellaswag@0.
-        data: folder of local files (docs/tasks.md); by default `$FLEXTRON_TASK_DATA`, else lm-eval's own tasks with
-            data from the Hugging Face hub.
-        limit: documents of a task at most, a fixed random sample; of a task of many subjects, spread evenly over them.
-        keep: a file to which every run on a task is added once it is done. What it holds of the same weights, tasks and
-            settings is not computed again.
+        tasks: "paper", or names of lm-eval's tasks. NAME@SHOTS sets the number of examples, such as hellaswag@0.
+        data: folder of local files (docs/tasks.md). The default is `$FLEXTRON_TASK_DATA`, then lm-eval's own tasks
+            with data from the Hugging Face hub.
+        limit: most documents of each task, always the same random sample, spread evenly over the task's subjects.
+        keep: file that stores each finished run on a task. Runs with the same weights, task and settings are read from
+            it instead of computed.
 
     Raises:
-        FlextronError: lm-eval is not installed, an unknown task, data that cannot be had, no tokenizer.
-        SubnetError: a sub-network that is not in the model's search space; before anything is computed.
-        ValueError: no run, no task, or a limit below 1.
+        FlextronError: lm-eval is not installed, a task is unknown, its data is missing, or there is no tokenizer.
+        SubnetError: a sub-network is not in the model's search space. This is checked first.
+        ValueError: there is no run or no task, or `limit` is below 1.
     """
     if not runs or not tasks:
         raise ValueError("name at least one run and one task.")
@@ -85,7 +85,7 @@ def evaluate_tasks(
         raise FlextronError("this checkpoint has no tokenizer; put its tokenizer files into the same folder.")
     loaded = _load([tasks] if isinstance(tasks, str) else tasks, data_folder(data), limit)
     with _quiet():
-        from flextron.tasks.lm import ElasticLM  # which needs lm-eval
+        from flextron.tasks.lm import ElasticLM  # needs lm-eval
 
         lm = ElasticLM(model)
     kept = _Kept(keep)
@@ -104,10 +104,10 @@ def evaluate_tasks(
 
 
 def data_folder(data: str | Path | None) -> Path | None:
-    """The folder of local files: as named, or `$FLEXTRON_TASK_DATA`; None for lm-eval's own from the hub.
+    """The folder of local files: `data`, else `$FLEXTRON_TASK_DATA`, else None for lm-eval's data from the hub.
 
     Raises:
-        FlextronError: it does not exist.
+        FlextronError: the folder does not exist.
     """
     named = data or os.environ.get(DATA)
     if not named:
@@ -118,14 +118,14 @@ def data_folder(data: str | Path | None) -> Path | None:
 
 
 def task_names(tasks: Sequence[str]) -> list[str]:
-    """`tasks` with "paper" replaced by the paper's, each once."""
+    """Replace "paper" by the paper's tasks, and drop repeated names."""
     return list(dict.fromkeys(name for wish in tasks for name in (PAPER if wish == "paper" else (wish,))))
 
 
 def sample(strata: Sequence[str], limit: int | None) -> list[int]:
-    """Places of at most `limit` documents, ascending: a fixed draw, from every stratum in proportion to its size.
+    """Indices of at most `limit` documents, ascending: a fixed draw, in proportion to the size of each stratum.
 
-    A smaller limit's documents are among a larger one's.
+    A larger limit includes the documents of a smaller one.
     """
     if limit is None or limit >= len(strata):
         return list(range(len(strata)))
@@ -164,7 +164,7 @@ def _load_one(manager: Any, wish: str, folder: Path | None, limit: int | None) -
         found = manager.load([name])["tasks"]
     except FlextronError:
         raise
-    except Exception as error:  # of many kinds
+    except Exception as error:  # lm-eval and datasets raise many kinds
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         hint = f" With no Hugging Face hub in reach, pass --task-data DIR or set {DATA} (docs/tasks.md)."
         raise FlextronError(f"cannot load the task {name}: {reason}." + ("" if folder else hint)) from None
@@ -174,7 +174,7 @@ def _load_one(manager: Any, wish: str, folder: Path | None, limit: int | None) -
     shots = next(iter(found.values())).get_config("num_fewshot")
     data = "hub"
     if folder:
-        from flextron.tasks.local import digest  # which needs datasets
+        from flextron.tasks.local import digest  # needs datasets
 
         data = digest(folder, name)
     return _Loaded(wish, shots, found, _samples(found, limit), data)
@@ -195,7 +195,7 @@ def _samples(tasks: Mapping[str, Any], limit: int | None) -> dict[str, list[int]
 
 
 def _score(model: ElasticModel, lm: Any, run: Subnet | TokenRouting, task: _Loaded) -> dict[str, Any]:
-    """What the run scores, as it is kept."""
+    """Score a run on a task, in the form in which `_Kept` stores it."""
     routing = run if isinstance(run, TokenRouting) else None
     if routing is not None:
         routing.forget()
@@ -213,7 +213,7 @@ def _score(model: ElasticModel, lm: Any, run: Subnet | TokenRouting, task: _Load
     ]
     metrics = [metric for metric in ("acc", "acc_norm") if all(metric in row for _, row in documents)]
     if not metrics:
-        raise FlextronError(f"the task {task.name} has no accuracy, which is what is compared here. Leave it out.")
+        raise FlextronError(f"the task {task.name} reports no accuracy, which the runs are compared by. Leave it out.")
     return {
         "scores": {metric: [float(row[metric]) for _, row in documents] for metric in metrics},
         "documents": [document for document, _ in documents],
@@ -242,7 +242,7 @@ def _result(name: str, task: _Loaded, scored: Mapping[str, Any]) -> TaskResult:
 
 
 def _identity(run: Subnet | TokenRouting) -> str:
-    """What tells a run from all others on the same weights."""
+    """Identifies a run among all others on the same weights."""
     if isinstance(run, Subnet):
         return run.to_json()
     digest = hashlib.sha256(repr((run.budgets_B.tolist(), run.subnets, run.hard, run.shuffled, run.masked)).encode())
@@ -252,7 +252,7 @@ def _identity(run: Subnet | TokenRouting) -> str:
 
 
 class _Kept:
-    """What runs have scored, by all that it depends on, in a file that only grows."""
+    """Scores of finished runs in an append-only file. The key holds everything that a score depends on."""
 
     def __init__(self, file: str | Path | None) -> None:
         self._journal = None if file is None else Journal(file)
@@ -286,7 +286,7 @@ def _text(key: Mapping[str, Any]) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without lm-eval's bars and warnings, which speak of settings that are made here."""
+    """Hide lm-eval's progress bars and warnings, which are about settings made here."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)

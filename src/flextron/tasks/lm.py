@@ -1,8 +1,8 @@
-"""lm-eval's `HFLM` on an elastic model, with log-likelihoods that compute shared beginnings once.
+"""lm-eval's `HFLM` for an elastic model, which computes shared beginnings of texts only once.
 
-The examples before the questions of a task, and the context of the answers of a question, are the same tokens again and
-again. Here each runs once, and what follows continues its KV cache; only the logits that are scored are computed.
-No pad ever stands between a context and what follows it, so that sliding windows see what they would see alone.
+All questions of a task begin with the same examples, and all answers to a question have the same context. Here such a
+beginning runs once, and what follows continues its KV cache. Only logits that are scored are computed. No padding
+stands between a context and its continuation, so sliding windows see the same as without batches.
 
 Shapes: R rows, P tokens before, T tokens now, V vocabulary.
 """
@@ -28,15 +28,15 @@ from flextron.elastic.model import ElasticModel
 from flextron.progress import bar
 
 LEAST_SHARED = 64
-"""Tokens that contexts must share for a cache of their own."""
+"""Contexts that share at least this many tokens share a cache."""
 CACHED = 16
-"""Times the tokens of a batch, that its cache may hold."""
+"""A cache may hold this many times the tokens of a batch."""
 Tokens = tuple[int, ...]
 
 
 @dataclass
 class _Context:
-    """A context and the continuations that are scored after it."""
+    """A context, and the continuations to score after it."""
 
     tokens: Tokens
     places: list[int]
@@ -48,18 +48,18 @@ class _Context:
 
 
 class ElasticLM(HFLM):  # type: ignore[misc]
-    """lm-eval's view of an elastic model, as whatever sub-network is in use; the weights are the model's own."""
+    """lm-eval's view of an elastic model. It runs the sub-network in use, on the model's own weights."""
 
     def __init__(self, model: ElasticModel, *, batch_tokens: int | None = None) -> None:
-        tokenizer = copy.deepcopy(model.tokenizer)  # which gets a padding token here
+        tokenizer = copy.deepcopy(model.tokenizer)  # a copy, because HFLM adds a padding token
         super().__init__(pretrained=model.lm, tokenizer=tokenizer, backend="causal")
         self.batch_tokens = batch_tokens or usual_batch_tokens(model.device)
         self.encoded: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
-        """Pairs of text that have been cut into tokens: every run on a task has the same."""
+        """Tokens of each pair of texts, kept because every run on a task has the same pairs."""
         self.shown: str | None = None
-        """What the bar is called; None shows none."""
+        """Title of the progress bar. None shows no bar."""
         self.stderr = sys.stderr
-        """Where the bar goes, also while lm-eval's own are kept away from standard error."""
+        """Where the progress bar goes, even while lm-eval's own output to standard error is hidden."""
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         pair = (context, continuation)
@@ -71,7 +71,7 @@ class ElasticLM(HFLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        """Sum of the continuation's log-probabilities in nats, and whether it is the greedy one, of each request."""
+        """For each request, the continuation's log-probability in nats, and whether greedy decoding would write it."""
         contexts: dict[Tokens, _Context] = {}
         for place, (_request, context, continuation) in enumerate(requests):
             kept = tuple(context[-(self.max_length + 1 - len(continuation)) :])
@@ -98,7 +98,7 @@ class ElasticLM(HFLM):  # type: ignore[misc]
         return cache
 
     def _batches(self, group: Sequence[_Context], shared: int) -> Iterator[list[_Context]]:
-        """Contexts of equal length, as many as the tokens of a batch allow; the longest first."""
+        """Yield batches of contexts of equal length, the longest first, as large as `batch_tokens` allows."""
         by_length: dict[int, list[_Context]] = defaultdict(list)
         for context in group:
             by_length[len(context.tokens)].append(context)
@@ -118,7 +118,7 @@ class ElasticLM(HFLM):  # type: ignore[misc]
             yield batch
 
     def _score(self, batch: Sequence[_Context], shared: int, cache: Any) -> dict[int, tuple[float, bool]]:
-        """Answers of a batch by the places of their requests."""
+        """The answers of a batch, by the index of their requests."""
         cache = copy.deepcopy(cache)
         if shared:
             cache.batch_repeat_interleave(len(batch))
@@ -141,10 +141,10 @@ class ElasticLM(HFLM):  # type: ignore[misc]
         return dict(zip(places, zip(sums_R, same_R, strict=True), strict=True))
 
     def _continued(self, continuations: Sequence[Tokens], rows: list[int], before: int, cache: Any) -> torch.Tensor:
-        """Logits after each token of the continuations but the last, [R, T - 1, V]."""
+        """Logits after each token of the continuations except the last, [R, T - 1, V]."""
         cache.batch_select_indices(torch.tensor(rows, device=self.device))
         inputs_RT = pad_sequence([torch.tensor(each[:-1]) for each in continuations], batch_first=True).long()
-        real_RT = self._real(continuations)[:, 1:]  # as long as the inputs: the last target is no input
+        real_RT = self._real(continuations)[:, 1:]  # one shorter, like the inputs: the last target is no input
         mask_RT = torch.cat([real_RT.new_ones(len(rows), before), real_RT], 1).long()
         logits: torch.Tensor = self.model(
             inputs_RT.to(self.device), attention_mask=mask_RT, past_key_values=cache
@@ -152,7 +152,7 @@ class ElasticLM(HFLM):  # type: ignore[misc]
         return logits
 
     def _real(self, continuations: Sequence[Tokens]) -> torch.Tensor:
-        """Where continuations padded on the right hold tokens, [R, T]."""
+        """True where a continuation, padded on the right, has a token, [R, T]."""
         lengths_R = torch.tensor([len(each) for each in continuations], device=self.device)
         return torch.arange(int(lengths_R.max()), device=self.device) < lengths_R[:, None]
 
@@ -161,7 +161,7 @@ class ElasticLM(HFLM):  # type: ignore[misc]
 
 
 def _groups(contexts: Sequence[_Context]) -> Iterator[tuple[int, list[_Context]]]:
-    """Neighbours in sorted order that begin with the same tokens, and how many; all others together, with 0."""
+    """Group sorted contexts by their beginning, with the number of shared tokens. The rest is one group, with 0."""
     alone: list[_Context] = []
     for shared, group in _runs(contexts, lambda each: each.tokens):
         if shared:
@@ -190,7 +190,7 @@ def _runs(items: Sequence[_Context], tokens_of: Callable[[_Context], Tokens]) ->
 
 
 def _common(one: Tokens, other: Tokens) -> int:
-    """Tokens that both begin with."""
+    """Number of tokens with which both begin."""
     return next(
         (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
     )

@@ -1,4 +1,4 @@
-"""Local files as lm-eval's data: what the YAML files in `yaml/` name. Needs the extra `tasks`."""
+"""Local files as data for lm-eval. The YAML files in `yaml/` name these functions. Needs the extra `tasks`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lm_eval.api.samplers import ContextSampler
 from flextron.errors import FlextronError
 
 EXAMPLES = 10
-"""Documents of HellaSwag that are examples and never scored."""
+"""Number of HellaSwag documents that serve as examples and are never scored."""
 FILES = {
     "arc_easy": ("arc_easy_test",),
     "lambada_openai": ("lambada_openai_test",),
@@ -25,7 +25,7 @@ FILES = {
     "mmlu": ("mmlu_dev", "mmlu_test"),
     "hellaswag": ("hellaswag_val",),
 }
-"""Task -> its files, each NAME.jsonl or NAME.jsonl.xz."""
+"""The files of each task, NAME.jsonl or NAME.jsonl.xz."""
 _FIELDS: dict[str, dict[str, type]] = {
     "arc_easy": {"question": str, "choices": list, "label": int},
     "lambada_openai": {"text": str},
@@ -40,7 +40,7 @@ def digest(folder: Path, task: str) -> str:
     """A hash of the files of a task.
 
     Raises:
-        FlextronError: a file that is missing.
+        FlextronError: a file is missing.
     """
     return hashlib.sha256(b"".join(_file(folder, name).read_bytes() for name in FILES[task])).hexdigest()[:16]
 
@@ -51,7 +51,7 @@ def arc_easy(data: str, **_: Any) -> dict[str, Dataset]:
 
 
 def lambada_openai(data: str, **_: Any) -> dict[str, Dataset]:
-    """Splits of LAMBADA, as OpenAI has published it."""
+    """Splits of LAMBADA in OpenAI's version."""
     return {"test": _documents(data, "lambada_openai", "lambada_openai_test")}
 
 
@@ -66,7 +66,7 @@ def winogrande(data: str, **_: Any) -> dict[str, Dataset]:
 
 
 def hellaswag(data: str, **_: Any) -> dict[str, Dataset]:
-    """Splits of HellaSwag: ten documents drawn once and for all, and the others."""
+    """Splits of HellaSwag: ten fixed random documents as examples, and the others as the test."""
     rows = _rows(Path(data), "hellaswag", "hellaswag_val")
     documents = Dataset.from_list([{**row, "ctx": _capitalised(row["ctx"])} for row in rows])
     if len(documents) <= EXAMPLES:
@@ -79,7 +79,7 @@ def hellaswag(data: str, **_: Any) -> dict[str, Dataset]:
 
 
 def _capitalised(context: str) -> str:
-    """A context whose last sentence, which the endings finish, begins with a capital, as in lm-eval's prompts."""
+    """Capitalise the last sentence of a context, which the endings complete, as lm-eval's prompts do."""
     start = context.rfind(". ") + 2
     if start == 1 or context.endswith((".", "!", "?")):  # one sentence only, or none to finish
         return context
@@ -87,29 +87,29 @@ def _capitalised(context: str) -> str:
 
 
 def mmlu(data: str, **_: Any) -> dict[str, Dataset]:
-    """All of MMLU in one split; the column `part` tells examples (dev) from questions (test)."""
+    """All of MMLU in one split. The column `part` is dev for examples and test for questions."""
     rows = [{**row, "part": part} for part in ("dev", "test") for row in _rows(Path(data), "mmlu", f"mmlu_{part}")]
     return {"all": Dataset.from_list(rows)}
 
 
 def questions(documents: Dataset) -> Dataset:
-    """The part of MMLU that is scored."""
+    """The part of MMLU to score."""
     return _part(documents, "test")
 
 
 def examples(documents: Dataset) -> Dataset:
-    """The part of MMLU that stands before questions."""
+    """The part of MMLU to show as examples before questions."""
     return _part(documents, "dev")
 
 
 class SameSubject(ContextSampler):  # type: ignore[misc]
-    """Examples of the question's own subject, in the order of the file."""
+    """Use examples of the question's own subject, in the order of the file."""
 
     def sample(self, n: int, eval_doc: dict[str, Any] | None = None, df: Any = None, **_: Any) -> Sequence[Any]:
         """The first `n` examples of the subject of `eval_doc`.
 
         Raises:
-            FlextronError: there are fewer.
+            FlextronError: the subject has fewer.
         """
         subject = (eval_doc or {}).get("subject")
         found = [document for document in (df or self.df) if document["subject"] == subject][:n]
@@ -127,10 +127,10 @@ def _documents(data: str, task: str, name: str) -> Dataset:
 
 
 def _rows(folder: Path, task: str, name: str) -> Iterator[dict[str, Any]]:
-    """The fields of a task's documents, checked.
+    """Yield the fields of a task's documents, checked.
 
     Raises:
-        FlextronError: a missing or damaged file, or a row of another schema.
+        FlextronError: a file is missing or damaged, or a row has another schema.
     """
     file = _file(folder, name)
     fields = _FIELDS[task]
@@ -161,4 +161,4 @@ def _file(folder: Path, name: str) -> Path:
     for file in (folder / f"{name}.jsonl", folder / f"{name}.jsonl.xz"):
         if file.is_file():
             return file
-    raise FlextronError(f"{folder} has no {name}.jsonl or {name}.jsonl.xz; docs/tasks.md says what belongs into it.")
+    raise FlextronError(f"{folder} has no {name}.jsonl or {name}.jsonl.xz; docs/tasks.md says what belongs in it.")

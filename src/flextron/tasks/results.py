@@ -1,6 +1,6 @@
-"""What runs score on tasks: accuracies, paired differences, averages and what is kept of the full model's. No torch.
+"""Scores of runs on tasks: accuracies, paired differences, averages, and shares of the full model's. No torch here.
 
-Standard errors take documents as independent and tasks as fixed: they say what other documents would change.
+Standard errors treat documents as independent and tasks as fixed: they say how much other documents would change.
 """
 
 from __future__ import annotations
@@ -13,43 +13,43 @@ from statistics import fmean, stdev
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What one run scores on one task."""
+    """The score of one run on one task."""
 
     run: str
     task: str
     shots: int
     """Examples before each question."""
     metric: str
-    """`acc`, or `acc_norm`: the likeliest answer per character; of `scores`, the one that counts."""
+    """The main metric among `scores`: `acc`, or `acc_norm`, which divides log-likelihoods by length in characters."""
     scores: dict[str, tuple[float, ...]]
-    """Of each metric, 1 for every document that is answered right, else 0; the same documents for every run."""
+    """For each metric, 1 for each correct document and 0 for the others. All runs have the same documents."""
     documents: tuple[str, ...]
-    """TASK/PLACE of each document in lm-eval's data."""
+    """TASK/INDEX of each document in lm-eval's data."""
     share: float
-    """Share of the layers' weights that the run keeps, or that its tokens used on average."""
+    """Share of the layers' weights that the run uses, for token routing on average."""
     cost: float | None
-    """With per-token routing, what a computed token has cost on average, as a part of the full model's."""
+    """For token routing, the average cost of a token as a share of the full model's. Else None."""
 
     @property
     def correct(self) -> tuple[float, ...]:
-        """1 for every document that is answered right by the metric that counts, else 0."""
+        """1 for each document that is correct by the main metric, 0 for the others."""
         return self.scores[self.metric]
 
     @property
     def accuracy(self) -> float:
-        """Share of the documents that are answered right."""
+        """Share of documents that are answered correctly."""
         return fmean(self.correct)
 
     @property
     def standard_error(self) -> float:
-        """Of the accuracy; NaN for one document."""
+        """Standard error of the accuracy. NaN for one document."""
         return _error_of_mean(self.correct)
 
     def difference(self, first: TaskResult) -> tuple[float, float]:
-        """Accuracy above another run's, paired by document, and its standard error.
+        """Return the accuracy minus the other run's, paired by document, and its standard error.
 
         Raises:
-            ValueError: the other has scored other documents.
+            ValueError: the other run has other documents.
         """
         differences = [own - other for own, other in _pairs(self, first)]
         return fmean(differences), _error_of_mean(differences)
@@ -57,19 +57,19 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class Average:
-    """A run's average over tasks, each counting alike."""
+    """A run's average over tasks. All tasks count the same."""
 
     run: str
     accuracy: float
     standard_error: float
     retention: float
-    """Share of the first run's average that is left."""
+    """This average as a share of the first run's average."""
     retention_standard_error: float
-    """Paired by document: how both vary together is counted (delta method)."""
+    """Standard error of `retention`, paired by document (delta method)."""
 
 
 def averages(results: Sequence[TaskResult]) -> list[Average]:
-    """The average of every run, in the order in which they come; the first is what `retention` compares with."""
+    """The average of every run, in order. `retention` compares each with the first."""
     by_run: dict[str, list[TaskResult]] = {}
     for result in results:
         by_run.setdefault(result.run, []).append(result)

@@ -115,7 +115,7 @@ class TestSource:
         [
             (
                 "a.txt@much",
-                r"weight 'much' of 'a.txt' is no number. Write PATH@0.3, or PATH@1 if PATH itself has an @.",
+                r"weight 'much' of 'a.txt' is no number. Write PATH@0.3, or PATH@1 if PATH itself",
             ),
             ("", "empty path"),
             ("@1", "empty path"),

@@ -170,8 +170,10 @@ def test_the_general_help_lists_every_verb_with_what_it_does(capsys):
         cli.main(["--help"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    listed = re.findall(r"^  (\S+)  +(\S.*\.)$", shown, re.MULTILINE)
+    listed = re.findall(r"^  ([a-z-]+)  +([A-Z])", shown, re.MULTILINE)
     assert [verb for verb, _ in listed] == list(COMMANDS)
+    for kind in COMMANDS.values():
+        assert kind.__doc__.split("\n\n")[0].strip() in " ".join(shown.split())
     with pytest.raises(SystemExit):
         cli.main([])
     assert capsys.readouterr().out == shown
@@ -179,9 +181,9 @@ def test_the_general_help_lists_every_verb_with_what_it_does(capsys):
 
 def test_lines_of_help_fit_the_terminal(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
-    for command in COMMANDS:
+    for command in ([], *([command] for command in COMMANDS)):
         with pytest.raises(SystemExit):
-            cli.main([command, "--help"])
+            cli.main([*command, "--help"])
         lines = capsys.readouterr().out.splitlines()
         assert max(len(line) for line in lines if not line.startswith("Example")) <= 80
 

@@ -155,17 +155,27 @@ def _wide_terminal(characters: int) -> Iterator[None]:
 def _overview() -> str:
     """The general help: every verb with the first line of its own help, in the order in which data passes them."""
     width = max(map(len, COMMANDS))
-    verbs = [f"  {verb:<{width}}  {_paragraphs(kind)[0]}" for verb, kind in COMMANDS.items()]
-    ends = ["`flextron VERB --help` explains a verb and its options. `flextron --version` prints the version."]
-    return "\n".join(["usage: flextron VERB [OPTIONS]", "", DESCRIPTION, "", "verbs:", *verbs, "", *ends])
+    hanging = " " * (width + 4)
+    verbs = [
+        _filled(_paragraphs(kind)[0], first=f"  {verb:<{width}}  ", later=hanging) for verb, kind in COMMANDS.items()
+    ]
+    end = _filled("`flextron VERB --help` explains a verb and its options. `flextron --version` prints the version.")
+    return "\n".join(["usage: flextron VERB [OPTIONS]", "", DESCRIPTION, "", "verbs:", *verbs, "", end])
 
 
 def _explained(kind: type) -> str:
-    """What a verb does, with examples; lines fit the terminal, except the examples', which are to be copied."""
-    columns = min(TEXT_COLUMNS, shutil.get_terminal_size().columns)
+    """What a verb does, with examples. Lines fit the terminal, except those of examples, so that they can be copied."""
     paragraphs = [*_paragraphs(kind), *([] if kind is EnvConfig else [RECIPE_HELP])]
-    wrapped = [text if text.startswith("Example") else fill(text, columns) for text in paragraphs]
+    wrapped = [text if text.startswith("Example") else _filled(text) for text in paragraphs]
     return "\n\n".join(wrapped) + "\n"
+
+
+def _filled(text: str, first: str = "", later: str = "") -> str:
+    """Break text into lines that fit the terminal; `first` and `later` begin the first line and the others."""
+    columns = min(TEXT_COLUMNS, shutil.get_terminal_size().columns)
+    return fill(
+        text, columns, break_on_hyphens=False, break_long_words=False, initial_indent=first, subsequent_indent=later
+    )
 
 
 def _paragraphs(kind: type) -> list[str]:

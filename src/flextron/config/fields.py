@@ -60,7 +60,10 @@ NeuronStepArgument = Annotated[
     ),
 ]
 AnyDeviceArgument = Annotated[
-    bool, arg(help="For budgets of time, use a latency table of another device or software version if none is of here.")
+    bool,
+    arg(
+        help="For budgets of time, use a latency table that was measured elsewhere, if none was measured on this device and version."
+    ),
 ]
 DtypeArgument = Annotated[Dtype, arg(help="Data type of the weights. auto keeps the checkpoint's.")]
 DeviceArgument = Annotated[str, arg(help="Where to run, such as cpu or cuda:0. auto takes a GPU if there is one.")]

@@ -484,5 +484,5 @@ class TestCommands:
             GenerateConfig("model", "prompt", budget="0.6x", picture=Path("a.png"))
         with pytest.raises(ValueError, match=r"must end in \.html"):
             EvaluateConfig("model", budget=("0.6x",), per_token=True, picture=Path("a.gif"))
-        with pytest.raises(ValueError, match="token_tokens is 10; it must be at least 6144"):
+        with pytest.raises(ValueError, match="--token-tokens is 10; it must be at least 6144"):
             TrainRouterConfig("model", token_tokens=10)

@@ -110,7 +110,7 @@ def draw(page: str) -> Figure:
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, loc="upper left", fontsize=9)
     figure.supxlabel(
-        "\n".join(textwrap.wrap(caption(page, rows), 150)), fontsize=7.5, color="#444444", ha="left", x=0.02
+        "\n".join(textwrap.wrap(caption(page, rows), 138)), fontsize=7.5, color="#444444", ha="left", x=0.02
     )
     return figure
 

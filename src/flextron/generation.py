@@ -1,12 +1,14 @@
-"""Text from a sub-network: by `decoding` on a CPU where it can, else by transformers' own `generate`.
+"""Text from a sub-network: by `inference.decoder` on a CPU where it can, else by transformers' own `generate`.
 
-With a draft, by `speculative` in the same two ways.
+With a draft, by `inference.speculative` in the same two ways. Each way is an iterator of tokens, of which
+`inference.text` makes text.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Generator
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -14,16 +16,18 @@ import torch
 from transformers import (
     LogitsProcessorList,
     TemperatureLogitsWarper,
-    TextStreamer,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
 from flextron.choosing.routing import route
+from flextron.data.blocks import require_tokenizer
 from flextron.elastic.model import ElasticModel
 from flextron.errors import FlextronError
+from flextron.inference.background import generated_tokens
 from flextron.inference.decoder import Decoder, supports
-from flextron.inference.speculative import Draft, assisted_tokens, stream_speculative
+from flextron.inference.speculative import Draft, assisted_tokens, draft_model, stream_speculative
+from flextron.inference.text import text_pieces
 from flextron.routers.token.batch import TokenRouting
 from flextron.subnet import Subnet
 
@@ -39,6 +43,71 @@ _WITHOUT_EFFECT = {
     "num_beams": 1,
     "num_return_sequences": 1,
 }
+
+
+def stream(
+    model: ElasticModel,
+    prompt: str,
+    *,
+    subnet: Subnet | None = None,
+    budget: str | None = None,
+    routing: TokenRouting | None = None,
+    max_new_tokens: int = 64,
+    chat: bool = False,
+    temperature: float = 0.0,
+    seed: int | None = None,
+    fast: bool = True,
+    speculative: Draft | Subnet | None = None,
+) -> Generator[str, None, None]:
+    """Text that goes on from `prompt`, in pieces as they come; together they are what `generate` returns.
+
+        for piece in flextron.stream(model, "The capital of France is", budget="0.6x"):
+            print(piece, end="", flush=True)
+
+    The model works only while the next piece is awaited. Close the iterator, or leave the loop, to stop early. Until
+    then, weights must stay as they are, and with a routing no one else may use the model.
+
+    Args:
+        subnet: by default the one in use.
+        budget: instead of a sub-network, such as "12ms" a token or "0.6x"; `flextron.route` chooses the best one.
+        routing: instead of both, every token gets a sub-network of its own (`flextron.route_tokens`).
+        max_new_tokens: tokens to write at most; a stop token of the model ends the text earlier.
+        chat: put the prompt into the model's chat template, as a user's message.
+        temperature: 0 takes the likeliest token each time; above 0 samples.
+        seed: of torch's global generator, which the sampling uses; by default it goes on from where it is.
+        fast: False takes transformers' own `generate` even where our faster loop gives the same text.
+        speculative: a smaller sub-network that writes ahead; the text stays that of `subnet`, up to rounding. A `Draft`
+            says how far ahead, and counts what was accepted.
+
+    Raises:
+        SubnetError: a sub-network that is not in the model's search space.
+        FlextronError: an empty prompt, no tokenizer, no chat template where one is asked for, or a budget that
+            `flextron.route` cannot meet.
+        ValueError: more than one of sub-network, budget and routing; no token asked for; or a draft that is not smaller
+            than the sub-network, or one beside a routing or a temperature.
+    """
+    if sum(wish is not None for wish in (subnet, budget, routing)) > 1:
+        raise ValueError("name a sub-network, a budget or a routing of tokens, only one of them.")
+    if speculative is not None and (routing is not None or temperature):
+        raise ValueError(
+            "a draft writes ahead for greedy text of one sub-network: no routing of tokens, temperature 0."
+        )
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; ask for 1 or more.")
+    if budget is not None:
+        subnet = route(model, budget).subnet
+    subnet = subnet or model.subnet
+    model.search_space.check(subnet)
+    draft = Draft(speculative) if isinstance(speculative, Subnet) else speculative
+    if draft is not None:
+        draft.check(model, subnet)
+    prompt_BT = _encode(model, prompt, chat=chat)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    tokens = _new_tokens(model, subnet, prompt_BT, routing=routing, draft=draft, fast=fast, **options)
+    return _text(model, prompt_BT, tokens, seed)
+
+
+_stream = stream  # `generate` has a parameter of this name
 
 
 def generate(
@@ -59,52 +128,30 @@ def generate(
     """What the model writes after `prompt`, without the prompt.
 
     Args:
-        subnet: by default the one in use.
-        budget: instead of a sub-network, such as "12ms" a token or "0.6x"; `flextron.route` chooses the best one.
-        routing: instead of both, every token gets a sub-network of its own (`flextron.route_tokens`).
-        chat: put the prompt into the model's chat template, as a user's message.
-        temperature: 0 takes the likeliest token each time; above 0 samples.
-        seed: of torch's global generator, which the sampling uses; by default it goes on from where it is.
-        stream: also print each piece as it comes.
-        fast: False takes transformers' own `generate` even where our faster loop gives the same text.
-        speculative: a smaller sub-network that writes ahead; the text stays that of `subnet`, up to rounding. A `Draft`
-            says how far ahead, and counts what was accepted.
+        stream: also print each piece as it comes; `flextron.stream` gives the pieces to a program.
 
-    Raises:
-        SubnetError: a sub-network that is not in the model's search space.
-        FlextronError: an empty prompt, no tokenizer, no chat template where one is asked for, or a budget that
-            `flextron.route` cannot meet.
-        ValueError: more than one of sub-network, budget and routing; or a draft that is not smaller than the
-            sub-network, or one beside a routing or a temperature.
+    The other arguments, and what is raised, are those of `flextron.stream`.
     """
-    if sum(wish is not None for wish in (subnet, budget, routing)) > 1:
-        raise ValueError("name a sub-network, a budget or a routing of tokens, only one of them.")
-    if speculative is not None and (routing is not None or temperature):
-        raise ValueError(
-            "a draft writes ahead for greedy text of one sub-network: no routing of tokens, temperature 0."
-        )
-    if budget is not None:
-        subnet = route(model, budget).subnet
-    subnet = subnet or model.subnet
-    prompt_BT = _encode(model, prompt, chat=chat)
-    tokenizer = model.tokenizer
-    if seed is not None:
-        torch.manual_seed(seed)
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stream": stream}
-    draft = Draft(speculative) if isinstance(speculative, Subnet) else speculative
-    with torch.inference_mode():
-        if routing is not None:
-            with routing.use():
-                written = _new_tokens_of_transformers(model, prompt_BT, temperature=temperature, **options)
-        elif fast and can_stream(model):
-            written = _new_tokens(model, subnet, prompt_BT, draft=draft, temperature=temperature, **options)
-        elif draft is not None:
-            streamer = _streamer(model, skip_prompt=True) if stream else None
-            written = assisted_tokens(model, subnet, draft, prompt_BT, max_new_tokens=max_new_tokens, streamer=streamer)
-        else:
-            with model.use(subnet):
-                written = _new_tokens_of_transformers(model, prompt_BT, temperature=temperature, **options)
-    return str(tokenizer.decode(written, skip_special_tokens=True))  # type: ignore[union-attr]
+    written = []
+    for piece in _stream(
+        model,
+        prompt,
+        subnet=subnet,
+        budget=budget,
+        routing=routing,
+        max_new_tokens=max_new_tokens,
+        chat=chat,
+        temperature=temperature,
+        seed=seed,
+        fast=fast,
+        speculative=speculative,
+    ):
+        written.append(piece)
+        if stream:
+            print(piece, end="", flush=True)
+    if stream:
+        print()
+    return "".join(written)
 
 
 def compare_speculative(model: ElasticModel, prompt: str, draft: Draft, **options: Any) -> tuple[float, bool]:
@@ -122,9 +169,7 @@ def compare_speculative(model: ElasticModel, prompt: str, draft: Draft, **option
 
 def _encode(model: ElasticModel, prompt: str, *, chat: bool) -> torch.Tensor:
     """Token ids of the prompt, [1, T]."""
-    tokenizer = model.tokenizer
-    if tokenizer is None:
-        raise FlextronError("this checkpoint has no tokenizer; put its tokenizer files into the same folder.")
+    tokenizer = require_tokenizer(model.tokenizer)
     if not prompt.strip():
         raise FlextronError("the prompt is empty; give some text to go on from.")
     if chat:
@@ -137,8 +182,14 @@ def _encode(model: ElasticModel, prompt: str, *, chat: bool) -> torch.Tensor:
     return tokens_BT
 
 
-def _streamer(model: ElasticModel, *, skip_prompt: bool = False) -> TextStreamer:
-    return TextStreamer(model.tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True)
+def _text(
+    model: ElasticModel, prompt_BT: torch.Tensor, tokens: Generator[int, None, None], seed: int | None
+) -> Generator[str, None, None]:
+    """The pieces of text that tokens after the prompt [1, T] are; the seed is set when the first one is asked for."""
+    if seed is not None:
+        torch.manual_seed(seed)
+    with closing(tokens):
+        yield from text_pieces(require_tokenizer(model.tokenizer), prompt_BT[0].tolist(), tokens)
 
 
 def _new_tokens(
@@ -146,37 +197,39 @@ def _new_tokens(
     subnet: Subnet,
     prompt_BT: torch.Tensor,
     *,
-    stream: bool,
+    routing: TokenRouting | None,
     draft: Draft | None,
+    fast: bool,
     temperature: float,
     max_new_tokens: int,
-) -> list[int]:
+) -> Generator[int, None, None]:
+    """The tokens after the prompt [1, T] as they come: here it is decided what writes them."""
+    limits: dict[str, Any] = {"max_new_tokens": max_new_tokens}
+    if routing is None and fast and can_stream(model):
+        limits["stop"] = _stop_tokens(model)
+        if draft is None:
+            return stream_tokens(model, subnet, prompt_BT, temperature=temperature, **limits)
+        return stream_speculative(model, subnet, draft, prompt_BT, **limits)
+    if draft is not None:
+        return assisted_tokens(model, subnet, draft, prompt_BT, **limits)
+    write = draft_model(model, subnet).generate if routing is None else _routed(model, routing)
+    limits |= {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    return generated_tokens(write, prompt_BT, in_one=(model.lm.generation_config.num_beams or 1) > 1, **limits)
+
+
+def _stop_tokens(model: ElasticModel) -> Collection[int]:
     stop = model.lm.generation_config.eos_token_id
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens}
-    options["stop"] = [] if stop is None else [stop] if isinstance(stop, int) else stop
-    if draft is None:
-        coming = stream_tokens(model, subnet, prompt_BT, temperature=temperature, **options)
-    else:
-        coming = stream_speculative(model, subnet, draft, prompt_BT, **options)
-    streamer = _streamer(model) if stream else None
-    tokens = []
-    for token in coming:
-        tokens.append(token)
-        if streamer:
-            streamer.put(torch.tensor([token]))
-    if streamer:
-        streamer.end()
-    return tokens
+    return [] if stop is None else [stop] if isinstance(stop, int) else stop
 
 
-def _new_tokens_of_transformers(
-    model: ElasticModel, prompt_BT: torch.Tensor, *, stream: bool, temperature: float, **options: Any
-) -> list[int]:
-    streamer = _streamer(model, skip_prompt=True) if stream else None
-    options |= {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    output_BT = model.generate(prompt_BT, attention_mask=torch.ones_like(prompt_BT), streamer=streamer, **options)
-    tokens: list[int] = output_BT[0, prompt_BT.shape[1] :].tolist()
-    return tokens
+def _routed(model: ElasticModel, routing: TokenRouting) -> Callable[..., Any]:
+    """`generate` of transformers, every token routed."""
+
+    def write(*args: Any, **kwargs: Any) -> Any:
+        with routing.use():
+            return model.generate(*args, **kwargs)
+
+    return write
 
 
 def can_stream(model: ElasticModel) -> bool:
@@ -200,7 +253,7 @@ def stream_tokens(
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
     stop: Collection[int] = (),
-) -> Iterator[int]:
+) -> Generator[int, None, None]:
     """The tokens that go on from the prompt [1, T], each as soon as it is there; a stop token is the last.
 
     Args:

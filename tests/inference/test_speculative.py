@@ -47,7 +47,7 @@ def test_assisted_generation_of_transformers_gives_the_greedy_text(model):
     for seed, subnet in enumerate(drafts(model)):
         prompt = tiny.token_ids(1, 9, seed=seed)
         draft = Draft(subnet, 3)
-        assert assisted_tokens(model, full, draft, prompt, max_new_tokens=NEW) == greedy(model, prompt)
+        assert list(assisted_tokens(model, full, draft, prompt, max_new_tokens=NEW)) == greedy(model, prompt)
         assert draft.written == NEW == draft.accepted + draft.passes
         assert draft.accepted <= draft.drafted <= 3 * draft.passes
         assert model.subnet == full
@@ -89,7 +89,7 @@ def test_both_ways_end_at_a_stop_token(streaming):
         ours = stream_speculative(streaming, full, Draft(near, 3), prompt, max_new_tokens=NEW, stop=[stop])
         assert list(ours) == expected
         theirs = assisted_tokens(streaming, full, Draft(near, 3), prompt, max_new_tokens=NEW, eos_token_id=stop)
-        assert theirs == expected
+        assert list(theirs) == expected
 
 
 @pytest.mark.parametrize("length", [1, 2, 3])
@@ -97,7 +97,7 @@ def test_never_more_tokens_than_asked_for(streaming, length):
     prompt, (_, near, _) = tiny.token_ids(1, 9), drafts(streaming)
     draft = Draft(near, 6)
     ours = list(stream_speculative(streaming, streaming.subnet, draft, prompt, max_new_tokens=length))
-    theirs = assisted_tokens(streaming, streaming.subnet, Draft(near, 6), prompt, max_new_tokens=length)
+    theirs = list(assisted_tokens(streaming, streaming.subnet, Draft(near, 6), prompt, max_new_tokens=length))
     assert ours == theirs == greedy(streaming, prompt, max_new_tokens=length)
     assert draft.drafted < length
 
@@ -149,7 +149,7 @@ def test_sub_networks_with_adapters_draft_too(llama):
     assert not can_stream(llama)
     for subnet in (narrow, near):
         found = assisted_tokens(llama, llama.subnet, Draft(subnet, 3), prompt, max_new_tokens=NEW)
-        assert found == greedy(llama, prompt)
+        assert list(found) == greedy(llama, prompt)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
@@ -172,7 +172,8 @@ def test_what_the_generation_config_asks_for_holds_for_drafts(llama):
     llama.lm.generation_config.update(repetition_penalty=1.5)
     prompt = tiny.token_ids(1, 9)
     plain = greedy(llama, prompt)
-    assert assisted_tokens(llama, llama.subnet, Draft(drafts(llama)[1]), prompt, max_new_tokens=NEW) == plain
+    found = assisted_tokens(llama, llama.subnet, Draft(drafts(llama)[1]), prompt, max_new_tokens=NEW)
+    assert list(found) == plain
     llama.lm.generation_config.update(repetition_penalty=1.0)
     assert greedy(llama, prompt) != plain
 
@@ -244,5 +245,5 @@ def test_fifty_texts_of_smollm2_are_those_of_plain_decoding():
         ours = list(stream_speculative(model, full, draft, prompt, max_new_tokens=32, stop=stop))
         assert ours == plain
         if row < 5:
-            assert assisted_tokens(model, full, Draft(draft.subnet), prompt, max_new_tokens=32) == plain
+            assert list(assisted_tokens(model, full, Draft(draft.subnet), prompt, max_new_tokens=32)) == plain
     assert draft.acceptance > 0.3

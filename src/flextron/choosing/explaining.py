@@ -17,6 +17,7 @@ from flextron.choosing.routing import Routed
 from flextron.costs.latency import REPEATS, TOKENS, here, time_interleaved, timed_run
 from flextron.costs.pricing import Ceiling, format_cost
 from flextron.costs.saved import find_table, foreign_conditions
+from flextron.data.blocks import require_tokenizer
 from flextron.elastic.model import ElasticModel
 from flextron.errors import FlextronError
 from flextron.pictures.usage import TokenUsage
@@ -135,9 +136,7 @@ def usage_of(model: ElasticModel, routing: TokenRouting, text: str, budget: str)
     Raises:
         FlextronError: no tokenizer, or an empty text.
     """
-    tokenizer = model.tokenizer
-    if tokenizer is None:
-        raise FlextronError("this checkpoint has no tokenizer; put its tokenizer files into the same folder.")
+    tokenizer = require_tokenizer(model.tokenizer)
     tokens_BT: torch.Tensor = tokenizer(text, return_tensors="pt")["input_ids"]
     if not tokens_BT.numel():
         raise FlextronError("the text is empty; give some text to look at.")

@@ -76,8 +76,7 @@ def load_blocks(
     Raises:
         FlextronError: there is no tokenizer, the file is missing or cannot be read, or it holds less than one block.
     """
-    if tokenizer is None:
-        raise FlextronError("this checkpoint has no tokenizer; put its tokenizer files into the same folder.")
+    tokenizer = require_tokenizer(tokenizer)
     if block_tokens < 2 or tokens < block_tokens:
         raise ValueError(f"need blocks of at least 2 tokens and one whole block, got {tokens} in {block_tokens}s.")
     start, end = document_start(tokenizer), document_end(tokenizer)
@@ -101,6 +100,17 @@ def load_blocks(
         )
     shape = (-1, block_tokens)
     return TokenBlocks(torch.tensor(ids[:whole]).view(shape), torch.tensor(sizes[:whole]).view(shape), str(text), read)
+
+
+def require_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        FlextronError: it has none.
+    """
+    if tokenizer is None:
+        raise FlextronError("this checkpoint has no tokenizer; put its tokenizer files into the same folder.")
+    return tokenizer
 
 
 def documents(text: str | Path) -> Iterator[str]:

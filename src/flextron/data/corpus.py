@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from transformers import PreTrainedTokenizerBase
 
-from flextron.data.blocks import document_end, document_start
+from flextron.data.blocks import document_end, document_start, require_tokenizer
 from flextron.data.sources import Source, open_source
 from flextron.errors import CheckpointError, FlextronError, TooLittleTextError
 from flextron.progress import bar
@@ -66,8 +66,7 @@ class Corpus:
             ValueError: there is no source, a source is named twice, a weight is bad, the seed is negative, or a block
                 is larger than a shard.
         """
-        if tokenizer is None:
-            raise FlextronError("this checkpoint has no tokenizer; put its tokenizer files into the same folder.")
+        tokenizer = require_tokenizer(tokenizer)
         if not 2 <= block_tokens <= shard_tokens or seed < 0:
             raise ValueError(
                 f"got blocks of {block_tokens} tokens, shards of {shard_tokens} and seed {seed}; "

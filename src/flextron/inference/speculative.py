@@ -10,7 +10,8 @@ Shapes: B batch (1), T time, S tokens of one pass, V words.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import wraps
 from itertools import takewhile
@@ -20,6 +21,7 @@ import torch
 from transformers import PreTrainedModel, StoppingCriteriaList
 
 from flextron.elastic.model import ElasticModel
+from flextron.inference.background import generated_tokens
 from flextron.inference.decoder import Decoder
 from flextron.subnet import Subnet
 
@@ -76,7 +78,7 @@ class Draft:
 
 
 def draft_model(model: ElasticModel, subnet: Subnet) -> PreTrainedModel:
-    """`subnet` as a model of its own for transformers' assisted generation; all its weights are those of `model`.
+    """`subnet` as a transformers model of its own, such as for assisted generation; its weights are those of `model`.
 
         model.generate(input_ids, assistant_model=draft_model(model, subnet), do_sample=False)
 
@@ -98,49 +100,56 @@ def draft_model(model: ElasticModel, subnet: Subnet) -> PreTrainedModel:
     return draft
 
 
-@torch.inference_mode()
 def assisted_tokens(
     model: ElasticModel, subnet: Subnet, draft: Draft, prompt_BT: torch.Tensor, **options: Any
-) -> list[int]:
+) -> Generator[int, None, None]:
     """Greedy tokens after the prompt [1, T] by transformers' assisted generation, for every family.
 
-    `options` go to its `generate`, such as `max_new_tokens` and `streamer`.
+    `options` go to its `generate`, such as `max_new_tokens`.
 
     Raises:
         ValueError: a draft that is not smaller than `subnet`, or more than one prompt.
     """
     _check(model, subnet, draft, prompt_BT)
+    before, written = draft.passes, 0
+
+    def count_pass(tokens_BT: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:  # asked after every pass
+        draft.passes += 1
+        return tokens_BT.new_zeros(1, dtype=torch.bool)
+
+    coming = generated_tokens(
+        draft_model(model, subnet).generate,
+        prompt_BT,
+        assistant_model=_assistant(model, draft),
+        do_sample=False,
+        stopping_criteria=StoppingCriteriaList([count_pass]),
+        **options,
+    )
+    try:
+        with closing(coming):
+            for token in coming:
+                written += 1
+                yield token
+    finally:
+        draft.accepted += written - (draft.passes - before)
+        draft.written += written
+
+
+def _assistant(model: ElasticModel, draft: Draft) -> PreTrainedModel:
+    """The draft as transformers' assistant, which counts what it writes."""
     assistant: Any = draft_model(model, draft.subnet)
     assistant.generation_config.update(
         num_assistant_tokens=draft.tokens, num_assistant_tokens_schedule="constant", assistant_confidence_threshold=0.0
     )
     writes = assistant.generate
 
-    def counting_drafted(*, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+    def counting(*, input_ids: torch.Tensor, **kwargs: Any) -> Any:
         output = writes(input_ids=input_ids, **kwargs)
         draft.drafted += output.sequences.shape[1] - input_ids.shape[1]
         return output
 
-    before = draft.passes
-
-    def count_pass(tokens_BT: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:  # asked after every pass
-        draft.passes += 1
-        return tokens_BT.new_zeros(1, dtype=torch.bool)
-
-    assistant.generate = counting_drafted
-    with model.use(subnet):
-        output_BT = model.generate(
-            prompt_BT,
-            attention_mask=torch.ones_like(prompt_BT),
-            assistant_model=assistant,
-            do_sample=False,
-            stopping_criteria=StoppingCriteriaList([count_pass]),
-            **options,
-        )
-    tokens: list[int] = output_BT[0, prompt_BT.shape[1] :].tolist()
-    draft.accepted += len(tokens) - (draft.passes - before)
-    draft.written += len(tokens)
-    return tokens
+    assistant.generate = counting
+    return assistant
 
 
 def stream_speculative(
@@ -151,7 +160,7 @@ def stream_speculative(
     *,
     max_new_tokens: int,
     stop: Collection[int] = (),
-) -> Iterator[int]:
+) -> Generator[int, None, None]:
     """Greedy tokens after the prompt [1, T], each as soon as it is known, by `Decoder` on both sides.
 
     A stop token is the last.

@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from flextron.data.blocks import require_tokenizer
 from flextron.elastic.model import ElasticModel
 from flextron.errors import FlextronError
 from flextron.records import Journal
@@ -81,8 +82,7 @@ def evaluate_tasks(
     for run in runs.values():
         if isinstance(run, Subnet):
             model.search_space.check(run)
-    if model.tokenizer is None:
-        raise FlextronError("this checkpoint has no tokenizer; put its tokenizer files into the same folder.")
+    require_tokenizer(model.tokenizer)
     loaded = _load([tasks] if isinstance(tasks, str) else tasks, data_folder(data), limit)
     with _quiet():
         from flextron.tasks.lm import ElasticLM  # needs lm-eval

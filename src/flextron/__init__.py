@@ -11,28 +11,35 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flextron.budget import Budget
+    from flextron.budget import Budget, Limit
     from flextron.choosing.choice import choose
     from flextron.choosing.routing import Routed, route, route_tokens
-    from flextron.config import OptimizerOptions, TextOptions, TrainConfig, VisitOptions, WatchOptions
-    from flextron.costs.latency import measure_latency
+    from flextron.config import OptimizerOptions, QuickstartConfig, TextOptions, TrainConfig, VisitOptions, WatchOptions
+    from flextron.costs.latency import Runner, measure_latency
+    from flextron.costs.pricing import Ceiling
+    from flextron.costs.saved import save_table
     from flextron.costs.table import CostTable
     from flextron.data.blocks import TokenBlocks, load_blocks
     from flextron.demo.quickstart import quickstart
+    from flextron.elastic.checkpoint import Ranking
     from flextron.errors import FlextronError
-    from flextron.evaluation import Evaluation, evaluate
+    from flextron.evaluation import Evaluation, TokenRun, evaluate
     from flextron.exporting.gguf.file import GgufReport, export_gguf
     from flextron.exporting.hf import ExportReport, export
-    from flextron.generation import generate
+    from flextron.generation import generate, stream
     from flextron.inference.per_token import TokenWidths, use_token_widths
     from flextron.inference.speculative import Draft, draft_model
     from flextron.model import ElasticModel
     from flextron.ranking.permutation import rank
     from flextron.ranking.sensitivity import Sensitivity, measure_sensitivity
     from flextron.routers.static.learning import train_router
+    from flextron.routers.static.making import make_router
+    from flextron.routers.static.pairs import LossMeter, Pairs
     from flextron.routers.static.router import Router
     from flextron.routers.token.batch import TokenRouting
+    from flextron.routers.token.learning import TokenRouterAbout
     from flextron.routers.token.making import make_token_router
+    from flextron.routers.token.net import TokenRouter
     from flextron.subnet import SearchSpace, Subnet
     from flextron.tasks.harness import evaluate_tasks
     from flextron.tasks.results import TaskResult
@@ -41,6 +48,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Budget",
+    "Ceiling",
     "CostTable",
     "Draft",
     "ElasticModel",
@@ -48,16 +56,25 @@ __all__ = [
     "ExportReport",
     "FlextronError",
     "GgufReport",
+    "Limit",
+    "LossMeter",
     "OptimizerOptions",
+    "Pairs",
+    "QuickstartConfig",
+    "Ranking",
     "Routed",
     "Router",
+    "Runner",
     "SearchSpace",
     "Sensitivity",
     "Subnet",
     "TaskResult",
     "TextOptions",
     "TokenBlocks",
+    "TokenRouter",
+    "TokenRouterAbout",
     "TokenRouting",
+    "TokenRun",
     "TokenWidths",
     "TrainConfig",
     "VisitOptions",
@@ -70,6 +87,7 @@ __all__ = [
     "export_gguf",
     "generate",
     "load_blocks",
+    "make_router",
     "make_token_router",
     "measure_latency",
     "measure_sensitivity",
@@ -77,6 +95,8 @@ __all__ = [
     "rank",
     "route",
     "route_tokens",
+    "save_table",
+    "stream",
     "train",
     "train_router",
     "use_token_widths",
@@ -89,6 +109,7 @@ _HOMES = {
     "ElasticModel": "model",
     "TokenBlocks": "data.blocks",
     "load_blocks": "data.blocks",
+    "Ranking": "elastic.checkpoint",
     "rank": "ranking.permutation",
     "TrainConfig": "config",
     "TextOptions": "config",
@@ -96,19 +117,29 @@ _HOMES = {
     "OptimizerOptions": "config",
     "WatchOptions": "config",
     "train": "training.run",
+    "TokenRun": "evaluation",
     "Evaluation": "evaluation",
     "evaluate": "evaluation",
     "Sensitivity": "ranking.sensitivity",
     "measure_sensitivity": "ranking.sensitivity",
     "CostTable": "costs.table",
+    "Runner": "costs.latency",
     "measure_latency": "costs.latency",
+    "save_table": "costs.saved",
     "Budget": "budget",
+    "Limit": "budget",
+    "Ceiling": "costs.pricing",
     "Router": "routers.static.router",
+    "LossMeter": "routers.static.pairs",
+    "Pairs": "routers.static.pairs",
     "train_router": "routers.static.learning",
+    "make_router": "routers.static.making",
     "Routed": "choosing.routing",
     "route": "choosing.routing",
     "TokenWidths": "inference.per_token",
     "use_token_widths": "inference.per_token",
+    "TokenRouter": "routers.token.net",
+    "TokenRouterAbout": "routers.token.learning",
     "make_token_router": "routers.token.making",
     "TokenRouting": "routers.token.batch",
     "route_tokens": "choosing.routing",
@@ -116,12 +147,14 @@ _HOMES = {
     "Draft": "inference.speculative",
     "draft_model": "inference.speculative",
     "generate": "generation",
+    "stream": "generation",
     "ExportReport": "exporting.hf",
     "GgufReport": "exporting.gguf.file",
     "export": "exporting.hf",
     "export_gguf": "exporting.gguf.file",
     "TaskResult": "tasks.results",
     "evaluate_tasks": "tasks.harness",
+    "QuickstartConfig": "config",
     "quickstart": "demo.quickstart",
 }
 

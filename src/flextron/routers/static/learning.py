@@ -61,15 +61,22 @@ def train_router(
     *,
     evaluations: int = 256,
     lowest: float = 0.45,
-    start: StaticRouter | None = None,
+    start: Router | None = None,
     seed: int = 0,
     show: bool = False,
 ) -> Router:
-    """A router for one cost table, from `evaluations` measured sub-networks at most; pairs that are there count.
+    """Train a router for one cost table, on `evaluations` measured sub-networks at most; earlier pairs count too.
 
-    At least one round of new pairs is measured all the same: the error is told on what the surrogate has not seen.
+        blocks = load_blocks(model.tokenizer, "sample/train", tokens=2048)
+        pairs = Pairs("pairs.jsonl", {"text": blocks.text})
+        router = train_router(sensitivity, table, LossMeter(model, blocks), pairs)
+
+    `make_router` does this for the folder of a checkpoint, and saves the router there. At least one round of new pairs
+    is always measured, because the surrogate's error is that on pairs it has not seen.
 
     Args:
+        sensitivity: of the model that `meter` measures (`measure_sensitivity`).
+        table: what sub-networks cost, such as from `measure_latency`.
         meter: measures the loss of a sub-network.
         pairs: where measurements are kept; with pairs of an earlier run it goes on.
         lowest: least budget to train for, as a share of the full model's cost.
@@ -87,7 +94,7 @@ def train_router(
         raise ValueError(f"lowest is {lowest}; it must be below 1, the full model's cost.")
     router, greedy = (StaticRouter.of(sensitivity, table, lowest=lowest) for _ in range(2))
     if start is not None:
-        router.continue_from(start)
+        router.continue_from(start.net)
     run = _Run(table, router, Surrogate.of(sensitivity), meter, pairs, seed)
     with bar(evaluations, description="router", show=show) as advance:
         for _ in range(min(len(pairs), evaluations - 1)):
@@ -97,7 +104,7 @@ def train_router(
             asked = f"a rank correlation of at least {LOWEST_RANK} is asked for"
             raise RouterError(_inaccurate(error, len(pairs), asked))
         validated = run.fit()
-        router.continue_from(start or greedy)  # what it learnt from poorer surrogates would stay
+        router.continue_from(greedy if start is None else start.net)  # what it learnt from poorer surrogates would stay
         with one_thread():
             optimise(router, run.surrogate, seed=seed, steps=LAST_STEPS * STEPS)
         checks = check_answers(router, greedy, table, lambda subnets: run.measure(subnets, advance))

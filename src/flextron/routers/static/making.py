@@ -79,8 +79,7 @@ def make_router(
         say(f"going on from {len(pairs)} measured sub-networks in {pairs.file}")
     table = _table(model, folder, phase, any_device=any_device, show=show, say=say)
     meter = LossMeter(model, blocks, arithmetic=faster_dtype(model.device))
-    net = None if start is None else start.net
-    options: dict[str, Any] = {"evaluations": evaluations, "lowest": lowest, "start": net, "seed": seed, "show": show}
+    options: dict[str, Any] = {"evaluations": evaluations, "lowest": lowest, "start": start, "seed": seed, "show": show}
     router = train_router(sensitivity, table, meter, pairs, **options)
     router.save(folder, model)
     return router

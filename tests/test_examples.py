@@ -1,0 +1,56 @@
+"""The examples run as they are written, on a tiny checkpoint and on the real one."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+import tiny
+from flextron.demo.quickstart import smollm2_path
+from flextron.model import ElasticModel
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs an example with arguments; returns what it prints."""
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_the_whole_way(run, tmp_path):
+    sizes = {"num_hidden_layers": 12, "hidden_size": 96, "intermediate_size": 256, "max_position_embeddings": 1024}
+    lm = tiny.plain_model("llama", vocab_size=300, **sizes)
+    ElasticModel(lm, tiny.tokenizer()).save_pretrained(tmp_path / "plain")
+    assert goes_the_whole_way(run, tmp_path / "plain", tmp_path / "out") < lm.num_parameters()
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_the_whole_way_of_a_real_model(run, tmp_path):
+    assert goes_the_whole_way(run, smollm2_path(), tmp_path / "out") < 130e6
+
+
+def goes_the_whole_way(run, source, out) -> int:
+    """Parameters of the sub-network that comes out."""
+    told = run("whole_way.py", source, out)
+    assert "0.6x" in told
+    assert told.splitlines()[-1].startswith(f"wrote {out / 'small'}: ")
+    again = ElasticModel.from_pretrained(out / "small")
+    assert f"{again.lm.num_parameters():,} parameters" in told
+    prompt = "The capital of France is"
+    text = run("stream.py", out / "trained", "0.6x", prompt)
+    written = told.partition("the limit is ")[2].partition("\n")[2].rpartition("\nwrote")[0].rstrip("\n")
+    assert text.startswith(written)  # the same sub-network, more tokens
+    return again.lm.num_parameters()
+
+
+def test_the_whole_way_is_short():
+    assert len((EXAMPLES / "whole_way.py").read_text().splitlines()) < 40

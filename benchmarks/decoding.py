@@ -18,7 +18,7 @@ import torch
 import tyro
 
 from flextron import ElasticModel, Subnet
-from flextron.generation import stream_tokens
+from flextron.inference.streaming import stream_tokens
 from model import load_smollm2, write_results
 
 PROMPT = "Once upon a time, in a land far away, there was a library with"

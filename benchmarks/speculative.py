@@ -23,9 +23,10 @@ from tyro.conf import Positional
 
 from flextron import Draft, ElasticModel, Subnet, choose, generate, load_blocks
 from flextron.elastic.checkpoint import quiet_transformers
-from flextron.generation import compare_speculative, stream_tokens
+from flextron.generation import compare_speculative
 from flextron.inference.decoder import Decoder
 from flextron.inference.speculative import stream_speculative
+from flextron.inference.streaming import stream_tokens
 from model import write_results
 
 CONTEXT = 128  # tokens before a timed step

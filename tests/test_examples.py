@@ -2,6 +2,7 @@
 
 import runpy
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 import tiny
 from flextron.demo.quickstart import smollm2_path
 from flextron.model import ElasticModel
+from flextron.routers.static import learning, surrogate
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -25,9 +27,13 @@ def run(monkeypatch, capsys):
     return run
 
 
-def test_the_whole_way(run, tmp_path):
-    sizes = {"num_hidden_layers": 12, "hidden_size": 96, "intermediate_size": 256, "max_position_embeddings": 1024}
-    lm = tiny.plain_model("llama", vocab_size=300, **sizes)
+def test_the_whole_way(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(surrogate, "STEPS", 20)  # of so small a model there is little to learn
+    monkeypatch.setattr(learning, "STEPS", 5)
+    monkeypatch.setattr(learning, "optimise", partial(learning.optimise, steps=5))
+    monkeypatch.setattr(learning, "LARGEST_ERROR", 10.0)
+    monkeypatch.setattr(learning, "LOWEST_RANK", -1.0)
+    lm = tiny.plain_model("llama", vocab_size=300, num_hidden_layers=12, max_position_embeddings=1024)
     ElasticModel(lm, tiny.tokenizer()).save_pretrained(tmp_path / "plain")
     assert goes_the_whole_way(run, tmp_path / "plain", tmp_path / "out") < lm.num_parameters()
 

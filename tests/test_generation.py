@@ -14,8 +14,9 @@ import tiny
 from flextron.costs.pricing import formula_table
 from flextron.costs.table import linear_table
 from flextron.errors import FlextronError, SubnetError
-from flextron.generation import can_stream, generate, stream
+from flextron.generation import generate, stream
 from flextron.inference.speculative import Draft
+from flextron.inference.streaming import can_stream
 from flextron.inference.text import text_pieces
 from flextron.model import ElasticModel
 from flextron.routers.static.net import StaticRouter

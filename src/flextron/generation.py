@@ -13,36 +13,17 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import (
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from flextron.choosing.routing import route
 from flextron.data.blocks import require_tokenizer
 from flextron.elastic.model import ElasticModel
 from flextron.errors import FlextronError
 from flextron.inference.background import generated_tokens
-from flextron.inference.decoder import Decoder, supports
 from flextron.inference.speculative import Draft, assisted_tokens, draft_model, stream_speculative
+from flextron.inference.streaming import can_stream, stream_tokens
 from flextron.inference.text import text_pieces
 from flextron.routers.token.batch import TokenRouting
 from flextron.subnet import Subnet
-
-_DEFAULT_TOP_K = 50  # of transformers' generate, where the generation config names none
-_FOLLOWED = frozenset({"do_sample", "temperature", "top_k", "top_p", "max_length", "max_new_tokens", "use_cache"})
-_FOLLOWED |= {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_from_model_config"}
-_WITHOUT_EFFECT = {
-    "repetition_penalty": 1.0,
-    "length_penalty": 1.0,
-    "typical_p": 1.0,
-    "no_repeat_ngram_size": 0,
-    "min_length": 0,
-    "num_beams": 1,
-    "num_return_sequences": 1,
-}
 
 
 def stream(
@@ -86,14 +67,7 @@ def stream(
         ValueError: more than one of sub-network, budget and routing; no token asked for; or a draft that is not smaller
             than the sub-network, or one beside a routing or a temperature.
     """
-    if sum(wish is not None for wish in (subnet, budget, routing)) > 1:
-        raise ValueError("name a sub-network, a budget or a routing of tokens, only one of them.")
-    if speculative is not None and (routing is not None or temperature):
-        raise ValueError(
-            "a draft writes ahead for greedy text of one sub-network: no routing of tokens, temperature 0."
-        )
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; ask for 1 or more.")
+    _check(subnet, budget, routing, speculative, max_new_tokens=max_new_tokens, temperature=temperature)
     if budget is not None:
         subnet = route(model, budget).subnet
     subnet = subnet or model.subnet
@@ -167,6 +141,30 @@ def compare_speculative(model: ElasticModel, prompt: str, draft: Draft, **option
     return times[0] / times[1], texts[0] == texts[1]
 
 
+def _check(
+    subnet: Subnet | None,
+    budget: str | None,
+    routing: TokenRouting | None,
+    draft: Draft | Subnet | None,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+) -> None:
+    """Pass if sub-network, budget, routing and draft go together.
+
+    Raises:
+        ValueError: they do not, or no token is asked for.
+    """
+    if sum(wish is not None for wish in (subnet, budget, routing)) > 1:
+        raise ValueError("name a sub-network, a budget or a routing of tokens, only one of them.")
+    if draft is not None and (routing is not None or temperature):
+        raise ValueError(
+            "a draft writes ahead for greedy text of one sub-network: no routing of tokens, temperature 0."
+        )
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; ask for 1 or more.")
+
+
 def _encode(model: ElasticModel, prompt: str, *, chat: bool) -> torch.Tensor:
     """Token ids of the prompt, [1, T]."""
     tokenizer = require_tokenizer(model.tokenizer)
@@ -230,63 +228,3 @@ def _routed(model: ElasticModel, routing: TokenRouting) -> Callable[..., Any]:
             return model.generate(*args, **kwargs)
 
     return write
-
-
-def can_stream(model: ElasticModel) -> bool:
-    """Whether `stream_tokens` gives what transformers' `generate` gives.
-
-    Besides `supports`: the generation config asks for nothing but stop tokens, top_k and top_p.
-    """
-    asked = model.lm.generation_config.to_dict()
-    return supports(model) and all(
-        value is None or value is False or key in _FOLLOWED or value == _WITHOUT_EFFECT.get(key)
-        for key, value in asked.items()
-    )
-
-
-def stream_tokens(
-    model: ElasticModel,
-    subnet: Subnet,
-    prompt_BT: torch.Tensor,
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    generator: torch.Generator | None = None,
-    stop: Collection[int] = (),
-) -> Generator[int, None, None]:
-    """The tokens that go on from the prompt [1, T], each as soon as it is there; a stop token is the last.
-
-    Args:
-        temperature: 0 takes the likeliest token each time; above 0 samples, by the generation config's top_k and top_p.
-        generator: of the sampling; by default torch's global one.
-
-    Raises:
-        ValueError: a model that `supports` refuses, more than one prompt, or no token asked for.
-    """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; ask for 1 or more.")
-    warpers = _warpers(model, temperature) if temperature else None
-    decoder = Decoder(model, subnet, max_tokens=prompt_BT.shape[1] + max_new_tokens)
-    logits_V = decoder.prefill(prompt_BT)
-    for left in reversed(range(max_new_tokens)):
-        if warpers is None:
-            token = int(logits_V.argmax())
-        else:
-            scores_BV = warpers(prompt_BT, logits_V[None].float())
-            token = int(torch.multinomial(scores_BV.softmax(-1), 1, generator=generator))
-        yield token
-        if not left or token in stop:
-            return
-        logits_V = decoder.step(token)
-
-
-def _warpers(model: ElasticModel, temperature: float) -> LogitsProcessorList:
-    """What transformers' `generate` does to the logits before it samples, in its order."""
-    config = model.lm.generation_config
-    top_k = _DEFAULT_TOP_K if config.top_k is None else config.top_k
-    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)] if temperature != 1 else [])
-    if top_k:
-        warpers.append(TopKLogitsWarper(top_k))
-    if config.top_p is not None and config.top_p < 1:
-        warpers.append(TopPLogitsWarper(config.top_p))
-    return warpers

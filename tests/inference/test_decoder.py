@@ -12,9 +12,10 @@ from flextron.demo.quickstart import smollm2_path
 from flextron.elastic.adapters import add_adapters
 from flextron.elastic.checkpoint import quiet_transformers
 from flextron.errors import SubnetError
-from flextron.generation import can_stream, generate, stream_tokens
+from flextron.generation import generate
 from flextron.inference import decoder as decoding
 from flextron.inference.decoder import Decoder, supports
+from flextron.inference.streaming import can_stream, stream_tokens
 from flextron.model import ElasticModel
 from flextron.subnet import Subnet
 

@@ -14,9 +14,10 @@ from flextron.demo.quickstart import smollm2_path
 from flextron.elastic.adapters import add_adapters
 from flextron.elastic.checkpoint import quiet_transformers
 from flextron.errors import SubnetError
-from flextron.generation import can_stream, compare_speculative, generate, stream_tokens
+from flextron.generation import compare_speculative, generate
 from flextron.inference.decoder import Decoder
 from flextron.inference.speculative import Draft, assisted_tokens, draft_model, stream_speculative
+from flextron.inference.streaming import can_stream, stream_tokens
 from flextron.model import ElasticModel
 from flextron.ranking.permutation import rank
 from flextron.subnet import Subnet

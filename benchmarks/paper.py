@@ -28,6 +28,7 @@ from threading import Lock
 from typing import Literal, Protocol, TextIO, TypeAlias, get_args
 
 import tyro
+import yaml
 
 from flextron.atomic import new_folder, write_text
 from flextron.demo.quickstart import smollm2_path
@@ -88,55 +89,19 @@ INTERRUPTED = 130
 USERS_ERROR = 2
 """Exit code of flextron where what was asked cannot be done, such as a router that is refused."""
 METHODS = ("router", "greedy", "evolution", "equal widths", "layer dropping")
-SMALL = Size(
-    budgets=(0.9, 0.8, 0.7, 0.6, 0.5),
-    tasks_at=(0.6,),
-    costly_at=(0.6,),
-    rank_tokens=4096,
-    sensitivity_tokens=512,
-    batch=1,
-    prompt_tokens=256,
-    rounds=2,
-    train_tokens=7168,
-    visits=("--visits-per-step", "1", "--blocks-per-visit", "1", "--evaluate-tokens", "0"),
-    evaluations=160,
-    measure_tokens=512,
-    token_tokens=6144,
-    loss_tokens=3072,
-    limit=20,
-    seeds=1,
-)
-SIZES = {
-    "tiny": replace(
-        SMALL,
-        budgets=(0.6,),
-        rank_tokens=2048,
-        sensitivity_tokens=256,
-        rounds=1,
-        train_tokens=1024,
-        loss_tokens=1024,
-        limit=2,
-    ),
-    "small": SMALL,
-    "full": replace(
-        SMALL,
-        tasks_at=(0.8, 0.7, 0.6, 0.5),
-        rank_tokens=131072,
-        sensitivity_tokens=4096,
-        batch=64,
-        prompt_tokens=512,
-        train_tokens=20_000_000,
-        visits=("--visits-per-step", "2", "--blocks-per-visit", "64"),
-        evaluations=256,
-        measure_tokens=8192,
-        token_tokens=98304,
-        loss_tokens=65536,
-        limit=None,
-        seeds=3,
-    ),
-}
 
 
+def _sizes() -> dict[str, Size]:
+    """What `--size` names, from paper_sizes.yaml."""
+    stated = yaml.safe_load((HERE / "paper_sizes.yaml").read_text(encoding="utf8"))
+    named = {name: {**stated["small"], **changes} for name, changes in stated.items()}
+    return {
+        name: Size(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+        for name, fields in named.items()
+    }
+
+
+SIZES = _sizes()
 Part = Literal["choices", "tasks", "share", "each", "rivals", "ablations", "seeds"]
 """What is compared with: (a) to (d), tasks, (e) by tokens in all and by tokens each, (f), (h), further seeds."""
 

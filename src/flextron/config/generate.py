@@ -61,9 +61,9 @@ class GenerateConfig:
     device: DeviceArgument = "auto"
 
     def __post_init__(self) -> None:
+        check_one_choice(self.subnet, self.budget)
         check_at_least("max_new_tokens", self.max_new_tokens, 1)
         check_at_least("temperature", self.temperature, 0)
-        check_one_choice(self.subnet, self.budget)
         if self.per_token and self.budget is None:
             raise ValueError("--per-token needs a budget, such as --budget 0.6x.")
         if self.hard and not self.per_token:

@@ -31,14 +31,14 @@ class RouteConfig:
     """Folder of an elastic checkpoint (see `flextron rank`)."""
     budget: RouteArgument
     neuron_step: NeuronStepArgument = None
+    json: bool = False
+    """Print JSON instead of text."""
     measure: bool = True
     """Measure the times that the budget limits. This takes a few seconds for each, and happens only if the latency table was measured here."""
     picture: OptionalPath = None
     """File for a picture of the widths: .png, .svg or .pdf."""
     out: OptionalPath = None
     """JSON file for the sub-network. Other commands read it with --subnet."""
-    json: bool = False
-    """Print JSON instead of text."""
     any_device: AnyDeviceArgument = False
     dtype: DtypeArgument = "auto"
     device: DeviceArgument = "auto"

@@ -29,7 +29,7 @@ from flextron.costs.saved import find_table
 from flextron.environment import describe_device
 from flextron.progress import progress
 from flextron.routers.static.router import Router
-from flextron.routers.token.learning import answers
+from flextron.routers.token.learning import static_answers
 from flextron.routers.token.making import load_token_router
 from model import write_results
 
@@ -84,11 +84,13 @@ class Bench:
 
     def subnet(self, budget: float) -> Subnet:
         """The static router's answer."""
-        return answers(self.static, self.table, [budget])[0]
+        return static_answers(self.static, self.table, [budget])[0]
 
     def routing(self, *budgets: float, **options: bool) -> TokenRouting:
         """How tokens are routed within budgets."""
-        return TokenRouting(self.model, self.router, budgets, answers(self.static, self.table, budgets), **options)
+        return TokenRouting(
+            self.model, self.router, budgets, static_answers(self.static, self.table, budgets), **options
+        )
 
     def conditions(self) -> dict[str, Any]:
         """What stands beside the numbers."""

@@ -473,12 +473,12 @@ def test_train_router_goes_on_after_ctrl_c_and_serves_budgets(folder, text, quic
     capsys.readouterr()
     assert cli.main(router_arguments(folder, text)) == 0
     out, err = capsys.readouterr()
-    assert f"going on from 60 measured sub-networks in {measured}" in err
+    assert f"resuming with 60 measured sub-networks from {measured}" in err
     assert "no latency table" not in err
     about = Router.load(folder, "tpot", ElasticModel.from_pretrained(folder)).about
     assert (about.metric, about.text, about.tokens) == ("tpot", str(text), 255)
     lines = out.splitlines()
-    assert f"surrogate where the router looked last: {about.error}" in lines
+    assert f"surrogate, on the last sub-networks measured: {about.error}" in lines
     assert f"surrogate, cross-validated: {about.cross_validated}" in lines
     table = lines[lines.index(f"{'budget':<8}{'router':>12}{'greedy':>12}") + 1 :][: len(about.checks)]
     assert [line.split() for line in table] == [
@@ -509,7 +509,7 @@ def test_train_router_measures_a_latency_table_if_there_is_none(folder, monkeypa
     monkeypatch.setattr(making, "train_router", stop)
     assert cli.main([*router_arguments(folder, text), "--phase", "prefill"]) == 2
     err = capsys.readouterr().err
-    assert f"{folder} has no latency table of prefill; measuring one first" in err
+    assert f"{folder} has no latency table for prefill; measuring one first" in err
     assert f"wrote {there}" in err
     assert asked == [("prefill", 512, True)]
     assert CostTable.load(there) == table

@@ -35,7 +35,7 @@ from flextron.routers.token import learning as token_training
 from flextron.routers.token import making as token_making
 from flextron.routers.token import net as token
 from flextron.routers.token.batch import TokenRouting
-from flextron.routers.token.learning import TokenRouterAbout, answers, fit, train_token_router
+from flextron.routers.token.learning import TokenRouterAbout, fit, static_answers, train_token_router
 from flextron.routers.token.making import ABOUT, WEIGHTS, load_token_router, save_token_router
 from flextron.routers.token.net import TokenRouter
 from flextron.routers.token.slopes import Slopes
@@ -81,7 +81,7 @@ def trained(llama, static, table):
 
 
 def routing_of(model, router, static, table, budgets, **options):
-    return TokenRouting(model, router, budgets, answers(static, table, budgets), **options)
+    return TokenRouting(model, router, budgets, static_answers(static, table, budgets), **options)
 
 
 def run(model, routing, tokens):
@@ -340,7 +340,7 @@ class TestFolder:
         model = ElasticModel.from_pretrained(folder)
         with pytest.raises(RouterError, match=r"no token router for ttft.*--phase prefill --per-token"):
             load_token_router(folder, "ttft", model)
-        with pytest.raises(RouterError, match=r"within ttft or tpot, not parameters"):
+        with pytest.raises(RouterError, match=r"for ttft or tpot, not parameters"):
             routing.route_tokens(model, "parameters=0.6x")
 
     def test_too_little_text_and_too_few_tokens(self, folder, tmp_path):
@@ -445,7 +445,7 @@ class TestRouteTokens:
         model = ElasticModel.from_pretrained(folder)
         with pytest.raises(ValueError, match="needs per_token=True"), model.use(budget=["0.6x", "0.9x"]):
             pass
-        with pytest.raises(ValueError, match="name a sub-network or a budget"), model.use(per_token=True):
+        with pytest.raises(ValueError, match="either a sub-network or a budget"), model.use(per_token=True):
             pass
 
 

@@ -35,7 +35,7 @@ from flextron.ranking.sensitivity import Sensitivity, measure_sensitivity, sensi
 from flextron.routers.static.making import describe_router, make_router
 from flextron.routers.static.router import Router, metrics_with_router
 from flextron.routers.token.batch import TokenRouting
-from flextron.routers.token.learning import answers
+from flextron.routers.token.learning import static_answers
 from flextron.routers.token.making import make_token_router
 from flextron.subnet import Subnet
 from flextron.training.run import train
@@ -308,10 +308,10 @@ def _per_token(
     )
     rows = []
     for budget in PER_TOKEN_BUDGETS:
-        routing = TokenRouting(model, token_router, [budget], answers(router, table, [budget]))
+        routing = TokenRouting(model, token_router, [budget], static_answers(router, table, [budget]))
         evaluate(model, [routing], blocks, show=True)
         cost = routing.average_cost
-        static, per_token = evaluate(model, [*answers(router, table, [cost]), routing], blocks, show=True)
+        static, per_token = evaluate(model, [*static_answers(router, table, [cost]), routing], blocks, show=True)
         rows.append({"budget": budget, "cost": cost, "static": asdict(static), "per_token": asdict(per_token)})
     text = model.tokenizer.decode(blocks.tokens[0, :256])  # type: ignore[union-attr]
     usage = usage_of(model, routing, text, f"ttft={PER_TOKEN_BUDGETS[-1]}x")

@@ -1,1 +1,1 @@
-"""From a budget to a sub-network: surrogate of the loss, static router, and how they are trained."""
+"""Routers, which turn a budget into a sub-network: the static router and the token router."""

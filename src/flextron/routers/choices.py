@@ -1,6 +1,7 @@
-"""Sub-networks and costs as arrays: one row for each sub-layer, one column for each of its choices.
+"""Sub-networks and costs as arrays: one row for each sub-layer, one column for each choice of width.
 
-Shapes: S sub-layers (all layers' on the first axis, then on the next), K the most choices that one of them has.
+Shapes: N sub-networks, S sub-layers (every layer on the first of AXES, then every layer on the next), K the largest
+number of choices of any sub-layer.
 """
 
 from __future__ import annotations
@@ -21,42 +22,44 @@ Mask = NDArray[np.bool_]
 
 
 def choice_counts(space: SearchSpace) -> Indices:
-    """Number of choices of each sub-layer, [S]."""
+    """Return the number of choices of each sub-layer, [S]."""
     return np.repeat([len(space[axis]) for axis in AXES], space.layers)
 
 
 def allowed(space: SearchSpace) -> Mask:
-    """Which columns are choices, [S, K]."""
+    """Return which columns are choices, [S, K]."""
     counts = choice_counts(space)
     return np.arange(counts.max())[None, :] < counts[:, None]
 
 
 def to_indices(space: SearchSpace, subnets: Sequence[Subnet]) -> Indices:
-    """Which choice each sub-layer makes, [len(subnets), S].
+    """Return the index of each sub-layer's choice, [N, S].
 
     Raises:
-        SubnetError: one is not in the search space.
+        SubnetError: a sub-network is not in the search space.
     """
-    places = {axis: {width: place for place, width in enumerate(space[axis])} for axis in AXES}
+    index_of = {axis: {width: index for index, width in enumerate(space[axis])} for axis in AXES}
     for subnet in subnets:
         space.check(subnet)
     return np.array(
-        [[places[axis][width] for axis in AXES for width in subnet[axis]] for subnet in subnets],
+        [[index_of[axis][width] for axis in AXES for width in subnet[axis]] for subnet in subnets],
         dtype=np.int64,
     ).reshape(len(subnets), len(AXES) * space.layers)
 
 
 def to_subnet(space: SearchSpace, indices_S: Indices) -> Subnet:
-    """The sub-network that makes these choices."""
+    """Return the sub-network that makes these choices."""
     indices = dict(zip(AXES, np.split(indices_S, len(AXES)), strict=True))
-    return Subnet(**{axis: tuple(space[axis][place] for place in indices[axis]) for axis in AXES})
+    return Subnet(**{axis: tuple(space[axis][index] for index in indices[axis]) for axis in AXES})
 
 
 def usable(space: SearchSpace, neuron_step: int | None = None) -> Mask:
-    """Which columns are choices, [S, K]; with a step, of neurons its multiples and all of them only.
+    """Return which choices may be taken, [S, K].
+
+    With `neuron_step`, an MLP may only take the full width or a multiple of the step.
 
     Raises:
-        ValueError: no width between none and all is a multiple of it, or the narrowest is none.
+        ValueError: the narrowest width is no multiple of the step, or no width between 0 and the full one is.
     """
     usable_SK = allowed(space)
     if neuron_step is None:
@@ -65,16 +68,16 @@ def usable(space: SearchSpace, neuron_step: int | None = None) -> Mask:
     multiples = widths % neuron_step == 0 if neuron_step > 0 else np.zeros(len(widths), bool)
     if not multiples[0] or not multiples[widths > 0][:-1].any():
         raise ValueError(
-            f"neuron_step is {neuron_step}; the search space offers {', '.join(map(str, space.neurons))}, of which the "
-            "narrowest and one more below the full width must be multiples of it. Take a divisor of them, or rank anew "
-            "with --neuron-step."
+            f"neuron_step is {neuron_step}; the narrowest width, and one between 0 and the full width, must be "
+            f"multiples of it. The widths are {', '.join(map(str, space.neurons))}. Use a divisor of these, or rank "
+            "again with --neuron-step."
         )
     usable_SK[: space.layers, : len(widths)] = multiples | (widths == widths[-1])
     return usable_SK
 
 
 def as_matrix(space: SearchSpace, rows: dict[str, Any]) -> Floats:
-    """Numbers for each layer and choice, by axis, as [S, K]; columns that are no choices hold 0."""
+    """Return `rows`, numbers for each layer and choice by axis, as one matrix [S, K]; unused columns hold 0."""
     matrix = np.zeros(allowed(space).shape)
     for part, axis in enumerate(AXES):
         values = np.array(rows[axis], dtype=float)
@@ -83,12 +86,15 @@ def as_matrix(space: SearchSpace, rows: dict[str, Any]) -> Floats:
 
 
 def cost_matrix(table: CostTable) -> Floats:
-    """Cost of each choice, [S, K], without the fixed part."""
+    """Return the cost of each choice, [S, K], without the fixed part."""
     return as_matrix(table.search_space, {axis: table[axis] for axis in AXES})
 
 
 def increase_matrix(sensitivity: Sensitivity) -> Floats:
-    """Loss increase of each choice as it was measured alone, [S, K]; interpolated between measured widths, monotone."""
+    """Return the loss increase of each choice alone, [S, K].
+
+    Increases are interpolated between measured widths; a wider choice never has a larger one.
+    """
     space = sensitivity.search_space
     rows = {
         axis: [
@@ -101,7 +107,7 @@ def increase_matrix(sensitivity: Sensitivity) -> Floats:
 
 
 def parts_left_out(space: SearchSpace) -> Floats:
-    """Which part of a sub-layer each choice leaves out, 0 to 1, [S, K]."""
+    """Return the part of its sub-layer that each choice leaves out, 0 to 1, [S, K]."""
     return as_matrix(
         space,
         {axis: [[1 - width / space[axis][-1] for width in space[axis]]] * space.layers for axis in AXES},
@@ -109,6 +115,6 @@ def parts_left_out(space: SearchSpace) -> Floats:
 
 
 def prices(costs_SK: Floats, fixed: float, indices_NS: Indices) -> Floats:
-    """Cost of each of N sub-networks, [N]."""
+    """Return the cost of each sub-network, [N]."""
     costs_N: Floats = fixed + costs_SK[np.arange(costs_SK.shape[0]), indices_NS].sum(-1)
     return costs_N

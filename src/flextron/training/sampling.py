@@ -22,7 +22,7 @@ from flextron.ranking.sensitivity import Sensitivity
 from flextron.routers.static.learning import sample_answer
 from flextron.routers.static.router import Router
 from flextron.routers.token.batch import TokenRouting
-from flextron.routers.token.learning import TokenRouterAbout, answers
+from flextron.routers.token.learning import TokenRouterAbout, static_answers
 from flextron.routers.token.net import TokenRouter
 from flextron.subnet import AXES, Subnet
 
@@ -213,5 +213,5 @@ def _routed(
     if tokens is None:
         return Visit("random", sample_answer(router, place, spread, draw))
     budget = router.net.lowest + (1 - router.net.lowest) * place
-    subnets = answers(router, tokens.table, [budget])
+    subnets = static_answers(router, tokens.table, [budget])
     return Visit("random", subnets[0], TokenRouting(model, tokens.router, [budget], subnets))

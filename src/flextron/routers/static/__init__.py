@@ -1,1 +1,1 @@
-"""The static router: from a budget to one sub-network."""
+"""The static router: turns a budget into one sub-network."""

@@ -1,4 +1,6 @@
-"""The answer to a budget: along a router's path of nested sub-networks, the largest that every limit allows.
+"""How the static router answers a budget: with the largest sub-network on its path that keeps every limit.
+
+A path is a list of nested sub-networks, from the smallest to the full model.
 
 Shapes: N sub-networks on the path, S sub-layers, K choices.
 """
@@ -23,17 +25,18 @@ def answer(
     ceilings: Sequence[Ceiling],
     usable_SK: Mask,
 ) -> Subnet:
-    """The sub-network of a path that keeps all `ceilings` and uses one up, to within a step of a sub-layer.
+    """Return the sub-network that keeps all `ceilings` and uses one of them up, to within a step of one sub-layer.
 
-    Costs rise along the path, so the last that fits is found at once; from there to the next one, sub-layers are
-    widened in the order of utility gained per cost until one does not fit. A larger budget therefore never gives a
-    narrower sub-layer, and no limit is exceeded. What costs nothing more in any table is added.
+    The answer starts at the last sub-network of the path that fits: costs rise along the path. Sub-layers are then
+    widened towards the next sub-network, most utility per cost first, until one does not fit. So no limit is exceeded,
+    and a larger budget never narrows a sub-layer. At the end every sub-layer takes the widest choice that costs the
+    same in all tables.
 
     Args:
-        path_NS: nested sub-networks from the smallest of the space to the full model.
-        utilities_SK: what each choice is worth; only their differences within a sub-layer matter.
-        ceilings: limits, all of which the smallest sub-network keeps (`pricing.check_possible` says so).
-        usable_SK: choices that may be taken (`choices.usable`), the path's among them.
+        path_NS: nested sub-networks, from the smallest of the space to the full model.
+        utilities_SK: utility of each choice; only differences within a sub-layer matter.
+        ceilings: limits that the smallest sub-network keeps (`pricing.check_possible`).
+        usable_SK: choices that may be taken (`choices.usable`); they include the path's.
     """
     tables = [
         (cost_matrix(ceiling.table), ceiling.table.fixed, ceiling.limit * (1 + TOLERANCE)) for ceiling in ceilings
@@ -62,7 +65,10 @@ def answer(
 
 
 def _widest_for_free(usable_SK: Mask, costs: Sequence[Floats]) -> Indices:
-    """For each choice the widest usable one of the same cost in every table, [S, K]; an MLP is free in a KV cache."""
+    """Return, for each choice, the widest usable choice that costs the same in every table, [S, K].
+
+    An MLP, for instance, costs nothing in a KV cache.
+    """
     widest_SK = np.tile(np.arange(usable_SK.shape[1]), (len(usable_SK), 1))
     for layer, usable_K in enumerate(usable_SK):
         choices = np.flatnonzero(usable_K)
@@ -73,7 +79,7 @@ def _widest_for_free(usable_SK: Mask, costs: Sequence[Floats]) -> Indices:
 
 
 def _by_gain(utilities_SK: Floats, costs_SK: Floats, current_S: Indices, next_S: Indices) -> list[int]:
-    """The sub-layers that differ, the one that gains most utility per cost first."""
+    """Return the sub-layers that differ, largest utility gain per cost first."""
     every = np.arange(len(current_S))
     gained_S = utilities_SK[every, next_S] - utilities_SK[every, current_S]
     paid_S = costs_SK[every, next_S] - costs_SK[every, current_S]

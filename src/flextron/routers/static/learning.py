@@ -1,8 +1,9 @@
-"""Training a static router: pairs are measured, the surrogate learns from them, the router learns from the surrogate.
+"""Training a static router: measure pairs, fit the surrogate to them, train the router on the surrogate.
 
-Flextron (Cai et al., ICML 2024), section 4.3 and figure 3: while the surrogate's error is above a threshold only it
-learns; below, the router is updated on `surrogate loss + |cost - budget|`, the LLM frozen. Our threshold is on how well
-it orders sub-networks: nats are larger at small sizes, and more so before training (docs/decisions/0008-router.md).
+Flextron (Cai et al., ICML 2024), section 4.3 and figure 3: only the surrogate learns while its error is above a
+threshold; below it, the router is updated on `surrogate loss + |cost - budget|`. The LLM is frozen. Our threshold is on
+rank correlation, because errors in nats grow with smaller sizes, most of all before training
+(docs/decisions/0008-router.md).
 
 Shapes: B budgets, S sub-layers, K choices.
 """
@@ -30,27 +31,27 @@ from flextron.routers.static.surrogate import Surrogate, SurrogateError, cross_v
 from flextron.subnet import Subnet
 
 FIRST_PAIRS = 96
-"""Pairs around the greedy choices, measured before the surrogate learns for the first time."""
+"""Number of pairs around the greedy choices, measured before the surrogate's first fit."""
 ROUND_PAIRS = 48
-"""Pairs measured where the router looks, between two trainings of it."""
+"""Number of pairs measured around the router's answers between two trainings of the router."""
 CHECKED_BUDGETS = 8
 LEAST_EVALUATIONS = FIRST_PAIRS + ROUND_PAIRS + 2 * CHECKED_BUDGETS
 ATTEMPTS = 20
-"""Rounds of nothing but known sub-networks after which there is nothing more to explore."""
+"""Rounds without a new sub-network before exploration draws at random; after as many again it ends."""
 LARGEST_ERROR = 0.1
-"""Mean absolute error of the surrogate, in nats, above which a router must show that it beats the greedy choice."""
+"""Mean absolute error of the surrogate, in nats, above which a router must beat the greedy choice when measured."""
 LOWEST_RANK = 0.8
-"""Rank correlation of the surrogate below which no router is trained on it."""
+"""Least rank correlation of a surrogate that a router is trained on."""
 STEPS = 1000
 LAST_STEPS = 3
-"""Times as many in the last training, of which the answers are."""
+"""The last training, which gives the answers, takes this many times STEPS."""
 BATCH = 64
 LEARNING_RATE = 0.003
-"""About 10 times that of the LLM's weights; ten times more loses 0.02 nats to the noise of the sampling."""
+"""About 10 times the LLM's; 10 times higher loses 0.02 nats to sampling noise."""
 COST_WEIGHT = 30.0
-"""Nats for missing the budget by the full model's whole cost."""
+"""Penalty in nats for missing the budget by the full model's cost."""
 SPREADS = (0.0, 0.3, 0.6, 1.0)
-"""Noise on utilities of the sub-networks that are explored: standard deviations of the logarithm."""
+"""Noise on the utilities when exploring: standard deviations of the logarithm."""
 
 
 def train_router(
@@ -65,27 +66,29 @@ def train_router(
     seed: int = 0,
     show: bool = False,
 ) -> Router:
-    """Train a router for one cost table, on `evaluations` measured sub-networks at most; earlier pairs count too.
+    """Train a router for one cost table.
 
         blocks = load_blocks(model.tokenizer, "sample/train", tokens=2048)
         pairs = Pairs("pairs.jsonl", {"text": blocks.text})
         router = train_router(sensitivity, table, LossMeter(model, blocks), pairs)
 
-    `make_router` does this for the folder of a checkpoint, and saves the router there. At least one round of new pairs
-    is always measured, because the surrogate's error is that on pairs it has not seen.
+    `make_router` does this for the folder of a checkpoint, and saves the router there.
 
     Args:
         sensitivity: of the model that `meter` measures (`measure_sensitivity`).
         table: what sub-networks cost, such as from `measure_latency`.
         meter: measures the loss of a sub-network.
-        pairs: where measurements are kept; with pairs of an earlier run it goes on.
-        lowest: least budget to train for, as a share of the full model's cost.
-        start: router to go on from, such as that of the weights before they were trained on; else the greedy choice.
+        pairs: where measurements are kept; a run resumes from the pairs of an earlier one.
+        evaluations: number of measured sub-networks at most, pairs of earlier runs included. At least one round of new
+            pairs is always measured, because the error needs sub-networks that the surrogate has not seen.
+        lowest: lowest budget to train for, as a share of the full model's cost.
+        start: router to continue from, for instance the one for the weights before training; by default the greedy
+            choice.
 
     Raises:
         RouterError: the surrogate cannot order sub-networks by loss, or its predictions are far off and the router's
-            answers do not beat the greedy choice when both are measured.
-        ValueError: too few evaluations, or a lowest budget that is not between the smallest sub-network's and 1.
+            measured answers do not beat the greedy choice.
+        ValueError: too few evaluations, or `lowest` is not below 1.
     """
     if evaluations < LEAST_EVALUATIONS:
         raise ValueError(f"evaluations is {evaluations}; a router needs at least {LEAST_EVALUATIONS}.")
@@ -101,10 +104,10 @@ def train_router(
             advance()
         error = run.learn(evaluations - 2 * CHECKED_BUDGETS, advance)
         if not _orders(error):
-            asked = f"a rank correlation of at least {LOWEST_RANK} is asked for"
+            asked = f"the rank correlation must be at least {LOWEST_RANK}"
             raise RouterError(_inaccurate(error, len(pairs), asked))
         validated = run.fit()
-        router.continue_from(greedy if start is None else start.net)  # what it learnt from poorer surrogates would stay
+        router.continue_from(greedy if start is None else start.net)  # forget what poorer surrogates taught
         with one_thread():
             optimise(router, run.surrogate, seed=seed, steps=LAST_STEPS * STEPS)
         checks = check_answers(router, greedy, table, lambda subnets: run.measure(subnets, advance))
@@ -124,7 +127,7 @@ def train_router(
 
 @dataclass(frozen=True)
 class _Run:
-    """What the parts of one training share."""
+    """State that the parts of one training share."""
 
     table: CostTable
     router: StaticRouter
@@ -134,7 +137,7 @@ class _Run:
     seed: int
 
     def learn(self, pairs: int, advance: Callable[[], None]) -> SurrogateError:
-        """Measure, fit and optimise in turn until there are so many pairs; the error on the last new ones."""
+        """Measure, fit and optimise in turn until there are `pairs` pairs; returns the error on the last new ones."""
         draw = np.random.default_rng([self.seed, len(self.pairs)])
         predicted: list[float] = []
         while len(self.pairs) < pairs or not predicted:
@@ -144,7 +147,7 @@ class _Run:
                     optimise(self.router, self.surrogate, seed=self.seed + len(self.pairs), steps=STEPS)
             missing = pairs - len(self.pairs)
             explored = self._explore(draw)[: missing if missing > 0 else ROUND_PAIRS]
-            if not explored:  # a small space, of which all that the router may answer is measured
+            if not explored:  # a small search space, measured completely
                 break
             self.measure(explored, advance)
             if fitted:
@@ -155,7 +158,7 @@ class _Run:
         )
 
     def fit(self) -> SurrogateError:
-        """Fit the surrogate to all pairs; its error on pairs left out of the fit."""
+        """Fit the surrogate to all pairs; returns its cross-validated error."""
         data = self._indices(self.pairs.subnets), np.array(self.pairs.losses)
         validated = cross_validated(self.surrogate, *data, seed=self.seed)
         self.surrogate.fit(*data)
@@ -165,21 +168,21 @@ class _Run:
         return to_indices(self.table.search_space, subnets)
 
     def _explore(self, draw: np.random.Generator) -> list[Subnet]:
-        """New sub-networks near what the router answers now, one round of them."""
+        """Return one round of new sub-networks near the router's present answers; empty when there are none left."""
         known, space = set(self.pairs.subnets), self.table.search_space
         counts_S = choice_counts(space)
         for attempt in range(2 * ATTEMPTS):
-            places = (np.arange(ROUND_PAIRS) + draw.random()) / ROUND_PAIRS
-            rows = _near_answers(self.router, places, np.resize(SPREADS, ROUND_PAIRS), draw)
-            if attempt >= ATTEMPTS:  # a table that tells few choices apart: any sub-network teaches more than none
+            positions = (np.arange(ROUND_PAIRS) + draw.random()) / ROUND_PAIRS
+            rows = _near_answers(self.router, positions, np.resize(SPREADS, ROUND_PAIRS), draw)
+            if attempt >= ATTEMPTS:  # the table prices few choices apart: take any sub-network
                 rows = (draw.random((ROUND_PAIRS, len(counts_S))) * counts_S).astype(np.int64)
-            new = {to_subnet(space, row): None for row in rows}
-            if found := [subnet for subnet in new if subnet not in known]:
-                return [found[place] for place in draw.permutation(len(found))]
+            distinct = {to_subnet(space, row): None for row in rows}
+            if new := [subnet for subnet in distinct if subnet not in known]:
+                return [new[index] for index in draw.permutation(len(new))]
         return []
 
     def measure(self, subnets: list[Subnet], advance: Callable[[], None]) -> list[float]:
-        """Losses of sub-networks; those measured before are not measured again."""
+        """Return losses of sub-networks, measuring only those not measured before."""
         known = self.pairs.measured()
         for subnet in subnets:
             if subnet not in known:
@@ -192,7 +195,7 @@ class _Run:
 def check_answers(
     router: StaticRouter, greedy: StaticRouter, table: CostTable, measure: Callable[[list[Subnet]], list[float]]
 ) -> tuple[Check, ...]:
-    """Measured losses of the answers of the trained and the untrained router to budgets over the range."""
+    """Measure the answers of the trained and the untrained router to budgets over the router's range."""
     budgets = [float(budget) for budget in np.linspace(router.lowest, 1, CHECKED_BUDGETS + 1)[:-1]]
 
     def answers(net: StaticRouter) -> list[Subnet]:
@@ -204,17 +207,17 @@ def check_answers(
 
 
 def check_gain(error: SurrogateError, checks: Sequence[Check], pairs: int) -> None:
-    """Pass if the surrogate is near enough, or the answers that it led to have beaten the greedy choice's.
+    """Check that the surrogate is accurate, or that the router's measured answers beat the greedy choice's.
 
     Raises:
-        RouterError: an error above LARGEST_ERROR, and a mean gain over budgets of less than two standard errors.
+        RouterError: the error is above LARGEST_ERROR, and the mean gain over budgets is below two standard errors.
     """
     gains = np.array([check.greedy_loss - check.loss for check in checks])
     gain, doubt = gains.mean(), gains.std(ddof=1) / np.sqrt(len(gains))
     if error.mean_absolute > LARGEST_ERROR and not gain > 2 * doubt:
         asked = (
-            f"above {LARGEST_ERROR} nats the router's answers have to beat the greedy choice's, "
-            f"and measured they gain {gain:.3f} ± {doubt:.3f} nats"
+            f"above {LARGEST_ERROR} nats the router's answers must beat the greedy choice's; "
+            f"measured, they gain {gain:.3f} ± {doubt:.3f} nats"
         )
         raise RouterError(_inaccurate(error, pairs, asked))
 
@@ -226,15 +229,20 @@ def _orders(error: SurrogateError) -> bool:
 def _inaccurate(error: SurrogateError, pairs: int, asked: str) -> str:
     return (
         f"the surrogate does not predict losses well enough from {pairs} pairs: {error}; {asked}. Measure more "
-        "sub-networks (--evaluations), on more tokens (--tokens), or a narrower range of budgets (--lowest)."
+        "sub-networks (--evaluations), use more tokens (--tokens), or narrow the range of budgets (--lowest)."
     )
 
 
 @torch.no_grad()
-def _near_answers(router: StaticRouter, places_B: Floats, spreads_B: Floats, draw: np.random.Generator) -> Indices:
-    """Sub-networks near the router's answers to budgets at places 0 to 1 of its range, [B, S]: utilities with noise."""
-    budgets_B = torch.tensor(router.lowest + (1 - router.lowest) * places_B, dtype=torch.float32)
-    noise_BS = np.exp(spreads_B[:, None] * draw.standard_normal((len(places_B), len(router.costs_SK))))
+def _near_answers(router: StaticRouter, positions_B: Floats, spreads_B: Floats, draw: np.random.Generator) -> Indices:
+    """Return the router's answers with noise on its utilities, [B, S].
+
+    Args:
+        positions_B: budgets as positions in the router's range, 0 (lowest) to 1 (full).
+        spreads_B: standard deviations of the logarithm of the noise.
+    """
+    budgets_B = torch.tensor(router.lowest + (1 - router.lowest) * positions_B, dtype=torch.float32)
+    noise_BS = np.exp(spreads_B[:, None] * draw.standard_normal((len(positions_B), len(router.costs_SK))))
     logits_BSK = router(budgets_B)
     costs = logits_BSK - router.utilities_SK
     noisy_BSK = router.utilities_SK * torch.tensor(noise_BS, dtype=torch.float32)[..., None] + costs
@@ -250,13 +258,14 @@ def optimise(
     batch: int = BATCH,
     learning_rate: float = LEARNING_RATE,
 ) -> None:
-    """Update the router, from where it is, on the loss of its choices and their distance to the budget.
+    """Train the router in place on the loss of its choices plus their distance to the budget.
 
-    Gumbel-softmax, hard in the forward pass; the temperature falls from 1 to 0.05 while logits are scaled from 1 to 10.
+    Choices are drawn by Gumbel-softmax, hard in the forward pass. The temperature falls from 1 to 0.05, and the scale
+    of the logits grows from 1 to 10.
 
     Args:
-        losses_of: losses [B] of choices [B, S, K], differentiable: a surrogate, or the LLM itself.
-        batch: budgets of one step.
+        losses_of: returns losses [B] of choices [B, S, K], differentiable: a surrogate, or the LLM itself.
+        batch: number of budgets per step.
     """
     optimizer = torch.optim.Adam(router.parameters(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -264,8 +273,8 @@ def optimise(
         torch.manual_seed(seed)
         for step in range(steps):
             done = step / steps
-            places_B = (torch.arange(batch) + torch.rand(batch)) / batch
-            budgets_B = router.lowest + (1 - router.lowest) * places_B
+            positions_B = (torch.arange(batch) + torch.rand(batch)) / batch
+            budgets_B = router.lowest + (1 - router.lowest) * positions_B
             choices_BSK = F.gumbel_softmax(router(budgets_B) * 10**done, tau=0.05**done, hard=True)
             missed_B = (router.cost(choices_BSK) - budgets_B).abs()
             loss = (losses_of(choices_BSK) + COST_WEIGHT * missed_B).mean()
@@ -276,9 +285,10 @@ def optimise(
 
 
 def sample_answer(router: Router, place: float, spread: float, draw: np.random.Generator) -> Subnet:
-    """A router's answer to the budget at `place`, 0 to 1, of its range, or near it: its utilities with noise.
+    """Return a router's answer to one budget, with noise on its utilities.
 
     Args:
-        spread: standard deviation of the logarithm of the noise; 0 is the answer itself.
+        place: the budget as a position in the router's range, 0 (lowest) to 1 (full).
+        spread: standard deviation of the logarithm of the noise; 0 gives the answer itself.
     """
     return to_subnet(router.search_space, _near_answers(router.net, np.array([place]), np.array([spread]), draw)[0])

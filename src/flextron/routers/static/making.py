@@ -1,4 +1,4 @@
-"""The router of a checkpoint, made from its folder: table, sensitivities and measured pairs are found or made there."""
+"""Making a static router for a checkpoint from what its folder holds: latency table, sensitivities, measured pairs."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from flextron.environment import faster_dtype
 from flextron.errors import RouterError
 from flextron.progress import bar
 from flextron.ranking.sensitivity import Sensitivity, sensitivity_blocks
+from flextron.routers.about import phase_of
 from flextron.routers.static.learning import CHECKED_BUDGETS, LEAST_EVALUATIONS, check_answers, train_router
 from flextron.routers.static.net import StaticRouter
 from flextron.routers.static.pairs import LossMeter, Pairs
@@ -29,7 +30,7 @@ from flextron.subnet import Subnet
 Say = Callable[[str], None]
 MOST_EVALUATIONS = 256
 TOKENS = 512
-"""Of the prompt or context where a latency table is measured, if the model has as many positions."""
+"""Length of the prompt or context for measuring a latency table, if the model has that many positions."""
 
 
 def make_router(
@@ -46,22 +47,26 @@ def make_router(
     any_device: bool = False,
     show: bool = False,
 ) -> Router:
-    """Train a router for the times of one phase and save it in `folder`, where `flextron.route` finds it.
+    """Train a router for the latency of one phase and save it in `folder`, where `flextron.route` finds it.
 
-    A latency table is measured and saved first where there is none of this phase. Measured losses stay in
-    `folder`/routers, so that a run that was interrupted goes on; runs for the other phase use them too.
+    If the folder has no latency table for this phase, one is measured and saved first. Measured losses stay in
+    `folder`/routers: an interrupted run resumes from them, and runs for the other phase use them too.
 
     Args:
         folder: the elastic checkpoint that `model` was loaded from.
-        tokens: of `text` that every sub-network is measured on; documents that the model was ranked on are left out.
-        start: router to go on from; else from the greedy choice.
-        any_device: use a latency table of another device or version.
-        show: tell on standard error what goes on, with bars.
+        phase: prefill or decode.
+        evaluations: number of sub-networks to measure at most.
+        tokens: number of tokens of `text` to measure each sub-network on, without documents that the model was ranked
+            on.
+        lowest: lowest budget to train for, as a share of the full model's cost.
+        start: router to continue from, instead of the greedy choice.
+        any_device: accept a latency table of another device or version.
+        show: print progress and bars to standard error.
 
     Raises:
-        ValueError: another phase, or as `train_router`.
+        ValueError: an unknown phase, or as `train_router`.
         RouterError: no sensitivities, measured pairs of another checkpoint or text, or as `train_router`.
-        CostError: latency tables of another device or version only, and `any_device` is false.
+        CostError: all latency tables are for another device or version, and `any_device` is false.
     """
     if phase not in PHASES:
         raise ValueError(f"phase is {phase!r}; it must be one of: {', '.join(PHASES)}.")
@@ -76,7 +81,7 @@ def make_router(
     }
     pairs = Pairs.beside(folder, about)
     if len(pairs):
-        say(f"going on from {len(pairs)} measured sub-networks in {pairs.file}")
+        say(f"resuming with {len(pairs)} measured sub-networks from {pairs.file}")
     table = _table(model, folder, phase, any_device=any_device, show=show, say=say)
     meter = LossMeter(model, blocks, arithmetic=faster_dtype(model.device))
     options: dict[str, Any] = {"evaluations": evaluations, "lowest": lowest, "start": start, "seed": seed, "show": show}
@@ -86,44 +91,44 @@ def make_router(
 
 
 def sensitivity_of(model: ElasticModel, folder: str | Path) -> Sensitivity:
-    """The sensitivities beside a checkpoint.
+    """Load the sensitivities beside a checkpoint.
 
     Raises:
-        RouterError: none there, or of another search space.
+        RouterError: no sensitivities, or for another search space.
     """
     way_out = "Measure them: flextron rank MODEL OUT"
     if not Sensitivity.is_in(folder):
-        raise RouterError(f"{folder} has no sensitivities, which a router starts from. {way_out}")
+        raise RouterError(f"{folder} has no sensitivities; a router starts from them. {way_out}")
     sensitivity = Sensitivity.load(folder)
     if sensitivity.search_space != model.search_space:
-        raise RouterError(f"the sensitivities in {folder} are of another search space than the model's. {way_out}")
+        raise RouterError(f"the sensitivities in {folder} are for another search space than the model's. {way_out}")
     return sensitivity
 
 
 def unused_blocks(model: ElasticModel, sensitivity: Sensitivity, text: str, *, tokens: int) -> tuple[TokenBlocks, int]:
-    """Blocks of documents that neither ranking nor sensitivities have seen, and how many documents were left out."""
+    """Return blocks of text that ranking and sensitivities did not use, and the number of documents skipped."""
     after = _documents_used(model, sensitivity, text)
     return sensitivity_blocks(model.tokenizer, text, tokens=tokens, after=after), after
 
 
 def _documents_used(model: ElasticModel, sensitivity: Sensitivity, text: str) -> int:
-    """Documents at the start of `text` that the model was ranked on or its sensitivities were measured on."""
+    """Return how many documents at the start of `text` were used for ranking or sensitivities."""
     ranking, used = model.ranking, 0
     if ranking is not None and ranking.text == text and ranking.tokens:
         used = load_blocks(
             model.tokenizer, text, tokens=ranking.tokens, block_tokens=min(512, ranking.tokens)
         ).documents
     if sensitivity.text == text:
-        tokens = sensitivity.tokens // 255 * 256  # blocks of 256, of which the first token is not predicted
+        tokens = sensitivity.tokens // 255 * 256  # in blocks of 256, whose first token is not predicted
         used = max(used, sensitivity_blocks(model.tokenizer, text, tokens=tokens, after=used).documents)
     return used
 
 
 def _table(model: ElasticModel, folder: str | Path, phase: str, *, any_device: bool, show: bool, say: Say) -> CostTable:
-    """The latency table of a phase, measured and saved first where none was."""
-    found = (CostTable.load(file) for file in (Path(folder) / LATENCY_FOLDER).glob("*.json"))
-    if not any(table.metric == PHASES[phase] and is_of(table, None) for table in found):
-        say(f"{folder} has no latency table of {phase}; measuring one first")
+    """Return the latency table of a phase; if there is none, measure and save one."""
+    tables = (CostTable.load(file) for file in (Path(folder) / LATENCY_FOLDER).glob("*.json"))
+    if not any(table.metric == PHASES[phase] and is_of(table, None) for table in tables):
+        say(f"{folder} has no latency table for {phase}; measuring one first")
         positions = getattr(model.config, "max_position_embeddings", None) or TOKENS + 1
         table = measure_latency(model, phase=phase, tokens=min(TOKENS, positions - 1), show=show)
         say(f"{describe(table)}\nwrote {save_table(folder, table)}")
@@ -132,12 +137,12 @@ def _table(model: ElasticModel, folder: str | Path, phase: str, *, any_device: b
 
 
 def keep_router(folder: str | Path, old: Router, before: str | Path, *, device: str, show: bool = False) -> Router:
-    """Take a router over to the weights in `folder`, which were trained on at its answers from those in `before`.
+    """Copy a router to the checkpoint in `folder`, whose weights were trained from those in `before` at its answers.
 
-    Its answers stay; their losses are measured again. The latency tables of `before` are taken over.
+    Its answers stay the same; their losses are measured again. The latency tables of `before` are copied too.
 
     Raises:
-        FlextronError: no sensitivities or latency table, or a text that is not there any more.
+        FlextronError: no sensitivities, no latency table, or the text is missing.
     """
     _copy_tables(before, folder)
     model = ElasticModel.from_pretrained(folder, device=device)
@@ -162,19 +167,18 @@ def keep_router(folder: str | Path, old: Router, before: str | Path, *, device: 
 
 
 def remake_router(folder: str | Path, old: Router, before: str | Path, *, device: str, show: bool = False) -> Router:
-    """Train the router of a checkpoint on, for the weights in `folder`, which were trained on from those in `before`.
+    """Train a router further for the weights in `folder`, which were trained from those in `before`.
 
-    The latency tables of `before` are taken over. As many sub-networks are measured as the first time.
+    The latency tables of `before` are copied. As many sub-networks are measured as the first time.
 
     Raises:
         FlextronError: as `make_router`.
     """
     _copy_tables(before, folder)
-    phase = next(phase for phase, metric in PHASES.items() if metric == old.about.metric)
     return make_router(
         ElasticModel.from_pretrained(folder, device=device),
         folder,
-        phase=phase,
+        phase=phase_of(old.about.metric),
         evaluations=max(LEAST_EVALUATIONS, min(old.about.pairs, MOST_EVALUATIONS)),
         tokens=_tokens_of(old),
         text=old.about.text,
@@ -192,20 +196,20 @@ def _copy_tables(before: str | Path, folder: str | Path) -> None:
 
 
 def _tokens_of(router: Router) -> int:
-    """What it was measured on, with the first of each block, which is not predicted."""
+    """Return the number of tokens it was measured on, including the first of each block, which is not predicted."""
     return -(-router.about.tokens // 255) * 256
 
 
 def describe_router(router: Router) -> str:
-    """How good a router is, in a few lines: errors of its surrogate, and its answers beside the untrained one's."""
+    """Describe a router in a few lines: errors of its surrogate, and losses of its answers and the greedy choice's."""
     about = router.about
-    before = " of the weights before training" if about.kept else ""
+    before = " for the weights before training" if about.kept else ""
     lines = [
         f"router for {about.metric}, from {about.pairs} sub-networks measured on {about.tokens} tokens of {about.text}",
-        f"surrogate{before} where the router looked last: {about.error}",
+        f"surrogate{before}, on the last sub-networks measured: {about.error}",
         f"surrogate{before}, cross-validated: {about.cross_validated}",
         "",
-        "loss of its answers, half to the text and half to the full model's predictions, and of the greedy choice:",
+        "loss of its answers and of the greedy choice (half to the text, half to the full model's predictions):",
         f"{'budget':<8}{'router':>12}{'greedy':>12}",
         *(f"{f'{check.budget:.2f}x':<8}{check.loss:>12.4f}{check.greedy_loss:>12.4f}" for check in about.checks),
     ]

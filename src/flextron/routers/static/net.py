@@ -1,10 +1,11 @@
-"""The static router: a budget in, logits over the choices of every layer and axis out; answers are nested.
+"""The static router's network: maps a budget to logits over the choices of every sub-layer; its answers are nested.
 
-Flextron (Cai et al., ICML 2024), section 4: two fully connected layers with LeakyReLU give logits, Gumbel-softmax in
-training, argmax in use. Ours: logits have the form of the Lagrangian of the knapsack, `utility - price(budget) * cost`,
-where the network gives the price and its weights are not negative, so that no width shrinks as the budget grows.
+Flextron (Cai et al., ICML 2024), section 4: two fully connected layers with LeakyReLU give logits: Gumbel-softmax in
+training, argmax in use. Ours: the logits are the Lagrangian of the knapsack problem,
+`utility - price(budget) * cost`. The network gives the price. Its weights are not negative, so no width shrinks as the
+budget grows.
 
-Shapes: B budgets, S sub-layers, K choices, H hidden units.
+Shapes: B budgets, N sub-networks on the path, S sub-layers, K choices, H hidden units.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ from flextron.routers.choices import Floats, Indices, Mask, allowed, cost_matrix
 
 HIDDEN = 128
 KNOTS = 33
-"""Budgets at which the first price is found; between them its logarithm is interpolated."""
+"""Number of budgets at which the initial price is solved for; the logarithm is interpolated between them."""
 BEYOND = 12.0
-"""How far, in the logarithm of the price, the path goes on below the lowest budget: to the smallest sub-network."""
+"""How far the logarithm of the price rises below the lowest budget, to reach the smallest sub-network."""
 GRID = 512
 
 
 class StaticRouter(nn.Module):
-    """Logits over choices from a budget, given as a share of the full model's cost in the table it is made for.
+    """Maps budgets, as shares of the full model's cost in one cost table, to logits over choices.
 
-    It serves budgets in [lowest, 1]; below, the price rises on until the smallest sub-network is reached.
+    It serves budgets in [lowest, 1]. Below, the price keeps rising until the answer is the smallest sub-network.
     """
 
     costs_SK: torch.Tensor
@@ -39,7 +40,7 @@ class StaticRouter(nn.Module):
     ends: torch.Tensor
 
     def __init__(self, utilities_SK: Floats, costs_SK: Floats, fixed: float, allowed_SK: Mask, lowest: float) -> None:
-        """Start from utilities (minus loss increases, in nats) and costs as shares of the full model's."""
+        """Start from utilities (negated loss increases, in nats) and costs as shares of the full model's."""
         super().__init__()
         self.register_buffer("ends", torch.tensor([lowest, fixed], dtype=torch.float64))
         scale = _typical_step(utilities_SK)
@@ -50,7 +51,7 @@ class StaticRouter(nn.Module):
         log_prices = _log_prices(utilities_SK / scale, costs_SK, fixed, allowed_SK, knots)
         self.register_buffer("log_prices", torch.tensor(log_prices, dtype=torch.float32))
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(0)  # an untrained router is the same each time, and leaves the caller's generator alone
+            torch.manual_seed(0)  # every untrained router is the same
             self.hidden = nn.Linear(1, HIDDEN)
             self.out = nn.Linear(HIDDEN, len(costs_SK))
             self.hidden.weight.uniform_(0.5, 2)
@@ -60,53 +61,53 @@ class StaticRouter(nn.Module):
 
     @classmethod
     def of(cls, sensitivity: Sensitivity, table: CostTable, *, lowest: float) -> StaticRouter:
-        """An untrained router: the greedy choice by sensitivities at the table's costs, for any budget.
+        """Return an untrained router: it answers any budget with the greedy choice by sensitivity per cost.
 
         Raises:
-            RouterError: sensitivities and table are of different search spaces.
+            RouterError: sensitivities and table have different search spaces.
         """
         full = table.full
         space = table.search_space
         if sensitivity.search_space != space:
-            raise RouterError("these sensitivities are of another search space than the cost table. Rank again.")
+            raise RouterError("the sensitivities and the cost table have different search spaces. Rank again.")
         return cls(-increase_matrix(sensitivity), cost_matrix(table) / full, table.fixed / full, allowed(space), lowest)
 
     @classmethod
     def from_state(cls, state: dict[str, torch.Tensor]) -> StaticRouter:
-        """The router of which `state_dict()` was kept."""
+        """Return the router that had this `state_dict()`."""
         costs, allowed_SK = np.asarray(state["costs_SK"].double()), np.asarray(state["allowed_SK"])
         router = cls(np.zeros_like(costs), costs, 0.0, allowed_SK, 0.5)
         router.load_state_dict(state)
         return router
 
     def continue_from(self, other: StaticRouter) -> None:
-        """Take over what another router has learnt; costs and range stay.
+        """Copy what another router has learnt; costs and range of budgets stay.
 
         Raises:
-            RouterError: it is of another search space.
+            RouterError: the other router has another search space.
         """
         if other.utilities_SK.shape != self.utilities_SK.shape:
-            raise RouterError("cannot go on from a router of another search space. Train a new one.")
+            raise RouterError("cannot continue from a router with another search space. Train a new one.")
         with torch.no_grad():
             for mine, learnt in zip(self.parameters(), other.parameters(), strict=True):
                 mine.copy_(learnt)
 
     @property
     def lowest(self) -> float:
-        """Lowest budget that it was trained for."""
+        """Lowest budget that the router is trained for."""
         return float(self.ends[0])
 
     @property
     def fixed(self) -> float:
-        """Cost of what no choice changes, as a share of the full model's."""
+        """Cost that no choice changes, as a share of the full model's cost."""
         return float(self.ends[1])
 
     def forward(self, budgets_B: torch.Tensor, beyond_B: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits, [B, S, K]; minus infinity where there is no choice.
+        """Return logits, [B, S, K]; columns without a choice hold minus infinity.
 
         Args:
             budgets_B: shares of the full model's cost; clamped to [lowest, 1].
-            beyond_B: what to add to the logarithm of all prices, for budgets below the lowest.
+            beyond_B: added to the logarithm of all prices, to reach budgets below the lowest.
         """
         prices_BS = self.log_prices_of(budgets_B)
         if beyond_B is not None:
@@ -115,34 +116,36 @@ class StaticRouter(nn.Module):
         return logits_BSK.masked_fill(~self.allowed_SK, -torch.inf)
 
     def log_prices_of(self, budgets_B: torch.Tensor) -> torch.Tensor:
-        """Logarithm of what a unit of cost is charged in each sub-layer, [B, S]; budgets as for `forward`."""
+        """Return the logarithm of the price per unit of cost in each sub-layer, [B, S]; budgets as for `forward`."""
         budgets_B = budgets_B.clamp(self.lowest, 1)
         place_B = (budgets_B - self.lowest) / (1 - self.lowest)
         hidden_BH = F.linear(place_B[:, None] * 2 - 1, self.hidden.weight.abs(), self.hidden.bias)
         rising, falling = hidden_BH.chunk(2, dim=1)
-        hidden_BH = torch.cat(
-            [F.leaky_relu(rising), -F.leaky_relu(-falling)], 1
-        )  # both convex and concave in the budget
+        # half of the units are convex in the budget, half concave
+        hidden_BH = torch.cat([F.leaky_relu(rising), -F.leaky_relu(-falling)], 1)
         cheaper_BS = F.linear(hidden_BH, F.softplus(self.out.weight), self.out.bias)
         return (self._first_log_price(place_B)[:, None] - cheaper_BS).clamp(-20, 20)
 
     def _first_log_price(self, place_B: torch.Tensor) -> torch.Tensor:
-        """Interpolated between knots, [B]."""
+        """Return the logarithm of the initial price, interpolated between knots, [B]."""
         at = place_B * (KNOTS - 1)
         low = at.floor().long().clamp(0, KNOTS - 2)
         part = at - low
         return self.log_prices[low] * (1 - part) + self.log_prices[low + 1] * part
 
     def cost(self, choices_BSK: torch.Tensor) -> torch.Tensor:
-        """Cost of choices, one-hot or relaxed, as a share of the full model's, [B]."""
+        """Return the cost of choices, one-hot or relaxed, as a share of the full model's, [B]."""
         return self.fixed + torch.einsum("bsk,sk->b", choices_BSK, self.costs_SK)
 
     @torch.no_grad()
     def path(self, usable_SK: Mask) -> Indices:
-        """Nested sub-networks from the smallest to the full model, [N, S]: the answers to a fine grid of budgets.
+        """Return the answers to a fine grid of budgets: sub-networks from the smallest to the full model, [N, S].
 
-        Of usable choices [S, K] only, the smallest and the full width among them. No sub-layer gets narrower from one
-        to the next. Below the lowest budget the price of cost rises on.
+        They are nested: no sub-layer gets narrower from one to the next. Below the lowest budget the price keeps
+        rising.
+
+        Args:
+            usable_SK: choices that may be taken; they include the smallest and the full width.
         """
         place_N = torch.linspace(-1, 1, 2 * GRID)
         budgets_N = self.lowest + (1 - self.lowest) * place_N.clamp(0, 1)
@@ -150,18 +153,25 @@ class StaticRouter(nn.Module):
         logits_NSK = logits_NSK.masked_fill(~torch.tensor(usable_SK, device=logits_NSK.device), -torch.inf)
         indices_NS = np.asarray(logits_NSK.argmax(-1))
         full_S = np.asarray(self.allowed_SK.sum(-1, keepdim=True).T) - 1
-        ends = [np.zeros_like(full_S), np.maximum.accumulate(indices_NS, axis=0), full_S]  # rounding could narrow one
+        ends = [
+            np.zeros_like(full_S),
+            np.maximum.accumulate(indices_NS, axis=0),
+            full_S,
+        ]  # rounding could narrow a sub-layer
         return np.unique(np.concatenate(ends), axis=0)
 
 
 def _typical_step(utilities_SK: Floats) -> float:
-    """A tenth of the nats between neighbouring choices, typically: in units of it, noise on logits is small."""
+    """Return a tenth of the median utility step between neighbouring choices, in nats.
+
+    Divided by it, utilities are large compared with the noise of Gumbel-softmax.
+    """
     steps = np.abs(np.diff(utilities_SK, axis=1))
     return float(np.median(steps[steps > 0])) / 10 if (steps > 0).any() else 1.0
 
 
 def _log_prices(utilities_SK: Floats, costs_SK: Floats, fixed: float, allowed_SK: Mask, budgets: Floats) -> Floats:
-    """Logarithm of the price of a unit of cost at which the best choices cost just what each budget allows."""
+    """Return, for each budget, the logarithm of the price per unit of cost at which the best choices just fit."""
     utilities = np.where(allowed_SK, utilities_SK, -np.inf)
     low, high = np.full(len(budgets), -10.0), np.full(len(budgets), 16.0)
     for _ in range(50):

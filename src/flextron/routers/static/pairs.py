@@ -1,4 +1,4 @@
-"""Measured pairs of choices and loss: what the surrogate learns from, kept in a file that only grows."""
+"""Measured pairs of sub-network and loss, from which the surrogate learns; they are kept in a file that only grows."""
 
 from __future__ import annotations
 
@@ -18,33 +18,37 @@ from flextron.subnet import AXES, Subnet
 
 VERSION = 1
 FOLDER = "routers"
-"""Beside a checkpoint."""
+"""Folder in a checkpoint's folder."""
 
 
 class LossMeter:
-    """Loss of sub-networks on the same tokens, half to the text and half to the full model's own predictions.
+    """Measures the loss of sub-networks on fixed tokens: half to the text, half to the full model's predictions.
 
-    The second half rises as much as the first where the text is typical of the model, and has less noise
+    On text that is typical of the model both halves rise alike, but the second has less noise
     (docs/decisions/0003-sensitivity.md).
     """
 
     def __init__(self, model: ElasticModel, blocks: TokenBlocks, *, arithmetic: torch.dtype | None = None) -> None:
-        """Keep the full model's predictions on `blocks`; `arithmetic`, if not the weights' type, is computed in."""
+        """Compute the full model's predictions on `blocks`.
+
+        Args:
+            arithmetic: dtype to compute in, by default the weights'.
+        """
         self.model = model
         self.blocks = blocks
         self.arithmetic = arithmetic or model.dtype
         self.measured = 0
-        """Sub-networks measured so far: what methods are compared at."""
+        """Number of sub-networks measured so far; methods are compared at equal numbers."""
         with torch.inference_mode(), self._autocast():
             batches = [tokens_BT.to(model.device) for tokens_BT in blocks.batches(batch_tokens(model.device, 1024))]
             self._batches = [(tokens_BT, full_predictions(model, tokens_BT)) for tokens_BT in batches]
 
     @torch.inference_mode()
     def __call__(self, subnet: Subnet) -> float:
-        """Nats per token of one sub-network.
+        """Measure the loss of one sub-network, in nats per token.
 
         Raises:
-            SubnetError: not in the model's search space.
+            SubnetError: `subnet` is not in the model's search space.
         """
         self.measured += 1
         rows = sum(len(tokens_BT) for tokens_BT, _ in self._batches)
@@ -56,24 +60,24 @@ class LossMeter:
         return sum(losses)
 
     def _autocast(self) -> torch.autocast:
-        enabled = self.arithmetic != self.model.dtype and self.arithmetic.itemsize == 2  # fp32 asks for nothing less
+        enabled = self.arithmetic != self.model.dtype and self.arithmetic.itemsize == 2  # fp32 needs no autocast
         return torch.autocast(self.model.device.type, dtype=self.arithmetic, enabled=enabled)
 
 
 class Pairs:
-    """The pairs of one checkpoint and one text, in a file that is written to after every measurement.
+    """The pairs of one checkpoint and one text, in a file that gets a line after every measurement.
 
-    The first line says what they belong to; each further line is one pair. A line that a crash cut off is left out.
+    The first line says what they belong to; each further line is one pair. A line cut off by a crash is ignored.
     """
 
     @classmethod
     def beside(cls, folder: str | Path, about: dict[str, Any]) -> Pairs:
-        """The pairs of a checkpoint's weights and of one text, in a file of their own."""
+        """Open the pairs of the checkpoint and text that `about` describes, in a file of their own."""
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
         return cls(Path(folder) / FOLDER / f"pairs-{digest}.jsonl", about)
 
     def __init__(self, file: str | Path, about: dict[str, Any]) -> None:
-        """Read the pairs that are there, or start a file.
+        """Read the pairs in `file`, or start the file.
 
         Raises:
             RouterError: the file belongs to another checkpoint or text, or cannot be read.
@@ -89,28 +93,28 @@ class Pairs:
 
     def _read(self, header: dict[str, Any]) -> None:
         try:
-            found, *pairs = self._journal.read()
+            kept, *pairs = self._journal.read()
             for pair in pairs:
                 self.subnets.append(Subnet(**{axis: pair[axis] for axis in AXES}))
                 self.losses.append(float(pair["loss"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RouterError(
-                f"cannot read the measured pairs in {self.file}: {error}. Delete it to start anew."
+                f"cannot read the measured pairs in {self.file}: {error}. Delete it to start again."
             ) from None
-        if found != header:
+        if kept != header:
             raise RouterError(
-                f"{self.file} holds pairs of another checkpoint or text: {found}. Delete it to start anew."
+                f"{self.file} holds pairs of another checkpoint or text: {kept}. Delete it to start again."
             )
 
     def __len__(self) -> int:
         return len(self.subnets)
 
     def add(self, subnet: Subnet, loss: float) -> None:
-        """Keep one pair, on disk too."""
+        """Add one pair, on disk too."""
         self.subnets.append(subnet)
         self.losses.append(loss)
         self._journal.append({**{axis: subnet[axis] for axis in AXES}, "loss": loss})
 
     def measured(self) -> dict[Subnet, float]:
-        """Loss by sub-network."""
+        """Return the losses by sub-network."""
         return dict(zip(self.subnets, self.losses, strict=True))

@@ -1,4 +1,4 @@
-"""A trained static router beside its checkpoint: what is known about it, how it answers, and how it is kept."""
+"""`Router`: a trained static router with its surrogate and its record; it answers budgets, saves and loads."""
 
 from __future__ import annotations
 
@@ -34,14 +34,15 @@ ABOUT = "router.json"
 
 @dataclass(frozen=True)
 class Check:
-    """What the answers to a budget were measured at: of the trained router, and of the untrained one (greedy)."""
+    """Measured losses of the answers to one budget: the trained router's and the untrained (greedy) one's."""
 
     budget: float
     """Share of the full model's cost."""
     subnet: Subnet
     loss: float
-    """Nats per token, on the tokens that the router was trained on."""
+    """Nats per token of `subnet`, the trained router's answer, on the tokens that the router was trained on."""
     greedy_loss: float
+    """Nats per token of the untrained router's answer."""
 
 
 @dataclass(frozen=True)
@@ -49,20 +50,20 @@ class RouterAbout(MadeFrom):
     """What a router was made from, and how good it is."""
 
     pairs: int
-    """Measured sub-networks."""
+    """Number of measured sub-networks."""
     error: SurrogateError
-    """On the last sub-networks that the router looked at, before the surrogate had seen them."""
+    """Error on the last sub-networks that the router explored, before the surrogate saw them."""
     cross_validated: SurrogateError
-    """On all pairs, each left out once."""
+    """Error on all pairs, each left out of the fit once."""
     checks: tuple[Check, ...]
     kept: bool = False
-    """Whether it was made for other weights, which were then trained on at its answers: the checks are of the trained
-    ones; the surrogate and its errors are of those before, and too high."""
+    """Whether the weights were trained further at this router's answers: the checks are measured after that; the
+    surrogate and its errors are from before, so its losses are too high."""
 
 
 @dataclass(frozen=True)
 class Router:
-    """A static router with the surrogate that it learnt from; choosing takes milliseconds."""
+    """A static router and the surrogate that it learnt from. Choosing takes milliseconds."""
 
     search_space: SearchSpace
     net: StaticRouter
@@ -70,13 +71,13 @@ class Router:
     about: RouterAbout
 
     def choose(self, ceilings: Sequence[Ceiling], *, neuron_step: int | None = None) -> Subnet:
-        """The best sub-network that keeps all limits, which `pricing.check_possible` has passed.
+        """Choose the best sub-network that keeps all `ceilings`; check them first with `pricing.check_possible`.
 
         Args:
-            neuron_step: let every MLP's width be a multiple of it, or full.
+            neuron_step: allow only the full MLP width and multiples of this.
 
         Raises:
-            ValueError: the search space has no multiples of it.
+            ValueError: the search space has no multiples of `neuron_step`.
         """
         if neuron_step is not None:
             return route_along(self.net, self.search_space, ceilings, neuron_step=neuron_step)
@@ -87,11 +88,11 @@ class Router:
         return path_and_utilities(self.net, allowed(self.search_space))
 
     def predicted_loss(self, subnet: Subnet) -> float:
-        """What the surrogate expects, in nats per token of the text that it learnt from."""
+        """Return the surrogate's prediction, in nats per token of the text that it learnt from."""
         return float(self.surrogate.predict(to_indices(self.search_space, [subnet]))[0])
 
     def save(self, folder: str | Path, model: ElasticModel) -> Path:
-        """Write routers/METRIC beside a checkpoint, whole or not at all, over an older one; returns the folder."""
+        """Write or replace routers/METRIC in a checkpoint's folder, whole or not at all; returns the path."""
         target = Path(folder) / FOLDER / self.about.metric
         tensors = {
             f"{part}.{name}": tensor.detach().contiguous()
@@ -111,10 +112,10 @@ class Router:
 
     @classmethod
     def load(cls, folder: str | Path, metric: str, model: ElasticModel) -> Router:
-        """Read the router for `metric` beside a checkpoint.
+        """Read the router for `metric` from a checkpoint's folder.
 
         Raises:
-            RouterError: missing, damaged, of another version, or trained for other weights than `model` has.
+            RouterError: missing, damaged, of another version, or trained for other weights than the model's.
         """
         source = Path(folder) / FOLDER / metric
         way_out = f"Train one: flextron train-router {folder}"
@@ -124,7 +125,7 @@ class Router:
             data = read_record(source / ABOUT, version=VERSION)
             space = SearchSpace(**data.pop("search_space"))
             if data.pop("fingerprint") != model.fingerprint() or space != model.search_space:
-                raise RouterError(f"the router in {source} was trained for another checkpoint than this. {way_out}")
+                raise RouterError(f"the router in {source} was trained for another checkpoint. {way_out}")
             tensors = load_file(source / WEIGHTS)
             states = [
                 {name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.startswith(part)}
@@ -142,20 +143,20 @@ def _about(data: dict[str, Any]) -> RouterAbout:
 
 
 def metrics_with_router(folder: str | Path) -> list[str]:
-    """Metrics for which there is a router beside a checkpoint."""
-    found = (file.parent.name for file in (Path(folder) / FOLDER).glob(f"*/{ABOUT}"))
-    return sorted(name for name in found if not name.startswith("."))  # a killed save leaves .NAME.partial-*
+    """Return the metrics that the checkpoint in `folder` has a router for."""
+    names = (file.parent.name for file in (Path(folder) / FOLDER).glob(f"*/{ABOUT}"))
+    return sorted(name for name in names if not name.startswith("."))  # a killed save leaves .NAME.partial-*
 
 
 def route_along(
     net: StaticRouter, space: SearchSpace, ceilings: Sequence[Ceiling], *, neuron_step: int | None = None
 ) -> Subnet:
-    """The answer of a router, trained or not, to limits."""
+    """Return the answer of a router, trained or not, to limits."""
     usable_SK = usable(space, neuron_step)
     return answer(space, *path_and_utilities(net, usable_SK), ceilings, usable_SK)
 
 
 @torch.no_grad()
 def path_and_utilities(net: StaticRouter, usable_SK: Mask) -> tuple[Indices, Floats]:
-    """What the answers of a router are found by: its nested sub-networks [N, S], and utilities [S, K]."""
+    """Return what `answer` needs of a router: its path of nested sub-networks [N, S] and its utilities [S, K]."""
     return net.path(usable_SK), np.asarray(net.utilities_SK.double())

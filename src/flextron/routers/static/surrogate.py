@@ -1,7 +1,7 @@
-"""The surrogate: a small network that predicts the loss of a sub-network from its choices alone.
+"""The surrogate: a small network that predicts the loss of a sub-network from its choices.
 
-Flextron (Cai et al., ICML 2024), section 4.3 and figure 3, where it stands in for the LLM while routers learn. Ours: it
-starts from the measured sensitivities and learns what their sum misses.
+Flextron (Cai et al., ICML 2024), section 4.3 and figure 3: it replaces the LLM while a router learns. Ours: it starts
+as the sum of the measured sensitivities and learns what that sum misses.
 
 Shapes: N sub-networks, S sub-layers, K choices, P basis functions, E hidden effects.
 """
@@ -26,21 +26,22 @@ HIDDEN = 32
 STEPS = 800
 LEARNING_RATE = 0.01
 NEAR_FULL = 0.3
-"""Nats above the least loss at which a pair weighs half as much as there: small budgets' errors matter less."""
+"""A pair this many nats above the least loss gets half the weight: errors at small budgets matter less."""
 PULL_OF_SCALES = 0.01
 PULL_OF_EFFECTS = 0.1
-"""How strongly what is learnt is drawn to the plain sum of sensitivities: of 0.03 to 1, 0.1 predicts best."""
+"""Weight of the penalties that pull towards the plain sum of sensitivities; from 0.03 to 1, 0.1 predicts best."""
 
 
 @dataclass(frozen=True)
 class SurrogateError:
-    """How far predictions are from measured losses of sub-networks that the surrogate was not trained on."""
+    """Errors of the surrogate's predictions on sub-networks that it was not trained on."""
 
     mean_absolute: float
     """Nats per token."""
     rank_correlation: float
-    """Spearman's."""
+    """Spearman's rank correlation."""
     pairs: int
+    """Number of sub-networks compared."""
 
     @classmethod
     def of(cls, predicted_N: Floats, measured_N: Floats) -> SurrogateError:
@@ -51,16 +52,16 @@ class SurrogateError:
     def __str__(self) -> str:
         return (
             f"mean absolute error {self.mean_absolute:.3f} nats, rank correlation {self.rank_correlation:.3f} "
-            f"on {self.pairs} sub-networks it has not seen"
+            f"on {self.pairs} unseen sub-networks"
         )
 
 
 class Surrogate(nn.Module):
-    """Loss in nats per token from choices, one-hot or relaxed.
+    """Predicts loss in nats per token from choices, one-hot or relaxed.
 
-    Every sub-layer's choice contributes its sensitivity, times a learnt factor, and E learnt effects, smooth in the
-    part left out; a network of one hidden layer turns their sums into the loss. Before training it is the plain sum of
-    sensitivities.
+    Each sub-layer's choice contributes its sensitivity, times a learnt factor, and E learnt effects, which are smooth
+    functions of the part left out. A network with one hidden layer turns the sums over sub-layers into the loss. Before
+    training the prediction is the plain sum of sensitivities.
     """
 
     increases_SK: torch.Tensor
@@ -84,12 +85,12 @@ class Surrogate(nn.Module):
 
     @classmethod
     def of(cls, sensitivity: Sensitivity) -> Surrogate:
-        """An untrained surrogate for the search space of `sensitivity`."""
+        """Return an untrained surrogate for the search space of `sensitivity`."""
         return cls(increase_matrix(sensitivity), parts_left_out(sensitivity.search_space))
 
     @classmethod
     def from_state(cls, state: dict[str, torch.Tensor]) -> Surrogate:
-        """The surrogate of which `state_dict()` was kept."""
+        """Return the surrogate that had this `state_dict()`."""
         surrogate = cls(np.asarray(state["increases_SK"].double()), np.asarray(state["basis_SKP"][..., 0].double()))
         surrogate.load_state_dict(state)
         return surrogate
@@ -99,7 +100,7 @@ class Surrogate(nn.Module):
         return Surrogate(np.asarray(self.increases_SK.double()), left_out_SK, seed=seed)
 
     def forward(self, choices_NSK: torch.Tensor) -> torch.Tensor:
-        """Predicted losses of choices, one-hot or relaxed, [N]."""
+        """Predict the losses of choices, one-hot or relaxed, [N]."""
         increases_NS = (choices_NSK * self.increases_SK).sum(-1)
         return self._from_features(increases_NS, torch.einsum("nsk,skp->nsp", choices_NSK, self.basis_SKP))
 
@@ -111,18 +112,18 @@ class Surrogate(nn.Module):
         return losses_N
 
     def _features(self, indices_NS: Indices) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sensitivity and basis functions of the choices made, [N, S] and [N, S, P]."""
+        """Return the sensitivities and basis functions of choices, [N, S] and [N, S, P]."""
         every_S = torch.arange(len(self.increases_SK))
-        made_NS = torch.as_tensor(indices_NS)
-        return self.increases_SK[every_S, made_NS], self.basis_SKP[every_S, made_NS]
+        chosen_NS = torch.as_tensor(indices_NS)
+        return self.increases_SK[every_S, chosen_NS], self.basis_SKP[every_S, chosen_NS]
 
     @torch.no_grad()
     def predict(self, indices_NS: Indices) -> Floats:
-        """Predicted losses of sub-networks given by the choices that they make, [N]."""
+        """Predict the losses of sub-networks, given as indices of their choices, [N]."""
         return np.asarray(self._from_features(*self._features(indices_NS)).double())
 
     def fit(self, indices_NS: Indices, losses_N: Sequence[float] | Floats, *, seed: int = 0) -> Surrogate:
-        """Learn from measured pairs, anew from the sensitivities; returns itself."""
+        """Train on measured pairs, starting again from the sensitivities; returns itself."""
         with one_thread(), torch.enable_grad():
             self.load_state_dict(self._untrained(seed).state_dict())
             self._learn(self._features(indices_NS), torch.tensor(np.asarray(losses_N), dtype=torch.float32))
@@ -148,7 +149,7 @@ class Surrogate(nn.Module):
 def cross_validated(
     surrogate: Surrogate, indices_NS: Indices, losses_N: Floats, *, folds: int = 5, seed: int = 0
 ) -> SurrogateError:
-    """Error on pairs left out of training, each left out once; `surrogate` itself stays as it is."""
+    """Return the error on pairs left out of training, each left out once; `surrogate` itself does not change."""
     order = np.random.default_rng(seed).permutation(len(losses_N))
     predicted = np.zeros(len(losses_N))
     for fold in range(folds):

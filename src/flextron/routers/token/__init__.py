@@ -1,1 +1,1 @@
-"""The token router: from a budget to widths for every token."""
+"""The token router: turns a budget into widths for every token."""

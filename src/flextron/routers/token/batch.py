@@ -1,4 +1,4 @@
-"""Tokens routed one by one: a batch runs with the widths that a token router gives, and what it used is counted.
+"""`TokenRouting`: runs batches with the widths that a token router gives each token, and counts the widths used.
 
 Shapes: B rows (requests), T time, L layers, K choices of an MLP's width, D model.
 """
@@ -18,19 +18,19 @@ from flextron.routers.token.net import TokenRouter
 from flextron.subnet import Subnet
 
 HALVINGS = 16
-"""Of the interval in which the hard mode looks for the price at which a batch keeps its budget."""
+"""Bisection steps of hard mode's search for the price that meets the budget."""
 DEAREST = 12.0
-"""How far the hard mode raises the logarithm of a price: to the narrowest widths."""
+"""Largest rise of the log price in hard mode; it gives every token the narrowest width."""
 
 
 class TokenRouting:
-    """How the rows of a batch are routed, each within its budget on average over tokens, and what they used.
+    """Routes the tokens of batches, so that each row keeps its budget on average, and counts the widths used.
 
     Args:
-        budgets: shares of the full model's cost, one for each row of every batch, or one for all.
-        subnets: the static router's answers to them, of which the attention runs.
-        hard: no batch costs more than its budgets together; the tokens that lose least get narrower.
-        shuffled: give the widths of each layer to other tokens of the batch at random: a control.
+        budgets: shares of the full model's cost, one for each row of a batch, or one for all.
+        subnets: the static router's answers to the budgets; the attention runs with their widths.
+        hard: never let a batch cost more than its budgets together; tokens that lose least get narrower widths.
+        shuffled: permute each layer's widths among the tokens of the batch at random, as a control.
         masked: compute by the definition, at the full model's cost.
     """
 
@@ -53,25 +53,25 @@ class TokenRouting:
         self._neurons_K = torch.tensor(model.search_space.neurons, device=model.device)
         layers, choices = len(model.layers), len(model.search_space.neurons)
         self.used_LK = torch.zeros(layers, choices, dtype=torch.int64, device=model.device)
-        """Tokens that got each width in each layer, padding apart, since this was made."""
+        """Number of tokens that got each width in each layer, without padding, since creation or `forget`."""
         self.seen: Callable[[int, torch.Tensor], None] | None = None
-        """Told of each layer's widths, [B, T], as they are chosen."""
+        """Called with each layer's index and its widths [B, T], 0 for padding."""
         self._costs_LK = router.static.costs_SK[:layers, :choices].to(model.device)
         self.attention_costs = [_attention_cost(model, router, subnet) for subnet in subnets]
-        """Of each row, with what no choice changes; shares of the full model's cost."""
+        """Cost of each row's attention plus the fixed cost, as shares of the full model's cost."""
         for_mlps_B = self.budgets_B - torch.tensor(self.attention_costs, device=model.device)
         with torch.no_grad():
-            places_B, self._log_prices_BL, plan_BL = router.calibrated(for_mlps_B)
+            calibrated_B, self._log_prices_BL, plan_BL = router.calibrated(for_mlps_B)
             self._log_prices_BL[self.budgets_B >= 1] = -torch.inf
-            self._shifts_LBR = router.shifts(places_B)
-        # calibration leaves the plan a little above or below what the budget has for MLPs
+            self._shifts_LBR = router.shifts(calibrated_B)
+        # after calibration the plan is still a little off the budget's part for the MLPs
         self._plan_BL = plan_BL * (for_mlps_B * (1 - 1e-6) / plan_BL.sum(1).clamp(min=1e-9))[:, None]
         self._left_B = torch.zeros(0)
         self._real_BT: torch.Tensor | None = None
 
     @contextmanager
     def use(self) -> Iterator[ElasticModel]:
-        """Run the model so inside the block."""
+        """Route every batch that the model runs inside the block."""
         rows = self._rows
         runs = [
             (self._run_of(index, layer), rows_of_attention(layer.attention, groups_BT, heads_BT, masked=self.masked))
@@ -88,22 +88,22 @@ class TokenRouting:
             self._real_BT = None
 
     def forget(self) -> None:
-        """Count what is used anew."""
+        """Reset the counts of `used_LK`."""
         self.used_LK.zero_()
 
     @property
     def costs_of_layers(self) -> torch.Tensor:
-        """Cost per token that the MLP of each layer had, in shares of the full model's cost, [L]."""
+        """Mean cost per token of each layer's MLP, as shares of the full model's cost, [L]."""
         return (self.used_LK * self._costs_LK).sum(-1) / self.used_LK.sum(-1).clamp(min=1)
 
     @property
     def average_cost(self) -> float:
-        """Cost per token of what was used, as a share of the full model's; each row counts alike in its attention."""
+        """Mean cost per token, as a share of the full model's; for the attention all rows count alike."""
         return fmean(self.attention_costs) + float(self.costs_of_layers.sum())
 
     @property
     def share(self) -> float:
-        """Share of the layers' weights that a token has used on average."""
+        """Mean share of the layers' weights that a token used."""
         layers = self.model.layers
         kept = sum(
             neurons * layer.mlp.weights_per_unit + float(groups_BT.float().mean()) * layer.attention.weights_per_unit
@@ -113,21 +113,21 @@ class TokenRouting:
 
     @property
     def average_neurons(self) -> list[float]:
-        """Neurons per token that each layer ran."""
+        """Mean number of neurons that a token used in each layer."""
         return ((self.used_LK * self._neurons_K).sum(-1) / self.used_LK.sum(-1).clamp(min=1)).tolist()
 
     def _see_batch(self, _lm: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Check the batch that comes, and remember which tokens of it are padding: they get no neurons."""
+        """Check the next batch, and remember which of its tokens are padding: these get no neurons."""
         mask = kwargs.get("attention_mask")
         inputs = next(
             each for each in (kwargs.get("input_ids"), *args, kwargs.get("inputs_embeds")) if each is not None
         )
         rows, time = inputs.shape[:2]
         if not rows * time:
-            raise ValueError(f"the batch is empty: {rows} rows of {time} tokens.")
+            raise ValueError(f"the batch is empty: {rows} rows of {time} tokens; it needs at least one token.")
         if rows % len(self.budgets_B):
             raise ValueError(
-                f"{len(self.budgets_B)} budgets for a batch of {rows} rows: name one budget, or one for each row."
+                f"{len(self.budgets_B)} budgets for a batch of {rows} rows; give one budget, or one for each row."
             )
         padded = isinstance(mask, torch.Tensor) and mask.dim() == 2
         self._real_BT = mask[:, -time:].bool() if padded else None  # type: ignore[index]
@@ -151,20 +151,22 @@ class TokenRouting:
         return run
 
     def _choose(self, index: int, hidden_BTD: torch.Tensor) -> torch.Tensor:
-        rows = len(hidden_BTD) // len(self.budgets_B)  # that share a budget: all, or the beams of a request
+        rows = len(hidden_BTD) // len(self.budgets_B)  # rows per budget: all, or the beams of a request
         shift_BR, prices_B = self._shifts_LBR[index], self._log_prices_BL[:, index]
-        if rows > 1 and len(prices_B) > 1:  # one for all needs no copies
+        if rows > 1 and len(prices_B) > 1:  # a single budget broadcasts
             shift_BR, prices_B = shift_BR.repeat_interleave(rows, 0), prices_B.repeat_interleave(rows)
         log_prices_BT = prices_B[:, None] - self.router.log_worths(index, hidden_BTD, shift_BR)
         chosen_BT = self.router.choose(index, log_prices_BT)
         if self.shuffled:
             chosen_BT = chosen_BT.flatten()[torch.randperm(chosen_BT.numel())].view_as(chosen_BT)
         if self.hard:
-            chosen_BT = self._within(index, log_prices_BT, chosen_BT, rows)
+            chosen_BT = self._keep_to_plan(index, log_prices_BT, chosen_BT, rows)
         return chosen_BT
 
-    def _within(self, index: int, log_prices_BT: torch.Tensor, chosen_BT: torch.Tensor, rows: int) -> torch.Tensor:
-        """Narrower choices, by a higher price for all, until the batch keeps to the plan of all layers so far."""
+    def _keep_to_plan(
+        self, index: int, log_prices_BT: torch.Tensor, chosen_BT: torch.Tensor, rows: int
+    ) -> torch.Tensor:
+        """Raise the price for all tokens until the batch costs at most what the plan allows up to this layer."""
         if index == 0:
             self._left_B = torch.zeros(1, device=chosen_BT.device)
         real_BT = torch.ones_like(chosen_BT, dtype=torch.bool) if self._real_BT is None else self._real_BT

@@ -1,10 +1,11 @@
-"""Training a token router, the LLM frozen: what a neuron is worth to a token is measured, learnt, and measured again.
+"""Training a token router with the LLM frozen: measure what neurons are worth to tokens, learn it, measure again.
 
-Flextron (Cai et al., ICML 2024), section 4.3, trains it by Gumbel-softmax through the LLM. Ours: a backward pass gives
-the slope of the loss in every neuron of every token, so a worth is learnt from all of them, not from a sampled choice.
-The loss is the divergence from the full model's predictions, which has less noise than the text's.
+Flextron (Cai et al., ICML 2024), section 4.3, trains it by Gumbel-softmax through the LLM. Ours: one backward pass
+gives the slope of the loss in every neuron of every token, so worths are learnt from all neurons, not from sampled
+choices. The loss is the divergence from the full model's predictions, which has less noise than the loss to the text.
 
-Shapes: B rows (requests), T time, N tokens, L layers, K choices of an MLP's width, D model, R rank.
+Shapes: B rows (requests), T time, N tokens, M tokens of a training batch, L layers, K choices of an MLP's width,
+D model, R rank.
 """
 
 from __future__ import annotations
@@ -32,42 +33,44 @@ from flextron.routers.token.slopes import KeptSlopes, Slopes
 from flextron.subnet import Subnet
 
 ROUNDS = 3
-"""Measurements of slopes, each at the widths that the router gives by then."""
+"""Number of measurements of slopes, each at the widths that the router gives at that time."""
 WINDOW = 1 / 6
-"""Part of an MLP's neurons, below and above a token's width, over which its slope is taken."""
+"""A token's slope is averaged over this part of the MLP's neurons below and above its width."""
 HELD_OUT = 1 / 8
-"""Part of the rows of text that tell when to stop learning."""
+"""Part of the rows of text held out to decide when learning stops."""
 PASSES = 40
-"""Passes over the tokens at most."""
+"""Largest number of passes over the tokens."""
 PATIENCE = 4
-"""Passes without a gain after which learning stops."""
+"""Number of passes without a gain after which learning stops."""
 BATCH = 1024
 LEARNING_RATE = 2e-3
 WEIGHT_DECAY = 0.3
 DAMPING = 1.0
-"""Pull towards the worths at which slopes were measured: slopes hold near them only."""
+"""Strength of the pull towards the worths at which slopes were measured; slopes are valid only near them."""
 CAUTION = 0.75
-"""Part of the learnt logarithms of worths that is used: slopes tell of small steps (docs/decisions/0010)."""
+"""Factor on the learnt logarithms of worths: slopes describe small steps only (docs/decisions/0010-per-token.md)."""
 LARGEST_SLOPE = 16.0
-"""In mean slopes of the layer; single tokens' slopes have long tails."""
+"""Slopes are cut at this many means of the layer, and at minus half as many: single tokens have long tails."""
 HIGHEST = 0.97
-"""Highest budget that is calibrated; above, towards 1, nearly all neurons run."""
+"""Highest calibrated budget; above it nearly all neurons run."""
 CALIBRATED = 8
+"""Number of calibrated budgets."""
 TOLERANCE = 0.004
-"""Part of a budget by which calibration may miss it."""
+"""Relative error of a budget at which calibration stops."""
 TRIES = 8
+"""Largest number of offsets tried for each budget."""
 LARGEST_OFFSET = 4.0
-"""Of the logarithm of prices."""
+"""Largest change of the log price in calibration."""
 FIRST_STEP = 1.5
-"""Half of how far the logarithm of a price goes for a budget that is missed by the whole; it doubles at every try."""
+"""The first step of the log price is twice this times the relative miss of the budget; each try doubles it."""
 
 
 @dataclass(frozen=True)
 class TokenRouterAbout(MadeFrom):
-    """What a token router was made from, over all rounds, and how good it is."""
+    """What a token router was made from, in all rounds together, and how good it is."""
 
     explained: float
-    """Quasi-likelihood that the last fit gained on rows left out; 0 where it tells no tokens apart."""
+    """Quasi-likelihood that the last fit gained on held-out rows; 0 if the router does not tell tokens apart."""
 
 
 def train_token_router(
@@ -85,25 +88,29 @@ def train_token_router(
     seed: int = 0,
     show: bool = False,
 ) -> tuple[TokenRouter, TokenRouterAbout]:
-    """A token router on top of a static one, learnt on `blocks` and calibrated on other text.
+    """Train a token router on top of a static one.
 
     Args:
-        blocks: text for all rounds together, each of which takes its part.
-        calibrated: ascending budgets to calibrate, as shares of the full model's cost; between them prices are
-            interpolated. By default 8 over the static router's range.
-        arithmetic: what to compute in, if not the weights' type.
-        kept: takes each round that is measured, so that an interrupted run goes on.
+        blocks: text to learn from; it is split evenly over the rounds.
+        calibration: other text, to calibrate on.
+        calibrated: ascending budgets to calibrate, as shares of the full model's cost; prices are interpolated between
+            them. By default 8 budgets over the static router's range.
+        arithmetic: dtype to compute in, by default the weights'.
+        kept: stores each measured round, so that an interrupted run resumes.
 
     Raises:
-        RouterError: too little text, or slopes that are no numbers.
+        RouterError: too little text, or slopes that are not finite.
     """
     router = TokenRouter(static.net, model.config.hidden_size, rank=rank).to(model.device)
     parts = blocks.tokens.tensor_split(rounds)
     if min(map(len, parts)) * HELD_OUT < 1:
-        raise RouterError(f"{len(blocks.tokens)} blocks of text are too few for {rounds} rounds; give more tokens.")
+        raise RouterError(
+            f"{len(blocks.tokens)} blocks of text are too few for {rounds} rounds: each needs {round(1 / HELD_OUT)}. "
+            "Give more tokens."
+        )
     measured: list[Slopes] = []
     explained = 0.0
-    wanted = model.lm.training, [parameter.requires_grad for parameter in model.lm.parameters()]
+    before = model.lm.training, [parameter.requires_grad for parameter in model.lm.parameters()]
     model.lm.requires_grad_(False).eval()
     try:
         with bar(len(blocks.tokens), description="token router", show=show) as advance:
@@ -122,15 +129,15 @@ def train_token_router(
         budgets = calibrated or np.linspace(router.static.lowest, HIGHEST, CALIBRATED).tolist()
         calibrate(model, router, table, static, calibration, budgets, arithmetic=arithmetic, show=show)
     finally:
-        model.lm.train(wanted[0])
-        for parameter, wants in zip(model.lm.parameters(), wanted[1], strict=True):
-            parameter.requires_grad_(wants)
+        model.lm.train(before[0])
+        for parameter, learns in zip(model.lm.parameters(), before[1], strict=True):
+            parameter.requires_grad_(learns)
     about = TokenRouterAbout(table.metric, dict(table.conditions), blocks.text, blocks.tokens.numel(), explained)
     return router, about
 
 
-def answers(static: Router, table: CostTable, budgets: Sequence[float]) -> list[Subnet]:
-    """The static router's sub-networks within shares of the full model's cost."""
+def static_answers(static: Router, table: CostTable, budgets: Sequence[float]) -> list[Subnet]:
+    """Return the static router's sub-networks for budgets, given as shares of the full model's cost."""
     return [static.choose([Ceiling(table, min(budget, 1) * table.full, f"{budget}x")]) for budget in budgets]
 
 
@@ -145,12 +152,12 @@ def _measure(
     advance: Any,
     batch: int = 4,
 ) -> Slopes:
-    """Slopes at the router's widths, at a budget of its own for each row of text."""
+    """Measure slopes at the router's widths, with a different budget for each row of text."""
     parts = []
     for tokens_BT in torch.split(tokens_NT, batch):
-        places_B = (torch.arange(len(tokens_BT)) + torch.rand(len(tokens_BT), generator=draw)) / len(tokens_BT)
-        budgets_B = router.static.lowest + (HIGHEST - router.static.lowest) * places_B
-        subnets = answers(static, table, budgets_B.tolist())
+        positions_B = (torch.arange(len(tokens_BT)) + torch.rand(len(tokens_BT), generator=draw)) / len(tokens_BT)
+        budgets_B = router.static.lowest + (HIGHEST - router.static.lowest) * positions_B
+        subnets = static_answers(static, table, budgets_B.tolist())
         with torch.autocast(model.device.type, dtype=arithmetic or model.dtype, enabled=_casts(model, arithmetic)):
             parts.append(_slopes(model, router, budgets_B, subnets, tokens_BT))
         for _ in tokens_BT:
@@ -159,8 +166,8 @@ def _measure(
     slopes_LN = torch.cat(slopes, 1)
     means_L1 = slopes_LN.mean(1, keepdim=True)
     if not bool(slopes_LN.isfinite().all()):
-        raise RouterError("the loss has slopes that are no numbers; evaluate the model, or load it in float32.")
-    # a layer whose neurons hardly matter has slopes of noise: they count for little
+        raise RouterError("the slopes of the loss are not finite; evaluate the model, or load it in float32.")
+    # where neurons hardly matter, slopes are noise: a larger scale lets them count little
     least = torch.maximum(0.3 * means_L1.median(), 1e-2 * slopes_LN.abs().mean()).clamp(min=1e-12)
     scale_L1 = torch.maximum(means_L1, least)
     return Slopes(
@@ -224,18 +231,18 @@ def _slopes(
 
 
 def _of_neurons(mask_BTK: torch.Tensor, sizes_K: torch.Tensor) -> torch.Tensor:
-    """A mask of blocks of neurons as one of equal parts: of blocks, if they are equal, else of neurons."""
+    """Return a mask of equal parts from one of blocks: the same if all blocks are equal, else one of single neurons."""
     return mask_BTK if bool((sizes_K == sizes_K[0]).all()) else mask_BTK.repeat_interleave(sizes_K, dim=-1)
 
 
 def fit(router: TokenRouter, measured: Sequence[Slopes], *, rows: int, seed: int = 0) -> float:
-    """Learn worths from slopes; the quasi-likelihood gained on rows of text that were left out of learning.
+    """Learn worths from slopes; returns the quasi-likelihood gained on held-out rows of text.
 
-    A token whose slope is s times its layer's mean, at the worth w that it had, is worth s w. The expectation is learnt
-    by the quasi-likelihood of a Poisson, which takes slopes below zero too, with a pull towards w.
+    A token with worth w whose slope is s times its layer's mean is now worth s w. The networks learn the mean of s w by
+    the Poisson quasi-likelihood, which also takes negative slopes, with a pull towards w.
 
     Args:
-        rows: tokens of a row of text, which are learnt from or left out together.
+        rows: number of tokens in a row of text; a row is learnt from or held out as a whole.
     """
     hidden_LND, slopes_LN, before_LN = (
         torch.cat(several, 1) for several in ([getattr(part, name) for part in measured] for name in Slopes._fields[:3])
@@ -243,37 +250,37 @@ def fit(router: TokenRouter, measured: Sequence[Slopes], *, rows: int, seed: int
     budgets_N = torch.cat([part.budgets_N for part in measured])
     if len(measured) == 1:
         _fit_scale(router, hidden_LND)
-    of_row_N = torch.arange(len(budgets_N)) // rows
-    left_out_N = of_row_N % round(1 / HELD_OUT) == 0
-    learnt = (~left_out_N).nonzero()[:, 0]
-    checked = left_out_N.nonzero()[:, 0]
+    row_of_N = torch.arange(len(budgets_N)) // rows
+    held_out_N = row_of_N % round(1 / HELD_OUT) == 0
+    learnt = (~held_out_N).nonzero()[:, 0]
+    held_out = held_out_N.nonzero()[:, 0]
 
     device = router.out_LR.device
 
-    def loss_of(places: torch.Tensor) -> torch.Tensor:
-        shifts_LNR = router.shifts(budgets_N[places].to(device))
-        hidden_LMD = hidden_LND[:, places].to(device).float()
+    def loss_of(indices_M: torch.Tensor) -> torch.Tensor:
+        shifts_LMR = router.shifts(budgets_N[indices_M].to(device))
+        hidden_LMD = hidden_LND[:, indices_M].to(device).float()
         worths = [
             router.log_worths(layer, hidden_MD[:, None], shift_MR)[:, 0]
-            for layer, (hidden_MD, shift_MR) in enumerate(zip(hidden_LMD, shifts_LNR, strict=True))
+            for layer, (hidden_MD, shift_MR) in enumerate(zip(hidden_LMD, shifts_LMR, strict=True))
         ]
-        moved_LN = torch.stack(worths) - before_LN[:, places].to(device)
-        slopes = slopes_LN[:, places].to(device)
-        return (moved_LN.exp() - 1 - slopes * moved_LN + DAMPING / 2 * moved_LN.square()).mean()
+        moved_LM = torch.stack(worths) - before_LN[:, indices_M].to(device)
+        slopes_LM = slopes_LN[:, indices_M].to(device)
+        return (moved_LM.exp() - 1 - slopes_LM * moved_LM + DAMPING / 2 * moved_LM.square()).mean()
 
     parameters = [parameter for parameter in router.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     draw = torch.Generator().manual_seed(seed)
-    best, state, waited = _value(loss_of, checked), _copy(parameters), 0
+    best, state, waited = _mean_loss(loss_of, held_out), _copy(parameters), 0
     first = best
     for _ in range(PASSES):
-        for places in torch.split(learnt[torch.randperm(len(learnt), generator=draw)], BATCH):
+        for indices_M in torch.split(learnt[torch.randperm(len(learnt), generator=draw)], BATCH):
             optimizer.zero_grad()
             with torch.enable_grad():
-                loss = loss_of(places)
+                loss = loss_of(indices_M)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-        value = _value(loss_of, checked)
+        value = _mean_loss(loss_of, held_out)
         waited += 1
         if value < best:
             best, state, waited = value, _copy(parameters), 0
@@ -287,8 +294,8 @@ def fit(router: TokenRouter, measured: Sequence[Slopes], *, rows: int, seed: int
 
 
 @torch.no_grad()
-def _value(loss_of: Any, places: torch.Tensor) -> float:
-    return float(sum(loss_of(part) * len(part) for part in torch.split(places, BATCH)) / len(places))
+def _mean_loss(loss_of: Any, indices: torch.Tensor) -> float:
+    return float(sum(loss_of(part) * len(part) for part in torch.split(indices, BATCH)) / len(indices))
 
 
 def _copy(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -297,7 +304,7 @@ def _copy(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def _centre(router: TokenRouter, hidden_LND: torch.Tensor, budgets_N: torch.Tensor) -> None:
-    """Let the mean logarithm of worths be 0 in every layer: what a layer gets is the static router's matter."""
+    """Shift the logarithms of worths to mean 0 in every layer: the static router decides what each layer gets."""
     device = router.out_LR.device
     for layer, shift_NR in enumerate(router.shifts(budgets_N.to(device))):
         worths_N = router.log_worths(layer, hidden_LND[layer].to(device).float()[:, None], shift_NR)
@@ -306,7 +313,7 @@ def _centre(router: TokenRouter, hidden_LND: torch.Tensor, budgets_N: torch.Tens
 
 @torch.no_grad()
 def _fit_scale(router: TokenRouter, hidden_LND: torch.Tensor) -> None:
-    """What the networks read gets a variance of about 1, however large a model's hidden states are."""
+    """Scale what the networks read to a variance of about 1, whatever the size of the hidden states."""
     for layer, hidden_ND in enumerate(hidden_LND):
         router.reads_LRD[layer] /= hidden_ND.float().square().mean().sqrt().clamp(min=1e-6).item()
 
@@ -322,11 +329,11 @@ def calibrate(
     arithmetic: torch.dtype | None = None,
     show: bool = False,
 ) -> None:
-    """Find, for ascending budgets, what to add to prices so that the average cost on `blocks` is the budget."""
+    """Set the router's offsets to log prices so that its mean cost on `blocks` meets each of ascending budgets."""
     offsets, plans = [], []
     offset = 0.0
     with bar(len(budgets), description="calibrate", show=show) as advance:
-        for budget, subnet in zip(budgets, answers(static, table, budgets), strict=True):
+        for budget, subnet in zip(budgets, static_answers(static, table, budgets), strict=True):
 
             def used_at(offset: float, budget: float = budget, subnet: Subnet = subnet) -> TokenRouting:
                 router.offsets_C, router.budgets_C = torch.full((2,), offset), torch.full((2,), budget)
@@ -340,7 +347,7 @@ def calibrate(
                         model.lm.base_model(input_ids=tokens_BT.to(model.device), use_cache=False)
                 return routing
 
-            offset, routing = _find(used_at, budget, offset)
+            offset, routing = _find_offset(used_at, budget, offset)
             offsets.append(offset)
             plans.append(routing.costs_of_layers)
             advance()
@@ -349,27 +356,31 @@ def calibrate(
     router.to(model.device)
 
 
-def _find(used_at: Callable[[float], TokenRouting], budget: float, offset: float) -> tuple[float, TokenRouting]:
-    """The offset at which the average cost is the budget, by false position; the nearest of some tries."""
+def _find_offset(used_at: Callable[[float], TokenRouting], budget: float, offset: float) -> tuple[float, TokenRouting]:
+    """Find the offset at which the average cost meets the budget, by false position; returns the best of TRIES."""
     tried: list[tuple[float, float, TokenRouting]] = []
     for _ in range(TRIES):
         routing = used_at(offset)
         tried.append((offset, routing.average_cost / budget - 1, routing))
         if abs(tried[-1][1]) < TOLERANCE:
             break
-        offset = _next(sorted((place, missed) for place, missed, _ in tried))
+        offset = _next_offset(sorted((at, missed) for at, missed, _ in tried))
     offset, _, routing = min(tried, key=lambda item: abs(item[1]))
     return offset, routing
 
 
-def _next(tried: Sequence[tuple[float, float]]) -> float:
-    """Where to look next: between a price that is too low and one too high, else further the way that is left."""
+def _next_offset(tried: Sequence[tuple[float, float]]) -> float:
+    """Return the next offset to try: between one too low and one too high, else beyond all tried.
+
+    Args:
+        tried: offsets, ascending, with the relative error of their cost; a cost above the budget means a price too low.
+    """
     too_low = [pair for pair in tried if pair[1] > 0]
     too_high = [pair for pair in tried if pair[1] <= 0]
-    way = FIRST_STEP * 2.0 ** len(tried)
+    step = FIRST_STEP * 2.0 ** len(tried)
     if not too_high:
-        return min(too_low[-1][0] + way * too_low[-1][1], LARGEST_OFFSET)
+        return min(too_low[-1][0] + step * too_low[-1][1], LARGEST_OFFSET)
     if not too_low:
-        return max(too_high[0][0] + way * too_high[0][1], -LARGEST_OFFSET)
+        return max(too_high[0][0] + step * too_high[0][1], -LARGEST_OFFSET)
     (low, above), (high, below) = too_low[-1], too_high[0]
     return low + min(max(above / (above - below), 0.1), 0.9) * (high - low)

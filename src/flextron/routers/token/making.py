@@ -1,4 +1,4 @@
-"""The token router of a checkpoint: made from its folder, and kept there beside the static one that it starts from."""
+"""Making a token router for a checkpoint from what its folder holds; saving and loading it there."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from flextron.environment import faster_dtype
 from flextron.errors import RouterError
 from flextron.ranking.sensitivity import sensitivity_blocks
 from flextron.records import read_record
+from flextron.routers.about import phase_of
 from flextron.routers.static.making import sensitivity_of, unused_blocks
 from flextron.routers.static.net import StaticRouter
 from flextron.routers.static.pairs import FOLDER
@@ -33,40 +34,41 @@ from flextron.routers.token.slopes import KeptSlopes
 VERSION = 1
 WEIGHTS = "token_router.safetensors"
 ABOUT = "token_router.json"
-CALIBRATION_TOKENS = 4096
 TOKENS_PER_ROUND = 2048
-"""At least: of 8 blocks, one is left out of learning."""
+"""Least number of tokens in a round: 8 blocks, one of them held out."""
+CALIBRATION_TOKENS = 4096
 
 
 def make_token_router(
     model: ElasticModel,
     folder: str | Path,
     *,
-    phase: str = "decode",
     tokens: int = 12288,
     text: str = "sample/train",
     rounds: int = ROUNDS,
     calibrated: Sequence[float] | None = None,
+    phase: str = "decode",
     seed: int = 0,
     any_device: bool = False,
     show: bool = False,
 ) -> tuple[TokenRouter, TokenRouterAbout]:
     """Train a token router on top of the static router for one phase and save it in `folder`.
 
-    Rounds of slopes that are measured stay in `folder`/routers until then, so that a run that was interrupted goes on.
+    Measured rounds of slopes stay in `folder`/routers until the router is saved: an interrupted run resumes from them.
 
     Args:
         folder: the elastic checkpoint that `model` was loaded from.
-        tokens: of `text` to learn from; documents that the model was ranked on are left out. It is calibrated on the
-            documents that follow.
+        tokens: number of tokens of `text` to learn from, without documents that the model was ranked on. The documents
+            that follow serve for calibration.
         rounds, calibrated: as for `train_token_router`.
-        any_device: use a latency table of another device or version.
-        show: tell on standard error what goes on, with bars.
+        phase: prefill or decode.
+        any_device: accept a latency table of another device or version.
+        show: print progress bars to standard error.
 
     Raises:
-        ValueError: another phase, or fewer tokens than it takes.
-        RouterError: no static router for this phase, or as `train_token_router`.
-        CostError: no latency table of this device and version, and `any_device` is false.
+        ValueError: an unknown phase, or too few tokens.
+        RouterError: no static router for this phase, too little text, or as `train_token_router`.
+        CostError: no latency table for this device and version, and `any_device` is false.
     """
     if phase not in PHASES:
         raise ValueError(f"phase is {phase!r}; it must be one of: {', '.join(PHASES)}.")
@@ -78,8 +80,8 @@ def make_token_router(
     blocks, _ = unused_blocks(model, sensitivity_of(model, folder), text, tokens=tokens)
     if blocks.tokens.numel() < least:
         raise RouterError(
-            f"{text} has {blocks.tokens.numel()} tokens that the model was not ranked on; a token router needs "
-            f"{least}. Give a longer text."
+            f"{text} has {blocks.tokens.numel()} tokens that the model was not ranked on; a token router needs at "
+            f"least {least}. Give a longer text."
         )
     calibration = sensitivity_blocks(model.tokenizer, text, tokens=CALIBRATION_TOKENS, after=blocks.documents)
     settings = {"text": blocks.text, "tokens": blocks.tokens.numel(), "rounds": rounds, "seed": seed}
@@ -94,7 +96,7 @@ def make_token_router(
 
 
 def _digest(net: torch.nn.Module) -> str:
-    """A hash of a network's weights."""
+    """Return a hash of a network's weights."""
     digest = hashlib.sha256()
     for tensor in net.state_dict().values():
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
@@ -104,18 +106,18 @@ def _digest(net: torch.nn.Module) -> str:
 def remake_token_router(
     folder: str | Path, old: TokenRouterAbout, *, device: str, show: bool = False
 ) -> tuple[TokenRouter, TokenRouterAbout]:
-    """Train a token router for the weights, table and static router in `folder`, on the text that an older one had.
+    """Train a token router for the weights, table and static router in `folder`, on the text of an older one.
 
     Raises:
         FlextronError: as `make_token_router`.
     """
-    phase = next(phase for phase, metric in PHASES.items() if metric == old.metric)
+    phase = phase_of(old.metric)
     model = ElasticModel.from_pretrained(folder, device=device)
     return make_token_router(model, folder, phase=phase, tokens=old.tokens, text=old.text, any_device=True, show=show)
 
 
 def save_token_router(folder: str | Path, router: TokenRouter, about: TokenRouterAbout, model: ElasticModel) -> Path:
-    """Write routers/METRIC-per-token beside a checkpoint, whole or not at all; returns the folder."""
+    """Write or replace routers/METRIC-per-token in a checkpoint's folder, whole or not at all; returns the path."""
     target = Path(folder) / FOLDER / f"{about.metric}-per-token"
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in router.state_dict().items()}
     data = {"version": VERSION, "fingerprint": model.fingerprint(), **asdict(about)}
@@ -126,27 +128,25 @@ def save_token_router(folder: str | Path, router: TokenRouter, about: TokenRoute
 
 
 def has_token_router(folder: str | Path, metric: str) -> bool:
-    """Whether there is a token router for a metric beside a checkpoint."""
+    """Return whether the checkpoint in `folder` has a token router for `metric`."""
     return (Path(folder) / FOLDER / f"{metric}-per-token" / ABOUT).is_file()
 
 
 def load_token_router(folder: str | Path, metric: str, model: ElasticModel) -> tuple[TokenRouter, TokenRouterAbout]:
-    """Read the token router for `metric` beside a checkpoint.
+    """Read the token router for `metric` from a checkpoint's folder.
 
     Raises:
-        RouterError: missing, damaged, of another version, or trained for other weights than `model` has.
+        RouterError: missing, damaged, of another version, for a metric of no phase, or trained for other weights than
+            the model's.
     """
     source = Path(folder) / FOLDER / f"{metric}-per-token"
-    phase = next((phase for phase, name in PHASES.items() if name == metric), None)
-    if phase is None:
-        raise RouterError(f"tokens are routed within {' or '.join(PHASES.values())}, not {metric}.")
-    way_out = f"Train one: flextron train-router {folder} --phase {phase} --per-token"
+    way_out = f"Train one: flextron train-router {folder} --phase {phase_of(metric)} --per-token"
     if not has_token_router(folder, metric):
         raise RouterError(f"{folder} has no token router for {metric}. {way_out}")
     try:
         data = read_record(source / ABOUT, version=VERSION)
         if data.pop("fingerprint") != model.fingerprint():
-            raise RouterError(f"the token router in {source} was trained for another checkpoint than this. {way_out}")
+            raise RouterError(f"the token router in {source} was trained for another checkpoint. {way_out}")
         router = _of_state(load_file(source / WEIGHTS))
         return router, TokenRouterAbout(**data)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
@@ -164,12 +164,12 @@ def _of_state(state: dict[str, torch.Tensor]) -> TokenRouter:
 
 
 def describe_token_router(router: TokenRouter, about: TokenRouterAbout) -> str:
-    """How it was made, in a few lines, and whether it tells tokens apart at all."""
+    """Describe in a few lines how a token router was made, and whether it tells tokens apart."""
     lines = [
         f"token router for {about.metric}, from {about.tokens} tokens of {about.text}",
-        f"quasi-likelihood gained on rows left out: {about.explained:.3f}",
+        f"quasi-likelihood gained on held-out rows: {about.explained:.3f}",
         f"calibrated from {float(router.budgets_C[0]):.2f}x to {float(router.budgets_C[-1]):.2f}x",
     ]
     if about.explained <= 0:
-        lines.append("It tells no tokens apart: it answers as the static router. Give it more tokens.")
+        lines.append("It does not tell tokens apart: it answers like the static router. Give it more tokens.")
     return "\n".join(lines)

@@ -1,9 +1,9 @@
-"""The token router: what a neuron is worth to each token in each layer, from its hidden state and the budget.
+"""The token router's networks: predict what a layer's neurons are worth to a token, from its hidden state and budget.
 
-Flextron (Cai et al., ICML 2024), section 4.3: a small network per layer sees the token and gives it widths. Ours: the
-network gives one number, the worth, by which the static router's price of cost is divided. So it starts as the static
-router (worth 1), serves any budget of that, and finding a width is one look-up. Attention keeps the static router's
-answer: all tokens of a request write the same KV groups.
+Flextron (Cai et al., ICML 2024), section 4.3: a small network per layer reads the token and gives its widths. Ours: the
+network gives one number, the worth, which divides the static router's price of cost. So the token router starts equal
+to the static router (worth 1), serves the same budgets, and finds a width by one look-up. Attention keeps the static
+router's answer, because all tokens of a request write the same KV groups.
 
 Shapes: B rows (requests), T time, L layers, K choices of an MLP's width, D model, R rank, C calibrated budgets.
 """
@@ -25,21 +25,21 @@ from flextron.routers.static.net import StaticRouter
 
 RANK = 32
 WIDTHS = 9
-"""Widths that tokens are offered in each layer."""
+"""Number of widths that a token may choose from in each layer."""
 LARGEST = 3.0
-"""Largest logarithm of a worth: a token counts for at most 20 average ones."""
+"""Largest logarithm of a worth: a token counts at most as much as 20 average ones."""
 
 
 class TokenRouter(nn.Module):
-    """Logarithms of worths, by one small network per layer, on top of a static router that stays as it is."""
+    """Predicts logarithms of worths with one small network per layer, on top of a frozen static router."""
 
     def __init__(self, static: StaticRouter, hidden_size: int, *, rank: int = RANK) -> None:
-        """A router whose answers are the static one's."""
+        """Start with the answers of the static router."""
         super().__init__()
         self.static = copy.deepcopy(static).requires_grad_(False)
         layers = len(static.costs_SK) // 2
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # an untrained router is the same each time, and leaves the caller's generator alone
+            torch.manual_seed(0)  # every untrained router is the same
             self.reads_LRD = nn.Parameter(torch.randn(layers, rank, hidden_size) / math.sqrt(hidden_size))
             self.budget_LR = nn.Parameter(torch.randn(layers, rank) / 2)
             self.bias_LR = nn.Parameter(torch.randn(layers, rank) / 2)
@@ -60,16 +60,16 @@ class TokenRouter(nn.Module):
         return len(self.out_bias_L)
 
     def shifts(self, budgets_B: torch.Tensor) -> torch.Tensor:
-        """What budgets, in shares of the full model's cost, add to what the networks read, [L, B, R]."""
-        place_B = 2 * (budgets_B - self.static.lowest) / (1 - self.static.lowest) - 1
-        return self.bias_LR[:, None] + place_B[:, None] * self.budget_LR[:, None]
+        """Return what budgets, as shares of the full model's cost, add to the networks' hidden units, [L, B, R]."""
+        position_B = 2 * (budgets_B - self.static.lowest) / (1 - self.static.lowest) - 1
+        return self.bias_LR[:, None] + position_B[:, None] * self.budget_LR[:, None]
 
     def log_worths(self, layer: int, hidden_BTD: torch.Tensor, shift_BR: torch.Tensor) -> torch.Tensor:
-        """Logarithm of what a neuron of a layer is worth to each token, [B, T].
+        """Return the logarithm of what a neuron of one layer is worth to each token, [B, T].
 
         Args:
-            hidden_BTD: what enters the MLP, normed by the model.
-            shift_BR: of `shifts`, this layer's.
+            hidden_BTD: input of the MLP, after the model's norm.
+            shift_BR: this layer's part of `shifts`.
         """
         read_BTR = F.linear(hidden_BTD, self.reads_LRD[layer].to(hidden_BTD.dtype))
         hidden_BTR = F.silu(read_BTR.float() + shift_BR[:, None])
@@ -77,14 +77,14 @@ class TokenRouter(nn.Module):
         return LARGEST * torch.tanh(worths_BT / LARGEST)
 
     def log_prices(self, budgets_B: torch.Tensor) -> torch.Tensor:
-        """Logarithm of the static router's price of a unit of cost in the MLP of every layer, [B, L]."""
+        """Return the logarithm of the static router's price per unit of cost in each layer's MLP, [B, L]."""
         return self.static.log_prices_of(budgets_B)[:, : self.layers]
 
     def calibrated(self, costs_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Where the MLPs of all layers cost so much on average: budgets [B], log prices and costs of layers [B, L].
+        """Return budgets [B], log prices [B, L] and MLP costs [B, L] at which all MLPs together cost `costs_B`.
 
-        Between the budgets that were calibrated all is interpolated by what the MLPs cost there: what the attention
-        takes of a budget goes up in steps.
+        Values are interpolated between calibrated budgets along the cost of the MLPs, not along the budget, because the
+        attention's part of a budget rises in steps.
         """
         costs_C = self.plan_CL.sum(1).cummax(0).values
         costs_C = costs_C + 1e-7 * torch.arange(len(costs_C), device=costs_C.device)  # ascending
@@ -95,14 +95,18 @@ class TokenRouter(nn.Module):
         return budgets_B1[:, 0], self.log_prices(budgets_B1[:, 0]) + offsets_B1, plan_BL
 
     def choose(self, layer: int, log_prices_BT: torch.Tensor) -> torch.Tensor:
-        """Indices of the widths that are worth most after these prices, divided by worths, are paid, [B, T]."""
+        """Return the indices of the widths with the largest utility - price * cost, [B, T].
+
+        Args:
+            log_prices_BT: logarithms of prices that are already divided by worths.
+        """
         if not self._steps:
             self._steps = [_steps(costs, utilities, _offered(len(costs))) for costs, utilities in self._rows()]
         gains, choices = self._steps[layer]
         return choices.to(log_prices_BT.device)[torch.bucketize(-log_prices_BT, -gains.to(log_prices_BT.device))]
 
     def _rows(self) -> list[tuple[Floats, Floats]]:
-        """Costs and utilities of every layer's choices."""
+        """Return costs and utilities of the MLP's choices, layer by layer."""
         counts = self.static.allowed_SK[: self.layers].sum(-1).tolist()
         return [
             (np.asarray(costs[:count].double().cpu()), np.asarray(utilities[:count].double().cpu()))
@@ -111,20 +115,20 @@ class TokenRouter(nn.Module):
 
 
 def _offered(choices: int) -> list[int]:
-    """The choices that tokens are offered, evenly over all: few, as every further width costs time to run."""
-    return sorted({round(place) for place in np.linspace(0, choices - 1, WIDTHS)})
+    """Return evenly spaced choices for tokens; only a few, because each further width takes time to run."""
+    return sorted({round(choice) for choice in np.linspace(0, choices - 1, WIDTHS)})
 
 
 def _steps(costs_K: Floats, utilities_K: Floats, offered: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The choices that are best at some price, the narrowest first, and the logarithm of what each gains per cost.
+    """Return the logarithms of utility gained per cost from choice to choice, and the choices, narrowest first.
 
-    They lie on the upper concave envelope of utility over cost.
+    Only choices that are best at some price remain: the upper concave envelope of utility over cost.
     """
     hull = [offered[0]]
     for choice in offered[1:]:
         if utilities_K[choice] <= utilities_K[hull[-1]]:
             continue
-        while hull and costs_K[choice] <= costs_K[hull[-1]]:  # as cheap, and worth more
+        while hull and costs_K[choice] <= costs_K[hull[-1]]:  # costs no more, gains more
             hull.pop()
         while len(hull) > 1 and _slope(costs_K, utilities_K, hull[-1], choice) >= _slope(
             costs_K, utilities_K, hull[-2], hull[-1]
@@ -139,9 +143,9 @@ def _slope(costs_K: Floats, utilities_K: Floats, low: int, high: int) -> float:
     return float((utilities_K[high] - utilities_K[low]) / (costs_K[high] - costs_K[low]))
 
 
-def _interpolate(places_C: torch.Tensor, values_CX: torch.Tensor, at_B: torch.Tensor) -> torch.Tensor:
-    """Rows of values between ascending places, [B, X]; beyond the ends, the end's."""
-    high_B = torch.searchsorted(places_C, at_B.contiguous()).clamp(1, len(places_C) - 1)
+def _interpolate(points_C: torch.Tensor, values_CX: torch.Tensor, at_B: torch.Tensor) -> torch.Tensor:
+    """Interpolate rows of values between ascending points, [B, X]; constant beyond the ends."""
+    high_B = torch.searchsorted(points_C, at_B.contiguous()).clamp(1, len(points_C) - 1)
     low_B = high_B - 1
-    part_B = ((at_B - places_C[low_B]) / (places_C[high_B] - places_C[low_B])).clamp(0, 1)
+    part_B = ((at_B - points_C[low_B]) / (points_C[high_B] - points_C[low_B])).clamp(0, 1)
     return values_CX[low_B] + part_B[:, None] * (values_CX[high_B] - values_CX[low_B])

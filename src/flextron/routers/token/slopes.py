@@ -1,4 +1,4 @@
-"""What a token router learns from: slopes of the loss at every token in every layer, kept round by round.
+"""Slopes of the loss at every token in every layer, from which a token router learns; kept round by round.
 
 Shapes: L layers, N tokens, D model.
 """
@@ -22,34 +22,35 @@ FILE = "slopes.safetensors"
 
 
 class Slopes(NamedTuple):
-    """What one round measured at every token in every layer."""
+    """Measurements of one round at every token in every layer."""
 
     hidden_LND: torch.Tensor
-    """What entered the MLP, bfloat16."""
+    """Inputs of the MLPs, bfloat16."""
     slopes_LN: torch.Tensor
-    """Nats that a neuron more would save, in means of the layer."""
+    """Nats that one more neuron would save, as multiples of the layer's mean."""
     log_worths_LN: torch.Tensor
-    """As the router had them then."""
+    """Logarithms of worths that the router gave in this round."""
     budgets_N: torch.Tensor
+    """Budgets of the tokens' rows, as shares of the full model's cost."""
 
 
 class KeptSlopes:
-    """Rounds that are measured, in a folder beside a checkpoint until its token router is made."""
+    """Measured rounds, kept in a checkpoint's folder until its token router is made."""
 
     def __init__(self, folder: str | Path, about: dict[str, Any]) -> None:
-        """Those of a checkpoint that belong to `about`: weights, static router, text and settings, as JSON."""
+        """Open the rounds that belong to `about`: weights, static router, text and settings; must be JSON."""
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
         self.folder = Path(folder) / FOLDER / f"slopes-{digest}"
 
     def load(self, round_: int) -> Slopes | None:
-        """What an earlier run measured in a round; None where it did not, or where the file cannot be read."""
+        """Read a round that an earlier run measured; None if there is none or it cannot be read."""
         try:
             return Slopes(**load_file(self._of(round_) / FILE))
         except (OSError, SafetensorError, TypeError):
             return None
 
     def save(self, round_: int, slopes: Slopes) -> None:
-        """Keep a round, whole or not at all.
+        """Write a round, whole or not at all.
 
         Raises:
             CheckpointError: the write failed.

@@ -1,4 +1,4 @@
-"""The public `ElasticModel`: the nested model of `elastic.model`, of which a budget can be asked."""
+"""The public `ElasticModel`: the nested model of `elastic.model`, plus budgets."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from flextron.subnet import Subnet
 
 
 class ElasticModel(elastic.ElasticModel):
-    """A decoder LLM of which any nested sub-network runs, chosen by its widths or by a budget.
+    """A decoder LLM that runs as any of its nested sub-networks, chosen by widths or by a budget.
 
-    `lm` is the transformers model itself, with its projections swapped in place: its Parameters and their names stay,
-    so anything that takes a transformers model takes it. All sub-networks share one set of weights.
+    `lm` is the transformers model itself, with its projections swapped in place. Its Parameters keep their names, so
+    anything that takes a transformers model takes `lm`. All sub-networks share one set of weights.
 
         model = ElasticModel.from_pretrained("out/trained")
         with model.use(budget="0.6x"):
             loss = model(input_ids, labels=input_ids).loss
             text = model.generate(input_ids)
 
-    The choice is state of the model: one model serves one thread at a time.
+    The choice is part of the model's state, so use one model in one thread at a time.
     """
 
     @contextmanager
     def use(
         self, subnet: Subnet | None = None, *, budget: str | Sequence[str] | None = None, per_token: bool = False
     ) -> Iterator[ElasticModel]:
-        """Run as a sub-network inside the block, then as before; views of the shared weights, nothing is copied.
+        """Run as a sub-network inside the block, then as before. Nothing is copied: weights are shared views.
 
             with model.use(budget="0.6x"):
                 loss = model(input_ids, labels=input_ids).loss
@@ -37,26 +37,26 @@ class ElasticModel(elastic.ElasticModel):
 
         Args:
             subnet: the sub-network to run.
-            budget: what it may cost instead, such as "12ms" or "0.6x"; `flextron.route` chooses the best one, by the
-                latency tables and the router in the folder that the model was loaded from.
-            per_token: with a budget, every token gets a sub-network of its own (`flextron.route_tokens`) and the
-                budget holds on average; each row of a batch may then have a budget of its own.
+            budget: a limit on cost, such as "12ms" or "0.6x"; `flextron.route` chooses the best sub-network within it,
+                from the latency tables and the router in the folder that the model was loaded from.
+            per_token: give every token widths of its own (`flextron.route_tokens`); the budget holds on average, and
+                each row of a batch may have its own budget.
 
         Raises:
-            SubnetError: the sub-network is not in the search space of this model.
-            FlextronError: as `flextron.route`, or `flextron.route_tokens`.
-            ValueError: neither or both of `subnet` and `budget`, or several budgets without `per_token`.
+            SubnetError: `subnet` is not in the search space of this model.
+            FlextronError: as `flextron.route` or `flextron.route_tokens`.
+            ValueError: neither or both of `subnet` and `budget` are given, or several budgets without `per_token`.
         """
         if (subnet is None) == (budget is None) or (per_token and budget is None):
-            raise ValueError('name a sub-network or a budget, such as use(subnet) or use(budget="12ms").')
+            raise ValueError('give either a sub-network or a budget: use(subnet) or use(budget="12ms").')
         if budget is not None and per_token:
             with route_tokens(self, budget).use():
                 yield self
             return
         if budget is not None:
             if not isinstance(budget, str):
-                raise ValueError("a budget for each row of a batch needs per_token=True.")
+                raise ValueError("a list of budgets, one for each row of a batch, needs per_token=True.")
             subnet = route(self, budget).subnet
-        assert subnet is not None  # noqa: S101 - one of the two was named
+        assert subnet is not None  # noqa: S101 - checked above
         with super().use(subnet):
             yield self

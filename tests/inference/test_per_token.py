@@ -165,7 +165,9 @@ def test_wrong_widths_are_refused(llama):
     good = same_widths(llama)
     wide = TokenWidths(torch.tensor([0, neurons + 1]).expand(layers, 1, 2), good.kv_groups, good.query_heads)
     short = TokenWidths(good.neurons, good.kv_groups[:1], good.query_heads)
-    with pytest.raises(ValueError, match=rf"neurons are 0 to {neurons + 1}; a layer of this model has {neurons}"):
+    with pytest.raises(
+        ValueError, match=rf"neurons are 0 to {neurons + 1}; for this model they must be 0 to {neurons}"
+    ):
         wide.check(llama)
     with pytest.raises(ValueError, match=rf"kv_groups has the shape \[1, 1, 1\]; it must be \[{layers}, B, T\]"):
         short.check(llama)

@@ -141,7 +141,7 @@ def test_without_gradients(interpreted, mode):
 @pytest.mark.parametrize(
     ("place", "change", "message"),
     [
-        (0, lambda x: x[None], r"x_ND has shape \[1, 5, 40\], expected \[N, D\]: flatten"),
+        (0, lambda x: x[None], r"x_ND has shape \[1, 5, 40\], expected \[N, D\]. Flatten"),
         (0, lambda x: x.double(), "x_ND is torch.float64, expected torch.float32"),
         (1, lambda x: x[:0], r"gate_FD has shape \[0, 40\], expected \[F, D\]"),
         (1, lambda x: x[:, 1:], r"gate_FD has shape \[150, 39\], expected \[150, 40\]"),

@@ -1,7 +1,7 @@
-"""`ElasticModel`: a transformers model whose nested sub-networks can be chosen, by swapping projections in place.
+"""`ElasticModel`: runs a transformers model as any of its nested sub-networks, by swapping its projections in place.
 
-Flextron (Cai et al., ICML 2024, arXiv 2406.10260), section 3: the first d_j neurons or heads of ranked weights.
-Ours: KV groups with their query heads instead of heads, and width 0 for depth.
+Flextron (Cai et al., ICML 2024, arXiv 2406.10260), section 3: a sub-network keeps the first d_j neurons or heads of
+ranked weights. Ours: KV groups with their query heads instead of heads, and width 0 for depth.
 """
 
 from __future__ import annotations
@@ -38,30 +38,31 @@ class SubLayer:
     axis: Axis
     width: Width
     heads_per_unit: int
-    """Query heads in a KV group; 1 for neurons."""
+    """Number of query heads in a KV group; 1 for neurons."""
     counters: tuple[tuple[nn.Module, str], ...]
+    """Module attributes in which the family's own code counts rows of one stacked block; `keep` sets them."""
 
     @property
     def weights_per_unit(self) -> int:
-        """Weights, opening biases included, that one unit adds."""
+        """Number of weights in one unit, opening biases included."""
         opening = sum(p.numel() for module in self.opens for p in module.parameters(recurse=False))
         return (opening + self.closes.weight.numel()) // self.width.full
 
     def keep(self, units: int) -> None:
-        """Let the first `units` units run."""
+        """Run the first `units` units only."""
         self.width.kept = units
         for module, attribute in self.counters:
             setattr(module, attribute, self.width.of(self.closing_size))
 
     @property
     def closing_size(self) -> int:
-        """Input columns of the closing projection at full width."""
+        """Number of input columns of the closing projection at full width."""
         return self.closes.matrix().shape[1]
 
 
 @dataclass(frozen=True)
 class ElasticLayer:
-    """One decoder layer and its elastic sub-layers, by the axis on which each narrows."""
+    """One decoder layer and its elastic sub-layers, by axis."""
 
     module: nn.Module
     subs: Mapping[str, SubLayer]
@@ -71,27 +72,27 @@ class ElasticLayer:
 
     @property
     def mlp(self) -> SubLayer:
-        """The sub-layer of the neurons."""
+        """The sub-layer with the neurons."""
         return self["neurons"]
 
     @property
     def attention(self) -> SubLayer:
-        """The sub-layer of the KV groups."""
+        """The sub-layer with the KV groups."""
         return self["kv_groups"]
 
 
 class ElasticModel:
-    """A decoder LLM of which any nested sub-network runs; `flextron.ElasticModel` adds budgets.
+    """A decoder LLM that runs as any of its nested sub-networks; `flextron.ElasticModel` adds budgets.
 
-    `lm` is the transformers model itself, with its projections swapped in place: its Parameters and their names stay,
-    so anything that takes a transformers model takes it. Choosing a sub-network copies nothing.
+    `lm` is the transformers model itself, with its projections swapped in place. Its Parameters keep their names, so
+    anything that takes a transformers model takes `lm`. Choosing a sub-network copies nothing.
 
         model = ElasticModel.from_pretrained("out/smollm2-elastic")
         with model.use(subnet):
             loss = model(input_ids, labels=input_ids).loss
             text = model.generate(input_ids)
 
-    The choice is state of the model: one model serves one thread at a time.
+    The choice is part of the model's state, so use one model in one thread at a time.
     """
 
     def __init__(
@@ -105,17 +106,17 @@ class ElasticModel:
         """Make `lm` elastic in place.
 
         Args:
-            search_space: the widths to offer; by default 16 to 32 widths of the MLP and every number of KV groups.
-            ranking: the permutation that was applied to the weights, if any.
+            search_space: widths to offer; by default 16 to 32 MLP widths and every number of KV groups.
+            ranking: the permutation already applied to the weights, if any.
 
         Raises:
             UnknownFamilyError: the architecture has no spec.
-            ValueError: a search space or ranking of another model.
+            ValueError: the search space or the ranking belongs to another model.
         """
         self.lm = lm
         self.tokenizer = tokenizer
         self.folder: Path | None = None
-        """Where it was loaded from, with its latency tables and routers, if that is a folder."""
+        """Folder that the model was loaded from, which may hold latency tables and routers; None for other sources."""
         self.ranking = ranking
         self.family: Family = family_of(lm.config.model_type)
         self.layers = [_make_layer_elastic(layer, self.family, lm.config) for layer in _layers(lm, self.family)]
@@ -139,20 +140,22 @@ class ElasticModel:
     ) -> Self:
         """Load a plain or elastic checkpoint: a folder, a hub id, or a GGUF file (dequantised to `dtype`).
 
-        `device` is where to put it; "auto" takes a GPU if there is one.
-        `kwargs` go to transformers' `from_pretrained` (`revision`, `attn_implementation`, ...). Only
-        safetensors and GGUF weights are read, and no remote code runs unless `trust_remote_code=True` is passed.
+        Only safetensors and GGUF weights are read. No remote code runs unless `trust_remote_code=True` is passed.
+
+        Args:
+            device: where to put the model; "auto" takes a GPU if there is one.
+            kwargs: passed to transformers' `from_pretrained` (`revision`, `attn_implementation`, ...).
 
         Raises:
-            CheckpointError: missing, truncated or incomplete.
+            CheckpointError: the checkpoint is missing, truncated or incomplete.
             UnknownFamilyError: the architecture has no spec.
-            FlextronError: no such device.
+            FlextronError: the device does not exist.
         """
-        found = checkpoint.load(path, dtype=dtype, **kwargs)
-        _move(found.lm, device)
+        loaded = checkpoint.load(path, dtype=dtype, **kwargs)
+        _move(loaded.lm, device)
         try:
             model = cls(
-                found.lm, found.tokenizer, search_space=search_space or found.search_space, ranking=found.ranking
+                loaded.lm, loaded.tokenizer, search_space=search_space or loaded.search_space, ranking=loaded.ranking
             )
         except (TypeError, ValueError) as error:
             if search_space is not None:
@@ -162,27 +165,27 @@ class ElasticModel:
         return model
 
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
-        """Write a folder that transformers loads as the plain full model and `from_pretrained` as this elastic one.
+        """Write a folder that transformers loads as the full model, and `from_pretrained` as this elastic model.
 
         Raises:
-            CheckpointError: the folder exists and `overwrite` is false, or it cannot be written; then nothing is kept.
+            CheckpointError: the folder exists and `overwrite` is false, or it cannot be written (then nothing is left).
         """
-        found = Checkpoint(self.lm, self.tokenizer, self.search_space, self.ranking)
-        checkpoint.save(folder, found, overwrite=overwrite)
+        saved = Checkpoint(self.lm, self.tokenizer, self.search_space, self.ranking)
+        checkpoint.save(folder, saved, overwrite=overwrite)
 
     @property
     def subnet(self) -> Subnet:
-        """The sub-network that runs now."""
+        """Sub-network in use."""
         return self._subnet
 
     @contextmanager
     def use(self, subnet: Subnet) -> Iterator[ElasticModel]:
-        """Run as `subnet` inside the block, then as before; views of the shared weights, nothing is copied.
+        """Run as `subnet` inside the block, then as before. Nothing is copied: weights are shared views.
 
         In training, call `backward` inside the block too: gradient checkpointing runs the forward pass again there.
 
         Raises:
-            SubnetError: not in the search space of this model.
+            SubnetError: `subnet` is not in the search space of this model.
         """
         self.search_space.check(subnet)
         before = self._subnet
@@ -198,22 +201,22 @@ class ElasticModel:
         self._subnet = subnet
 
     def sub_layers(self) -> Iterator[tuple[int, str, SubLayer]]:
-        """Every elastic sub-layer, with the number of its layer and the axis on which it narrows."""
+        """Yield layer index, axis and sub-layer for every elastic sub-layer."""
         for index, layer in enumerate(self.layers):
             for axis, sub in layer.subs.items():
                 yield index, axis, sub
 
     @property
     def unit_weights(self) -> dict[str, tuple[int, ...]]:
-        """Weights that one unit adds, for each axis and layer."""
+        """Number of weights in one unit, for each axis and layer."""
         return {axis: tuple(layer[axis].weights_per_unit for layer in self.layers) for axis in self.family.axes}
 
     def layer_weights(self, subnet: Subnet) -> int:
-        """Weights of the elastic projections that `subnet` keeps; embeddings, norms and closing biases apart."""
+        """Count the weights that `subnet` keeps, without embeddings, norms and closing biases."""
         return sum(subnet[axis][layer] * sub.weights_per_unit for layer, axis, sub in self.sub_layers())
 
     def fingerprint(self) -> str:
-        """A hash that tells this model's weights from another's, in whatever type they are: of signs, and its sizes."""
+        """Return a hash of the sizes and of the weights' signs, which is the same in every dtype."""
         digest = hashlib.sha256(repr((self.config.model_type, self.search_space)).encode())
         for layer in (self.layers[0], self.layers[-1]):
             for sub in layer.subs.values():
@@ -221,15 +224,15 @@ class ElasticModel:
         return digest.hexdigest()[:16]
 
     def share(self, subnet: Subnet) -> float:
-        """Share of the layers' weights that `subnet` keeps, 0 to 1."""
+        """Return the share of the layers' weights that `subnet` keeps, 0 to 1."""
         return self.layer_weights(subnet) / self.layer_weights(self.search_space.full)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The forward pass of the transformers model, as the sub-network in use."""
+        """Run the forward pass of the transformers model with the sub-network in use."""
         return self.lm(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """`generate` of transformers, as the sub-network in use; the KV cache holds its KV groups only."""
+        """Call transformers' `generate` with the sub-network in use; the KV cache holds only its KV groups."""
         return self.lm.generate(*args, **kwargs)
 
     @property
@@ -239,12 +242,12 @@ class ElasticModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return torch.device(self.lm.device)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the weights."""
+        """Dtype of the weights."""
         dtype: torch.dtype = self.lm.dtype
         return dtype
 
@@ -278,7 +281,7 @@ def _make_layer_elastic(layer: nn.Module, family: Family, config: Any) -> Elasti
 
 
 def _units(layer: nn.Module, axis: Axis, config: Any, *, attends: bool) -> tuple[int, int]:
-    """Units of a sub-layer, and query heads of each (1 for neurons)."""
+    """Return the number of units of a sub-layer, and of query heads per unit (1 for neurons)."""
     if not attends:
         return layer.get_submodule(axis.closes).get_parameter("weight").numel() // config.hidden_size, 1
     kv_groups = getattr(config, axis.config_keys[0])

@@ -1,4 +1,4 @@
-"""Projections that run on the first units only, by views of the weights that they share with the full model.
+"""Projections that compute the first units of a sub-layer only, with views of the full model's weights.
 
 Shapes: B batch, T time, D model, K units kept x rows per unit. Linear weights are [out, in], GPT-2's Conv1D [in, out].
 """
@@ -16,17 +16,17 @@ from transformers import Cache
 from transformers.pytorch_utils import Conv1D
 
 
-class Rows(NamedTuple):
-    """Rows of a batch, put together by how many units of a sub-layer they use."""
+class RowGroups(NamedTuple):
+    """Rows of a batch, grouped by the number of units of a sub-layer that they use."""
 
     groups: tuple[tuple[torch.Tensor, int], ...]
-    """Places of the rows that use so many."""
+    """For each group the indices of its rows, and their number of units."""
     back_B: torch.Tensor
-    """Place of each row of the batch among all groups, one after the other."""
+    """Index of each row of the batch in the concatenated groups."""
 
 
 class Width:
-    """How many units of one sub-layer run: the one thing that choosing a sub-network sets, shared by its modules."""
+    """Units of one sub-layer that run; choosing a sub-network sets only this. All modules of the sub-layer share it."""
 
     __slots__ = ("first", "full", "kept", "mask", "rows", "run", "sums")
 
@@ -34,22 +34,22 @@ class Width:
         self.full = full
         self.kept = full
         self.first = 0
-        """The first unit that runs; above 0 only while `per_token` adds up blocks of units."""
+        """First unit that runs; above 0 only while `per_token` sums blocks of units."""
         self.mask: torch.Tensor | None = None
-        """What each part of the closing projection's input is multiplied by, [..., parts]; set by `per_token`."""
-        self.rows: Rows | None = None
-        """Rows that use fewer units than are kept: their projections are narrower still; set by `per_token`."""
+        """Factors for the parts of the closing projection's input, [..., parts]; set by `per_token`."""
+        self.rows: RowGroups | None = None
+        """Rows of the batch that use fewer units than `kept`; set by `per_token`."""
         self.sums: torch.Tensor | None = None
-        """What the closing projection adds a block's output to, in place, [N, D]; set by `per_token`."""
+        """Where the closing projection adds a block's output in place, [N, D]; set by `per_token`."""
         self.run: Callable[..., Any] | None = None
-        """What runs the sub-layer where its tokens differ in width, given its own forward and what that takes."""
+        """Runs the sub-layer if its tokens differ in width; called with the sub-layer's forward and its arguments."""
 
     def of(self, size: int) -> int:
-        """The part of `size` rows or columns that the kept units own."""
+        """Return how many of `size` rows or columns belong to the kept units."""
         return size // self.full * self.kept
 
     def span(self, size: int) -> slice:
-        """Those of `size` rows or columns that run."""
+        """Return which of `size` rows or columns run."""
         return slice(size // self.full * self.first, self.of(size))
 
     @property
@@ -57,18 +57,21 @@ class Width:
         """Whether all units run, for all tokens."""
         return self.kept == self.full and not self.first and self.mask is None
 
-    def groups(self, rows: Rows) -> Iterator[torch.Tensor]:
-        """Places of one group of rows after another, whose units alone are kept meanwhile."""
+    def groups(self, rows: RowGroups) -> Iterator[torch.Tensor]:
+        """Yield the row indices of one group after another; meanwhile only that group's units are kept."""
         kept, self.rows = self.kept, None
         try:
-            for places, self.kept in rows.groups:
-                yield places
+            for indices, self.kept in rows.groups:
+                yield indices
         finally:
             self.kept, self.rows = kept, rows
 
 
 class Projection(nn.Module):
-    """A projection whose rows or columns belong to the units of `width`, `stacked` times one below the other."""
+    """A projection whose rows or columns belong to the units of `width`.
+
+    An opening projection may hold `stacked` matrices, one below the other.
+    """
 
     width: Width
     stacked: int
@@ -77,23 +80,23 @@ class Projection(nn.Module):
     bias: Any
 
     def matrix(self) -> torch.Tensor:
-        """The weight as [out, in], a view."""
+        """Return a view of the weight as [out, in]."""
         return self.weight.t() if self.transposed else self.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The projection by the units that run."""
+        """Project with the units that run."""
         if self.width.rows is not None:
             return self._of_rows(x, self.width.rows)
         if self.width.is_full:
             return super().forward(x)  # type: ignore[no-any-return]
         return self._narrow(x)
 
-    def _of_rows(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
-        """Rows of the batch that use different numbers of units."""
+    def _of_rows(self, x: torch.Tensor, rows: RowGroups) -> torch.Tensor:
+        """Project a batch whose rows use different numbers of units."""
         raise NotImplementedError
 
     def _narrow(self, x: torch.Tensor) -> torch.Tensor:
-        """All rows by the same units."""
+        """Project all rows with the same units."""
         raise NotImplementedError
 
 
@@ -110,18 +113,18 @@ class _Opening(Projection):
         ]
         return parts[0] if self.stacked == 1 else torch.cat(parts, dim=-1)
 
-    def _of_rows(self, x_BTD: torch.Tensor, rows: Rows) -> torch.Tensor:
-        """Each row has zeros where units are kept that it does not use."""
+    def _of_rows(self, x_BTD: torch.Tensor, rows: RowGroups) -> torch.Tensor:
+        """Project; a row's output holds zeros for kept units that it does not use."""
         most = self.width.of(self.matrix().shape[0] // self.stacked)
         outputs = []
-        for places in self.width.groups(rows):
-            parts = self.forward(x_BTD[places]).chunk(self.stacked, dim=-1)
+        for indices in self.width.groups(rows):
+            parts = self.forward(x_BTD[indices]).chunk(self.stacked, dim=-1)
             outputs.append(torch.cat([F.pad(part, (0, most - part.shape[-1])) for part in parts], dim=-1))
         return torch.cat(outputs)[rows.back_B]
 
 
 class _Closing(Projection):
-    """Keeps the first columns, and the whole bias: [B, T, K] -> [B, T, D]; a block of columns after the first, none."""
+    """Keeps the first columns: [B, T, K] -> [B, T, D]. The bias is added once, with the first block of columns."""
 
     def _narrow(self, x_BTK: torch.Tensor) -> torch.Tensor:
         if (mask := self.width.mask) is not None:
@@ -133,14 +136,14 @@ class _Closing(Projection):
             return torch.addmm(sums_ND, x_BTK.flatten(0, -2), columns.t(), out=sums_ND)
         return F.linear(x_BTK, columns, None if self.width.first else self.bias)
 
-    def _of_rows(self, x_BTK: torch.Tensor, rows: Rows) -> torch.Tensor:
-        """A row that uses no unit gets zeros."""
+    def _of_rows(self, x_BTK: torch.Tensor, rows: RowGroups) -> torch.Tensor:
+        """Project; a row that uses no unit gets zeros."""
         size, columns = self.matrix().shape
         outputs = [
-            self.forward(x_BTK[places][..., : self.width.of(columns)])
+            self.forward(x_BTK[indices][..., : self.width.of(columns)])
             if self.width.kept
-            else x_BTK.new_zeros(len(places), *x_BTK.shape[1:-1], size)
-            for places in self.width.groups(rows)
+            else x_BTK.new_zeros(len(indices), *x_BTK.shape[1:-1], size)
+            for indices in self.width.groups(rows)
         ]
         return torch.cat(outputs)[rows.back_B]
 
@@ -177,10 +180,11 @@ def make_elastic(projection: nn.Module, width: Width, *, opens: bool, stacked: i
     """Turn a projection into its elastic kind in place: same object, same Parameters, same names.
 
     Raises:
-        TypeError: neither a Linear nor a Conv1D, for instance one that a quantiser has replaced.
+        TypeError: the projection is neither a Linear nor a Conv1D, for instance after quantisation; or it is elastic
+            already, or wrapped.
     """
     if isinstance(projection, Projection):
-        raise TypeError("this model is elastic already; use the ElasticModel that made it so, or load it again.")
+        raise TypeError("this model is elastic already. Use its ElasticModel, or load the model again.")
     if "forward" in vars(projection):
         raise TypeError(
             "this model's modules are wrapped (as accelerate does for device_map), so they cannot be narrowed. "
@@ -200,7 +204,7 @@ def make_elastic(projection: nn.Module, width: Width, *, opens: bool, stacked: i
 
 
 class _WithZeroGradients(torch.autograd.Function):
-    """Its first input, and zeros as gradients of all others, as masking gives them: every step moves every weight."""
+    """Returns its first input; gives all others zero gradients, as masking does, so that optimisers update them too."""
 
     @staticmethod
     def forward(ctx: Any, output: torch.Tensor, *unused: torch.Tensor) -> torch.Tensor:
@@ -214,10 +218,10 @@ class _WithZeroGradients(torch.autograd.Function):
 
 
 class _Skippable(nn.Module):
-    """A sub-layer that is left out when no unit of it runs: it adds zero to the residual stream.
+    """A sub-layer that is skipped when none of its units runs: it adds zero to the residual stream.
 
-    A skipped attention still tells the KV cache that its tokens passed, by one number per token: transformers reads
-    the number of past tokens from whichever layer it likes.
+    A skipped attention still writes one number per token to the KV cache, because transformers may read the number of
+    past tokens from any layer.
     """
 
     width: Width
@@ -244,7 +248,7 @@ class _Skippable(nn.Module):
 
 
 class _SkippableNorm(nn.Module):
-    """A norm that is left out with the sub-layer that alone reads it."""
+    """A norm that is skipped together with the only sub-layer that reads it."""
 
     width: Width
 
@@ -262,14 +266,18 @@ def _mixed(mixin: type[nn.Module], kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def make_norm_skippable(norm: nn.Module, width: Width) -> None:
-    """Let a norm be skipped, in place, where the sub-layer of `width`, which alone reads it, is."""
+    """Skip a norm, changed in place, whenever the sub-layer of `width` is skipped; nothing else may read the norm."""
     kind: Any = type(norm)
     norm.__class__ = _mixed(_SkippableNorm, kind)
     cast(_SkippableNorm, norm).width = width
 
 
 def make_skippable(sub_layer: nn.Module, width: Width, *, gives_weights: bool) -> None:
-    """Let a sub-layer be skipped at width 0, in place; `gives_weights` says that it returns (output, weights)."""
+    """Skip a sub-layer, changed in place, at width 0.
+
+    Args:
+        gives_weights: whether it returns (output, weights) instead of the output alone.
+    """
     kind: Any = type(sub_layer)
     sub_layer.__class__ = _mixed(_Skippable, kind)
     skippable = cast(_Skippable, sub_layer)

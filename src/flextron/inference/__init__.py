@@ -1,1 +1,1 @@
-"""Running fast: the decoder, speculative decoding, and tokens of unequal width."""
+"""Fast inference: the decoder, speculative decoding, and widths per token."""

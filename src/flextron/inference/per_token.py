@@ -1,14 +1,14 @@
-"""Sub-networks that differ from token to token: what they compute, and how, in time that follows their widths.
+"""Running each token with its own widths, in time that follows the widths.
 
-Flextron (Cai et al., ICML 2024), section 4: input-adaptive widths. The definition is the masked one: a token of width d
-in a layer uses the first d neurons; a token with g KV groups and h query heads the first h query heads of each of the
-first g groups. K and V of all groups that a row uses are written for every token of it, so that its KV cache has no
-holes. Width 0 leaves the sub-layer out for that token, its closing bias too.
+Flextron (Cai et al., ICML 2024), section 4: input-adaptive widths. The definition is by masks: a token of width d uses
+the first d neurons of a layer; a token with g KV groups and h query heads uses the first h query heads of each of the
+first g groups. K and V of all groups that a row uses are written for each of its tokens, so its KV cache has no holes.
+Width 0 skips the sub-layer for that token, closing bias included.
 
-An MLP is a sum over blocks of neurons: tokens are sorted by width, the widest first, and block k runs on the first n_k
-of them, by the family's own code (docs/decisions/0010-per-token.md).
+An MLP is a sum over blocks of neurons. Tokens are sorted by width, widest first, and block k runs on the first n_k
+tokens, by the family's own code (docs/decisions/0010-per-token.md).
 
-Shapes: L layers, B batch, T time, N tokens, D model, U parts of a sub-layer (neurons, or query heads).
+Shapes: L layers, B batch, T time, N tokens, D model, U parts of a sub-layer (neurons or query heads).
 """
 
 from __future__ import annotations
@@ -22,22 +22,23 @@ import torch
 from torch import nn
 
 from flextron.elastic.model import ElasticModel, SubLayer
-from flextron.elastic.projections import Rows
+from flextron.elastic.projections import RowGroups
 from flextron.inference.routed_kernel import Activation, available, routed_mlp
 from flextron.subnet import AXES, Subnet
 
 Forward = Callable[..., Any]
-"""What runs a sub-layer: given its own forward pass, the hidden states [B, T, D], and what else that takes."""
+"""Runs a sub-layer; called with the sub-layer's own forward, the hidden states [B, T, D], and its other arguments."""
 FEW_TOKENS = 64
-"""At 16 tokens of SmolLM2 on 2 threads of an AMD EPYC, masks take as long as blocks in fp32, half as long in bf16."""
+"""Up to this many tokens are masked. With 16 tokens (SmolLM2, 2 threads of an AMD EPYC) masks take as long as blocks in
+fp32, and half as long in bf16."""
 _KERNEL_ACTIVATIONS: dict[str, Activation] = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu_tanh"}
 
 
 @dataclass(frozen=True)
 class TokenWidths:
-    """Widths of every token in every layer, each [L, B, T]; B or T may be 1 where they do not differ.
+    """Widths of every token in every layer, each [L, B, T]; B or T may be 1 if widths do not differ along it.
 
-    `query_heads` is of each KV group.
+    `query_heads` is the number of query heads in each KV group.
     """
 
     neurons: torch.Tensor
@@ -46,10 +47,10 @@ class TokenWidths:
 
     @classmethod
     def of_rows(cls, model: ElasticModel, subnets: Sequence[Subnet]) -> TokenWidths:
-        """A sub-network for each row of a batch, such as of requests with different budgets.
+        """Return widths that run each row of a batch as one sub-network, for requests with different budgets.
 
         Raises:
-            SubnetError: one is not in the model's search space.
+            SubnetError: a sub-network is not in the model's search space.
         """
         for subnet in subnets:
             model.search_space.check(subnet)
@@ -57,10 +58,10 @@ class TokenWidths:
         return cls(neurons, kv_groups, torch.full_like(kv_groups, model.layers[0].attention.heads_per_unit))
 
     def check(self, model: ElasticModel) -> None:
-        """Pass if these are widths of this model.
+        """Check that these are widths of this model.
 
         Raises:
-            ValueError: another number of layers, or a width below 0 or above the full model's.
+            ValueError: the number of layers differs, or a width is below 0 or above the full model's.
         """
         first = model.layers[0]
         most = {
@@ -74,7 +75,7 @@ class TokenWidths:
                 raise ValueError(f"{name} has the shape {list(widths.shape)}; it must be [{len(model.layers)}, B, T].")
             if widths.numel() and not 0 <= int(widths.min()) <= int(widths.max()) <= limit:
                 raise ValueError(
-                    f"{name} are {int(widths.min())} to {int(widths.max())}; a layer of this model has {limit}."
+                    f"{name} are {int(widths.min())} to {int(widths.max())}; for this model they must be 0 to {limit}."
                 )
 
 
@@ -83,10 +84,10 @@ def use_token_widths(model: ElasticModel, widths: TokenWidths, *, masked: bool =
     """Run every token with its own widths inside the block.
 
     Args:
-        masked: compute by the definition, at the full model's cost; equal within rounding.
+        masked: compute by the definition, at the full model's cost; results are equal up to rounding.
 
     Raises:
-        ValueError: not widths of this model.
+        ValueError: `widths` do not fit this model.
     """
     widths.check(model)
     runs = [
@@ -104,7 +105,7 @@ def use_token_widths(model: ElasticModel, widths: TokenWidths, *, masked: bool =
 
 @contextmanager
 def running(model: ElasticModel, runs: Sequence[tuple[Forward, Forward]]) -> Iterator[None]:
-    """Let the MLP and the attention of every layer be run by these inside the block."""
+    """Let `runs`, one pair (MLP, attention) for each layer, run the sub-layers inside the block."""
     widths = [sub.width for _, _, sub in model.sub_layers()]
     before = [width.run for width in widths]
     for width, run in zip(widths, (run for pair in runs for run in pair), strict=True):
@@ -126,7 +127,7 @@ def _with_widths(sub: SubLayer, widths_BT: torch.Tensor, *, masked: bool) -> For
 
 
 def masked_mlp(sub: SubLayer, forward: Forward, hidden_BTD: torch.Tensor, widths_BT: torch.Tensor) -> torch.Tensor:
-    """The definition: all neurons run, and those beyond a token's width count for nothing."""
+    """Run an MLP by the definition: all neurons run, and those beyond a token's width are masked."""
     neurons_U = torch.arange(sub.width.full, device=widths_BT.device)
     with _span_kept(sub):
         sub.keep(sub.width.full)
@@ -135,7 +136,7 @@ def masked_mlp(sub: SubLayer, forward: Forward, hidden_BTD: torch.Tensor, widths
 
 
 def masked_parts(sub: SubLayer, forward: Forward, mask_BTU: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    """A sub-layer of which each part is multiplied by a mask, soft or hard, before the closing projection."""
+    """Run a sub-layer with its parts multiplied by a mask, soft or hard, before the closing projection."""
     sub.width.mask = mask_BTU
     try:
         result = forward(*args, **kwargs)
@@ -148,10 +149,12 @@ def masked_parts(sub: SubLayer, forward: Forward, mask_BTU: torch.Tensor, *args:
 
 
 def mlp(sub: SubLayer, forward: Forward, hidden_BTD: torch.Tensor, widths_BT: torch.Tensor) -> torch.Tensor:
-    """As `masked_mlp`, in time that follows the widths: here an implementation is chosen.
+    """Compute `masked_mlp` in time that follows the widths, by the first implementation that fits.
 
-    The kernel where it runs and computes this MLP; the MLP of the widest token, masked, for few tokens, which wait for
-    weights rather than for sums; a narrowed MLP where all tokens have one width; else blocks.
+    - The kernel, if it runs on this device and computes this MLP.
+    - For few tokens: the MLP at the largest width, masked, because reading weights takes longer than computing.
+    - If all tokens have one width: the MLP narrowed to it.
+    - Else: blocks of neurons.
     """
     activation = _activation_of_kernel(sub, forward, hidden_BTD)
     if activation is not None:
@@ -178,7 +181,7 @@ def mlp(sub: SubLayer, forward: Forward, hidden_BTD: torch.Tensor, widths_BT: to
 
 
 def _activation_of_kernel(sub: SubLayer, forward: Forward, hidden_BTD: torch.Tensor) -> Activation | None:
-    """The activation of an MLP that `routed_kernel` computes where these hidden states are; None for any other."""
+    """Return the activation of an MLP that `routed_kernel` can compute on this device; None if it cannot."""
     projections = (*sub.opens, sub.closes)
     if not available(hidden_BTD.device) or torch.is_autocast_enabled(hidden_BTD.device.type) or len(projections) != 3:
         return None
@@ -188,8 +191,8 @@ def _activation_of_kernel(sub: SubLayer, forward: Forward, hidden_BTD: torch.Ten
 
 
 def _blocks(widths_N: torch.Tensor) -> list[tuple[int, int]]:
-    """Where each block of units ends, and how many tokens need it."""
-    if len(widths_N) == 1:  # one token: no sorting, and one wait for the device
+    """Return for each block of units its end and how many tokens need it."""
+    if len(widths_N) == 1:  # one token needs no sorting and waits for the device once
         width = int(widths_N)
         return [(width, 1)] if width else []
     counts = torch.bincount(widths_N)
@@ -201,7 +204,7 @@ def _blocks(widths_N: torch.Tensor) -> list[tuple[int, int]]:
 def _sum_of_blocks(
     sub: SubLayer, forward: Forward, sorted_ND: torch.Tensor, blocks: Sequence[tuple[int, int]]
 ) -> torch.Tensor:
-    """Output of the tokens that need the first block; each further block adds to the first ones of those before."""
+    """Return the output of the tokens that need the first block; further blocks add to fewer and fewer of them."""
     summed_ND = sorted_ND
     in_place = not torch.is_grad_enabled() and not torch.is_autocast_enabled(sorted_ND.device.type)
     for end, tokens in blocks:
@@ -219,7 +222,7 @@ def _sum_of_blocks(
 
 @contextmanager
 def _span_kept(sub: SubLayer) -> Iterator[None]:
-    """The sub-layer's own span of units comes back."""
+    """Restore the sub-layer's span of units after the block."""
     first, kept = sub.width.first, sub.width.kept
     try:
         yield
@@ -231,13 +234,13 @@ def _span_kept(sub: SubLayer) -> Iterator[None]:
 def rows_of_attention(
     sub: SubLayer, groups_BT: torch.Tensor, heads_BT: torch.Tensor, *, masked: bool = False
 ) -> Forward:
-    """An attention whose tokens use different groups and heads, run at the largest number of groups.
+    """Return what runs an attention whose tokens use different groups and heads, at the largest number of groups.
 
-    Where whole rows of a batch differ in groups, each row's projections are as narrow as it is; where single tokens do,
-    or heads do, or tokens are few, what a token does not use is masked.
+    If only whole rows of the batch differ, and only in groups, each row's projections are narrowed to its groups. If
+    single tokens or heads differ, or tokens are few, what a token does not use is masked.
 
     Args:
-        masked: mask always, which is the definition.
+        masked: always mask, which is the definition.
     """
     most = int(groups_BT.max()) if groups_BT.numel() else 0
     heads = sub.heads_per_unit
@@ -263,8 +266,8 @@ def rows_of_attention(
     return run
 
 
-def _by_width(widths_B: torch.Tensor) -> Rows:
-    """Rows put together by width, the widest first."""
+def _by_width(widths_B: torch.Tensor) -> RowGroups:
+    """Group rows by width, widest first."""
     widths = sorted(set(widths_B.tolist()), reverse=True)
-    places = [(widths_B == width).nonzero()[:, 0] for width in widths]
-    return Rows(tuple(zip(places, widths, strict=True)), torch.cat(places).argsort())
+    indices = [(widths_B == width).nonzero()[:, 0] for width in widths]
+    return RowGroups(tuple(zip(indices, widths, strict=True)), torch.cat(indices).argsort())

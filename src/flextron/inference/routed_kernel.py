@@ -1,11 +1,11 @@
-"""A gated MLP in which every token runs its own number of neurons, as Triton kernels for NVIDIA GPUs.
+"""Triton kernels for NVIDIA GPUs: a gated MLP in which every token runs its own number of neurons.
 
-Tokens are sorted by width, widest first, so that the tokens of a tile run about as many neurons, and a tile leaves out
-the blocks of neurons that none of its tokens run. All of it stays on the device: nothing waits for the host, and a CUDA
-graph that was captured once serves all later widths. A tile has up to 128 tokens and costs what its widest token costs,
-so that a few tokens of very different widths save little.
+Tokens are sorted by width, widest first, so that the tokens of a tile run similar numbers of neurons. A tile skips the
+blocks of neurons that none of its tokens runs. Everything stays on the device: nothing waits for the host, and a CUDA
+graph captured once serves all later widths. A tile has up to 128 tokens and costs as much as its widest token, so a few
+tokens with very different widths save little.
 
-Shapes: N tokens, D model, F neurons. In kernels, a tile's name ends in its shape, a pointer's in that of its tensor.
+Shapes: N tokens, D model, F neurons. In kernels, a tile's name ends in its shape, a pointer's in its tensor's.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn import functional
 try:
     import triton
     from triton import language as tl
-except ImportError:  # builds of torch for CUDA bring it, others do not
+except ImportError:  # only CUDA builds of torch bring it
     triton = None
 
 Activation = Literal["silu", "gelu_tanh"]
@@ -30,12 +30,12 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
 }
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_ROWS_PER_GROUP = 8  # tiles of tokens that go through all weights together, so that the L2 cache serves them
+_ROWS_PER_GROUP = 8  # tiles of tokens that read all weights together, so that the L2 cache serves them
 _INTERPRETED = triton is not None and triton.knobs.runtime.interpret
 
 
 def available(device: str | torch.device) -> bool:
-    """Whether `routed_mlp` runs on a device: NVIDIA GPUs from Ampere on, or any if TRITON_INTERPRET=1 at import."""
+    """Return whether `routed_mlp` runs on `device`: NVIDIA GPUs from Ampere on; any if TRITON_INTERPRET=1 at import."""
     if triton is None or _INTERPRETED:
         return triton is not None
     nvidia = torch.device(device).type == "cuda" and torch.cuda.is_available() and not torch.version.hip
@@ -51,14 +51,15 @@ def routed_mlp(
     *,
     activation: Activation = "silu",
 ) -> torch.Tensor:
-    """The sum over each token's first neurons f of act(x . gate_f) * (x . up_f) * down_f: [N, D].
+    """Return the sum over each token's first neurons f of act(x . gate_f) * (x . up_f) * down_f, [N, D].
 
-    Sums are in fp32. A width below 0 counts as 0 (a row of zeros), one above F as F: only the device reads widths.
-    All but widths get gradients, for which the backward pass computes the layer again, at full width. A call takes
-    N * F numbers of memory beside its output, a backward pass several times as many; none of them are kept.
+    Sums are in fp32. Only the device reads the widths, so they are not checked: below 0 counts as 0 (a row of zeros),
+    above F as F. All inputs but the widths get gradients; the backward pass computes the layer again at full width. A
+    call needs memory for N * F numbers besides its output, a backward pass for several times as many. None of this is
+    kept.
 
     Raises:
-        ValueError: shapes, types or devices do not fit, or this device has no Triton.
+        ValueError: shapes, dtypes or devices do not fit, or the device has no Triton.
     """
     _check(x_ND, gate_FD, up_FD, down_DF, widths_N, activation)
     if not available(x_ND.device):
@@ -79,10 +80,10 @@ def routed_mlp_reference(
     *,
     activation: Activation = "silu",
 ) -> torch.Tensor:
-    """What `routed_mlp` computes, by masking, anywhere: the definition, at the cost of the full width.
+    """Compute `routed_mlp` by masking, which is its definition: on any device, at the cost of the full width.
 
     Raises:
-        ValueError: shapes, types or devices do not fit.
+        ValueError: shapes, dtypes or devices do not fit.
     """
     _check(x_ND, gate_FD, up_FD, down_DF, widths_N, activation)
     return functional.linear(_masked_neurons(x_ND, gate_FD, up_FD, widths_N, activation), down_DF)
@@ -97,7 +98,7 @@ def _masked_neurons(
 
 
 class _RoutedMLP(torch.autograd.Function):
-    """Keeps nothing but its inputs; the gradients are those of the definition."""
+    """The kernels with the gradients of the definition; keeps only its inputs for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
@@ -117,12 +118,12 @@ class _RoutedMLP(torch.autograd.Function):
                 h_NF = _masked_neurons(x_ND, gate_FD, up_FD, widths_N, ctx.activation)
             down_gradient = dy_ND.t() @ h_NF.detach() if ctx.needs_input_grad[3] else None
             learnt = [tensor for tensor in opening if tensor.requires_grad]
-            found = iter(torch.autograd.grad(h_NF, learnt, dy_ND @ down_DF) if learnt else ())
-        return (*(next(found) if tensor.requires_grad else None for tensor in opening), down_gradient, None, None)
+            gradients = iter(torch.autograd.grad(h_NF, learnt, dy_ND @ down_DF) if learnt else ())
+        return (*(next(gradients) if tensor.requires_grad else None for tensor in opening), down_gradient, None, None)
 
 
 class _Tiles(NamedTuple):
-    """Sizes of what one program computes; `depth` is how far one step of its sums goes, and divides `neurons`."""
+    """Sizes of the tiles that one program computes. `depth`, the length of one step of its sums, divides `neurons`."""
 
     tokens: int
     neurons: int
@@ -133,8 +134,8 @@ class _Tiles(NamedTuple):
 
 
 def _tiles(tokens: int, dtype: torch.dtype) -> _Tiles:
-    """For few tokens small tiles, so that all processors read weights; for many, as large as their registers allow."""
-    if dtype == torch.float32:  # without matrix units
+    """Return small tiles for few tokens, so that all processors read weights; for many, tiles that fill registers."""
+    if dtype == torch.float32:  # runs without tensor cores
         return _Tiles(16 if tokens <= 16 else 64, 64, 64, 32, warps=4, stages=3)
     if tokens <= 16:
         return _Tiles(16, 64, 32, 64, warps=4, stages=6)
@@ -188,7 +189,7 @@ def _blocks(size: int, block: int) -> int:
 
 
 def _stages(tiles: _Tiles, rows: int, like: torch.Tensor) -> int:
-    """How many steps of a sum are loaded ahead: what fits into shared memory."""
+    """Return how many steps of a sum to load ahead: as many as fit into shared memory."""
     if not like.is_cuda:  # interpreted: nothing is loaded ahead
         return 1
     properties: Any = torch.cuda.get_device_properties(like.device)
@@ -197,7 +198,7 @@ def _stages(tiles: _Tiles, rows: int, like: torch.Tensor) -> int:
 
 
 def _jit(kernel: Callable[..., None]) -> Any:
-    """The kernel in Triton's hands; one program serves all N, whatever divides it."""
+    """Compile a kernel with Triton, once for all N; returns it unchanged without Triton."""
     return kernel if triton is None else triton.jit(kernel, do_not_specialize=["N"])
 
 
@@ -224,10 +225,10 @@ def _open(
     NEURONS: tl.constexpr,
     DEPTH: tl.constexpr,
 ) -> None:
-    """A tile of act(x . gate) * (x . up), of sorted tokens; zeros beyond each token's width.
+    """Compute one tile of act(x . gate) * (x . up) for sorted tokens, with zeros beyond each token's width.
 
-    Tiles in which all is beyond are not written. The grid's first axis runs fastest: a group's rows, then columns, then
-    groups.
+    Tiles beyond the widths of all their tokens are not written. The grid's first axis runs fastest: rows of a group,
+    then columns, then groups.
     """
     row = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
     if row * TOKENS >= N:
@@ -282,10 +283,10 @@ def _close(
     OUTPUTS: tl.constexpr,
     DEPTH: tl.constexpr,
 ) -> None:
-    """A tile of h . down over the neurons that its widest token runs, each row put where its token stands.
+    """Compute one tile of h . down over the neurons of its widest token, and write each row to its token's place.
 
-    `_open` has written h for the same tiles of tokens, up to a multiple of its NEURONS, and thus of DEPTH. The grid's
-    first axis runs fastest, so that all programs of the widest tokens start first: they take longest.
+    `_open` has written h for the same tiles of tokens, up to a multiple of its NEURONS and so of DEPTH. The grid's
+    first axis runs fastest, so the programs of the widest tokens, which take longest, start first.
     """
     row = tl.program_id(1)
     width = tl.minimum(tl.load(widths_N + row * TOKENS), F)
@@ -319,19 +320,21 @@ def _check(
     if activation not in _ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}, expected one of {', '.join(_ACTIVATIONS)}.")
     if x_ND.dim() != 2:
-        raise ValueError(f"x_ND has shape {list(x_ND.shape)}, expected [N, D]: flatten batch and time into N.")
+        raise ValueError(f"x_ND has shape {list(x_ND.shape)}, expected [N, D]. Flatten batch and time into N.")
     if x_ND.dtype not in _DTYPES:
         raise ValueError(f"x_ND is {x_ND.dtype}, expected {', '.join(map(str, _DTYPES))}.")
     if widths_N.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"widths_N is {widths_N.dtype}, expected torch.int32 or torch.int64.")
     if gate_FD.dim() != 2 or not gate_FD.numel():
-        raise ValueError(f"gate_FD has shape {list(gate_FD.shape)}, expected [F, D], neither of them 0.")
+        raise ValueError(f"gate_FD has shape {list(gate_FD.shape)}, expected [F, D] with neither 0.")
     (N, D), F = x_ND.shape, gate_FD.shape[0]
     weights = {"gate_FD": (gate_FD, [F, D]), "up_FD": (up_FD, [F, D]), "down_DF": (down_DF, [D, F])}
     for name, (tensor, shape) in {**weights, "widths_N": (widths_N, [N])}.items():
         if list(tensor.shape) != shape:
-            raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {shape} as x_ND is {[N, D]}, F {F}.")
+            raise ValueError(
+                f"{name} has shape {list(tensor.shape)}, expected {shape}, as x_ND has {[N, D]} and F is {F}."
+            )
         if tensor.device != x_ND.device:
-            raise ValueError(f"{name} is on {tensor.device}, expected {x_ND.device} as x_ND.")
+            raise ValueError(f"{name} is on {tensor.device}, expected {x_ND.device}, as x_ND.")
         if name in weights and tensor.dtype != x_ND.dtype:
-            raise ValueError(f"{name} is {tensor.dtype}, expected {x_ND.dtype} as x_ND.")
+            raise ValueError(f"{name} is {tensor.dtype}, expected {x_ND.dtype}, as x_ND.")

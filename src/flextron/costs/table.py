@@ -1,7 +1,7 @@
-"""`CostTable`: what a sub-network costs, as a fixed part and a part for each width of each layer. No torch here.
+"""`CostTable`: the cost of a sub-network, as a fixed part plus a part for each layer's widths. No torch here.
 
-Flextron (Cai et al., ICML 2024), section 4.2, looks latency up in a table; the additive form is ours, and so is that
-milliseconds, parameters, bytes and FLOPs all go through it.
+Flextron (Cai et al., ICML 2024), section 4.2, looks latency up in a table. Ours: the additive form, and one table type
+for milliseconds, parameters, bytes and FLOPs.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from flextron.records import read_record
 from flextron.subnet import AXES, SearchSpace, Subnet
 
 VERSION = 1
-Rows: TypeAlias = tuple[tuple[float, ...], ...]
+CostRows: TypeAlias = tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True)
 class CostTable:
-    """Additive costs: `fixed` plus, for each layer, that of its MLP's width and that of its KV groups.
+    """Additive costs: `fixed` plus, for each layer, the cost of its MLP's width and of its KV groups.
 
-    `neurons[l][i]` is what layer l costs at `search_space.neurons[i]` neurons, `kv_groups[l][i]` likewise; both rise
-    with the width. `conditions` say what was measured where; a table from a formula has the formula's name there.
+    `neurons[l][i]` is the cost of layer l at `search_space.neurons[i]` neurons, `kv_groups[l][i]` likewise; neither
+    falls as the width grows. `conditions` record what was measured and where, or the formula of a computed table.
     """
 
     search_space: SearchSpace
     metric: str
-    """What is priced: tpot (time per output token), ttft (time to first token), parameters, weights, kv or flops."""
+    """tpot (time per output token), ttft (time to first token), parameters, weights, kv or flops."""
     unit: str
     """ms, bytes, parameters or FLOPs."""
     fixed: float
-    neurons: Rows
-    kv_groups: Rows
+    neurons: CostRows
+    kv_groups: CostRows
     conditions: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -53,25 +53,27 @@ class CostTable:
         rows = self[axis]
         layers, widths = self.search_space.layers, len(self.search_space[axis])
         if len(rows) != layers or any(len(row) != widths for row in rows):
-            raise CostError(f"a cost table of this search space has {layers} rows of {widths} {axis}.")
+            raise CostError(
+                f"a cost table of this search space has {layers} rows of {widths} {axis}, not {list(rows)}."
+            )
         for layer, row in enumerate(rows):
             if not all(math.isfinite(cost) and cost >= 0 for cost in row):
                 raise CostError(f"the costs of {axis} must be numbers from 0 up; layer {layer} has {list(row)}.")
             if any(low > high for low, high in pairwise(row)):
                 raise CostError(
-                    f"the costs of {axis} must rise with the width, or stay; layer {layer} has {list(row)}."
+                    f"the costs of {axis} must rise or stay as the width grows; layer {layer} has {list(row)}."
                 )
 
-    def __getitem__(self, axis: str) -> Rows:
-        """Costs on one of AXES: a row for each layer, with a cost for each choice of the search space."""
-        rows: Rows = getattr(self, axis)
+    def __getitem__(self, axis: str) -> CostRows:
+        """Return the costs on one of AXES: a row for each layer, with a cost for each width of the search space."""
+        rows: CostRows = getattr(self, axis)
         return rows
 
     def price(self, subnet: Subnet) -> float:
-        """What `subnet` costs, in `unit`.
+        """Return the cost of `subnet`, in `unit`.
 
         Raises:
-            SubnetError: not in the table's search space.
+            SubnetError: `subnet` is not in the table's search space.
         """
         self.search_space.check(subnet)
         parts: list[float] = [
@@ -93,24 +95,24 @@ class CostTable:
         return self.price(self.search_space.smallest)
 
     def scaled(self, factor: float) -> CostTable:
-        """All costs times `factor`, from 0 up, such as 127 tokens' time from one token's."""
+        """Return the table with all costs times `factor` (at least 0), for instance the time of 127 tokens."""
 
-        def times(rows: Rows) -> Rows:
+        def times(rows: CostRows) -> CostRows:
             return tuple(tuple(factor * cost for cost in row) for row in rows)
 
         rows: dict[str, Any] = {axis: times(self[axis]) for axis in AXES}
         return replace(self, fixed=factor * self.fixed, **rows)
 
     def plus(self, other: CostTable, *, metric: str) -> CostTable:
-        """The sum of two tables, such as end-to-end time from both phases; the conditions are those of this one.
+        """Return the sum of two tables, for instance end-to-end time from both phases, with this one's conditions.
 
         Raises:
-            CostError: another unit, or another search space.
+            CostError: units or search spaces differ.
         """
         if (other.unit, other.search_space) != (self.unit, self.search_space):
             raise CostError(f"cannot add {other.unit} to {self.unit}, or tables of different search spaces.")
 
-        def sums(rows: Rows, others: Rows) -> Rows:
+        def sums(rows: CostRows, others: CostRows) -> CostRows:
             return tuple(tuple(map(sum, zip(*pair, strict=True))) for pair in zip(rows, others, strict=True))
 
         rows: dict[str, Any] = {axis: sums(self[axis], other[axis]) for axis in AXES}
@@ -126,7 +128,7 @@ class CostTable:
         """Read what `save` wrote.
 
         Raises:
-            CostError: missing, not readable, or of another version.
+            CostError: the file is missing, unreadable, or of another version.
         """
         try:
             data = read_record(file, version=VERSION, keys={field.name for field in fields(cls)})
@@ -148,7 +150,11 @@ def linear_table(
     per_kv_group: Sequence[float],
     conditions: Mapping[str, Any],
 ) -> CostTable:
-    """A table of costs proportional to the width: `per_neuron[l]` and `per_kv_group[l]` for one unit of layer l."""
+    """Return a table of costs proportional to the width.
+
+    Args:
+        per_neuron, per_kv_group: cost of one unit in each layer.
+    """
     return CostTable(
         search_space,
         metric,

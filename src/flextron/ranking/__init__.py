@@ -1,1 +1,1 @@
-"""What units are worth: importance, the permutation that puts the best first, and sensitivities."""
+"""Ranking units: importance, the permutation that puts the best units first, and sensitivities."""

@@ -1,8 +1,8 @@
-"""Which units of a layer matter: orders of neurons, KV groups and query heads, from forward passes alone.
+"""Importance of units: orders the neurons, KV groups and query heads of each layer, from forward passes alone.
 
-All statistics stream: their memory depends on the model, not on the number of tokens. They are taken where a
-sub-layer closes: a unit u (a neuron, or a query head) adds `y_u = W_u a_u` to the residual stream, where a_u is its
-part of the closing projection's input and W_u its columns of the weight.
+Statistics are summed batch by batch, so their memory depends on the model, not on the number of tokens. They are
+measured at the input of the closing projection. A unit u (a neuron or a query head) adds `y_u = W_u a_u` to the
+residual stream, where a_u is its part of that input and W_u its columns of the weight.
 
 Shapes: T tokens, D model, C input columns of the closing projection, U units, N neurons, G KV groups, Q query heads.
 """
@@ -27,37 +27,37 @@ from flextron.progress import progress
 
 SCORES: tuple[Score, ...] = get_args(Score)
 SECOND_ROUND_SHARE = 0.75
-"""Share of each layer's neurons that the layers above see in the second round of `reconstruction`."""
+"""Share of each layer's neurons whose output reaches the layers above in the second round of `reconstruction`."""
 
 
 @dataclass(frozen=True)
 class Orders:
-    """Units of one layer, best first, by their present indices."""
+    """Present indices of one layer's units, best first."""
 
     neurons: torch.Tensor  # [N]
     kv_groups: torch.Tensor  # [G]
-    query_heads: torch.Tensor  # [G, Q], row i for the group that comes i-th
+    query_heads: torch.Tensor  # [G, Q], row i for the group at place i of kv_groups
 
 
 def measure_importance(
     model: ElasticModel, blocks: TokenBlocks, *, score: Score = "reconstruction", show: bool = False
 ) -> list[Orders]:
-    """The order of the units of every layer by one score; the model stays as it is.
+    """Order the units of every layer by one score; the model does not change.
 
     Scores, summed over all tokens:
         absolute: |a_u|, for a head the norm of a_u (Minitron, Muralidharan et al. 2024, arXiv 2407.14679, section 2.2).
-        absolute_weight: the same times the norm of W_u.
-        rms, rms_weight: the square of a_u; the same times the squared norm of W_u.
-        reconstruction (ours): starting from all units, the next to go is the one without which the output of the
-            sub-layer, with all that went before left out too, stays nearest to the full output in squared error. So
-            every prefix is chosen for its own output, and units that repeat or cancel each other are seen. The first
-            half of the tokens is read in the full model, the second in one in which each layer adds the best three
-            quarters of its neurons only. Needs one fp32 matrix [C, C] per sub-layer, and
-            for MLPs a second one.
+        absolute_weight: `absolute` times the norm of W_u.
+        rms: the square of a_u.
+        rms_weight: `rms` times the squared norm of W_u.
+        reconstruction (ours): removes units one by one, each time the one whose removal keeps the output of the
+            sub-layer nearest to the full output in squared error. So every prefix is chosen for its own output, and
+            units that repeat or cancel each other are recognised. The first half of the tokens runs through the full
+            model. In the second half each layer adds only the best three quarters of its neurons. Needs one fp32 matrix
+            [C, C] per sub-layer, and a second one per MLP.
 
     Raises:
         ValueError: an unknown score.
-        FlextronError: activations that are not finite.
+        FlextronError: activations are not finite.
     """
     if score not in SCORES:
         raise ValueError(f"unknown score {score!r}; the scores are {', '.join(SCORES)}.")
@@ -75,7 +75,7 @@ def measure_importance(
 
 
 class _Statistic:
-    """What a score needs to know of one sub-layer: a sum over tokens, per unit or per pair of columns."""
+    """The statistic behind one sub-layer's score: a sum over tokens, per unit or per pair of columns."""
 
     def __init__(self, sub: SubLayer, score: Score) -> None:
         self.closes = sub.closes
@@ -89,7 +89,7 @@ class _Statistic:
         self.seen_C: torch.Tensor | None = None
 
     def observe(self, _module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Add the closing projection's input; in the second round, pass on only what the layers above may see."""
+        """Add the closing projection's input to the sum; in the second round also mask its least important units."""
         a_TC = inputs[0].flatten(0, -2).float()
         if self.score == "reconstruction":
             self.sum.addmm_(a_TC.T, a_TC)
@@ -109,7 +109,10 @@ class _Statistic:
         self.sum.zero_()
 
     def gram(self) -> NDArray[np.float64]:
-        """[U, U]; entry u, v is the sum over tokens of y_u . y_v, and for additive scores a diagonal of them."""
+        """Return the matrix [U, U] of scores.
+
+        For `reconstruction` entry u, v is the sum over tokens of y_u . y_v; for other scores the matrix is diagonal.
+        """
         weight_DC = self.closes.matrix().detach().float()
         weights_U = weight_DC.view(len(weight_DC), self.units, -1).square().sum((0, 2))
         if self.score == "reconstruction":
@@ -122,10 +125,10 @@ class _Statistic:
         result: NDArray[np.float64] = gram_UU.double().cpu().numpy()
         if not np.isfinite(result).all():
             raise FlextronError(
-                "the activations of a layer are not finite, so there is no order of its units. "
+                "the activations of a layer are not finite, so its units cannot be ordered. "
                 "Check the checkpoint for NaN, or use float32 or bfloat16 instead of float16."
             )
-        if self.first_gram is not None:  # rounds count alike, whatever the size of their activations
+        if self.first_gram is not None:  # both rounds count alike, whatever the size of their activations
             result = self.first_gram + _normalised(result)
         return result
 
@@ -152,9 +155,9 @@ def _orders(mlp: _Statistic, attention: _Statistic) -> Orders:
 
 
 def _eliminate(gram_UU: NDArray[np.float64]) -> NDArray[np.int32]:
-    """Units, best first: the last is the one whose loss costs least, the next to last costs least once that is gone.
+    """Order units best first, by removing one after another the unit that adds least squared error.
 
-    The squared error of leaving out a set R is the sum of `gram` over R x R, so dropping u as well adds
+    Removing a set R costs the sum of `gram` over R x R, so removing u as well adds
     gram[u, u] + 2 * (sum of gram[u, v] over v in R).
     """
     cost_U = gram_UU.diagonal().copy()

@@ -1,4 +1,4 @@
-"""Sort the units of every layer by score and permute the weights in place: the function of the model stays the same.
+"""Ranks the units of every layer and permutes the weights in place; the full model computes the same function.
 
 Shapes: L layers, N neurons, G KV groups, Q query heads in a group, R rows, C columns.
 """
@@ -16,9 +16,9 @@ from flextron.ranking.importance import measure_importance
 
 
 def rank(model: ElasticModel, blocks: TokenBlocks, *, score: Score = "reconstruction", show: bool = False) -> Ranking:
-    """Rank the units of `model` on a text and permute them in place, best first; returns what was done.
+    """Rank the units of `model` on a text and permute them in place, best first; returns the permutation.
 
-    `measure_importance` says what the scores mean; the paper ranks by summed |activation|, here `absolute`.
+    `measure_importance` explains the scores. The paper ranks by summed |activation|: `absolute`.
 
     Raises:
         ValueError: an unknown score.
@@ -38,13 +38,13 @@ def rank(model: ElasticModel, blocks: TokenBlocks, *, score: Score = "reconstruc
 
 @torch.no_grad()
 def permute(model: ElasticModel, ranking: Ranking) -> None:
-    """Reorder the model's units as `ranking` says, and record it, composed with any earlier ranking.
+    """Permute the model's units by `ranking` and record it in `model.ranking`, composed with any earlier one.
 
     Rows of the opening projections and columns of the closing one move together, so the full model computes the same
     up to the order of sums (1e-5 in fp32).
 
     Raises:
-        ValueError: not a permutation of this model's units; nothing was moved.
+        ValueError: `ranking` is not a permutation of this model's units; then nothing has moved.
     """
     ranking.check(**model.search_space.sizes, query_heads=model.layers[0].attention.heads_per_unit)
     for index, layer in enumerate(model.layers):
@@ -66,7 +66,7 @@ def _permute_sub_layer(sub: SubLayer, units: torch.Tensor, heads_GQ: torch.Tenso
 
 
 def _expand(units: torch.Tensor, heads_GQ: torch.Tensor | None, unit_size: int) -> torch.Tensor:
-    """Old index of every row (or column) in its new place, for units of `unit_size` consecutive rows."""
+    """Return the old index of every row (or column), in the new order, for units of `unit_size` consecutive rows."""
     if heads_GQ is None:
         heads_GQ = torch.zeros(len(units), 1, dtype=torch.long)
     head_size = unit_size // heads_GQ.shape[1]

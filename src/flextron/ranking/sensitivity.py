@@ -1,4 +1,4 @@
-"""What each layer's units are worth: loss increases of one change at a time, and the greedy choice they lead to.
+"""Sensitivity: how much the loss rises when one sub-layer is narrowed, and the greedy choice by these increases.
 
 Shapes: B blocks in a batch, T tokens, V vocabulary, L layers.
 """
@@ -29,19 +29,19 @@ from flextron.subnet import AXES, SearchSpace, Subnet
 VERSION = 1
 FILE = "sensitivity.json"
 BATCH_TOKENS = 1024
-"""Tokens of one batch: the outputs of all layers are kept for it."""
+"""Number of tokens in one batch, for which the outputs of all layers are kept in memory."""
 Widths = dict[str, tuple[int, ...]]
 """Widths to measure, by axis."""
 SECOND_SHARE = 0.6
-"""Share of the sub-network around which the second half of the tokens is measured."""
+"""Share of the layers' weights in the sub-network around which the second half of the tokens is measured."""
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Loss increases, in nats per token, when one sub-layer is narrowed (`measure_sensitivity` says around what).
+    """Loss increases in nats per token when one sub-layer is narrowed, as `measure_sensitivity` measures them.
 
-    `increases["neurons"][l][i]` is that of layer l at `widths["neurons"][i]` neurons; widths ascend to the full one,
-    whose increase is 0. `unit_weights["neurons"][l]` is the number of weights that a neuron of layer l has.
+    `increases["neurons"][l][i]` is the increase of layer l at `widths["neurons"][i]` neurons. Widths ascend to the full
+    one, whose increase is 0. `unit_weights["neurons"][l]` is the number of weights in a neuron of layer l.
     """
 
     search_space: SearchSpace
@@ -52,13 +52,17 @@ class Sensitivity:
     text: str
 
     def allocate(self, share: float) -> Subnet:
-        """The sub-network of at most `share` of the layers' weights with the least sum of loss increases.
+        """Return the sub-network with the least sum of loss increases among those of at most `share` of the weights.
 
-        Between measured widths the increase is interpolated; each curve is replaced by its lower convex hull, and the
-        cheapest loss per weight is removed first: the exact optimum of the sum on the hulls, up to the last step.
+        Increases are interpolated between measured widths, and each curve is replaced by its lower convex hull. Then
+        weights are removed where the loss per weight is least. On the hulls this is the exact optimum, up to the last
+        step.
+
+        Args:
+            share: part of the layers' weights to keep.
 
         Raises:
-            SubnetError: a share outside (smallest of the search space, 1].
+            SubnetError: `share` is below the smallest sub-network's, or above 1.
         """
         space = self.search_space
         total = self._weights(space.full)
@@ -74,7 +78,7 @@ class Sensitivity:
             kept = subnet[step.axis][step.layer]
             if excess <= 0:
                 break
-            if kept <= step.down_to:  # rounding can put a lower step of nearly the same price first
+            if kept <= step.down_to:  # rounding can sort a lower step of nearly the same price first
                 continue
             choices = [width for width in space[step.axis] if step.down_to <= width < kept]
             unit = self.unit_weights[step.axis][step.layer]
@@ -83,7 +87,7 @@ class Sensitivity:
         return subnet
 
     def share(self, subnet: Subnet) -> float:
-        """Share of the layers' weights that `subnet` keeps, as `ElasticModel.share`."""
+        """Return the share of the layers' weights that `subnet` keeps, as `ElasticModel.share`."""
         return self._weights(subnet) / self._weights(self.search_space.full)
 
     def _steps(self) -> Iterator[_Step]:
@@ -102,12 +106,12 @@ class Sensitivity:
         )
 
     def save(self, folder: str | Path) -> None:
-        """Write sensitivity.json beside an elastic checkpoint, whole or not at all."""
+        """Write sensitivity.json into a checkpoint's folder, whole or not at all."""
         write_text(Path(folder) / FILE, json.dumps({"version": VERSION, **asdict(self)}) + "\n")
 
     @staticmethod
     def is_in(folder: str | Path) -> bool:
-        """Whether the folder has a sensitivity.json."""
+        """Return whether the folder has a sensitivity.json."""
         return (Path(folder) / FILE).is_file()
 
     @classmethod
@@ -115,7 +119,7 @@ class Sensitivity:
         """Read what `save` wrote.
 
         Raises:
-            CheckpointError: missing, not readable, or of another version.
+            CheckpointError: the file is missing, unreadable, or of another version.
         """
         file = Path(folder) / FILE
         try:
@@ -126,7 +130,7 @@ class Sensitivity:
 
 
 class _Step(NamedTuple):
-    """One edge of a hull: going down to a width costs `price` nats per weight."""
+    """One edge of a hull: narrowing to `down_to` units costs `price` nats per weight."""
 
     price: float
     axis: str
@@ -137,29 +141,31 @@ class _Step(NamedTuple):
 def sensitivity_blocks(
     tokenizer: PreTrainedTokenizerBase | None, text: str | Path, *, tokens: int, after: int = 0
 ) -> TokenBlocks:
-    """Blocks of many documents for few tokens: 256 tokens each, documents cut at 1,000 characters.
+    """Return blocks of 256 tokens from many documents, each cut at 1,000 characters, so that few tokens vary much.
 
-    `after` is the number of documents to leave out: on text that the model was ranked on, what is left out looks
-    cheaper than it is (docs/decisions/0003-sensitivity.md). Where no others are left, these serve all the same.
+    Args:
+        after: number of documents to skip, because text that the model was ranked on makes removals look cheaper than
+            they are (docs/decisions/0003-sensitivity.md). If too little text would remain, nothing is skipped.
 
     Raises:
         FlextronError: as `load_blocks`.
     """
-    few: dict[str, Any] = {"tokens": tokens, "block_tokens": 256, "max_characters": 1000}
+    options: dict[str, Any] = {"tokens": tokens, "block_tokens": 256, "max_characters": 1000}
     try:
-        return load_blocks(tokenizer, text, **few, skip_documents=after)
+        return load_blocks(tokenizer, text, **options, skip_documents=after)
     except TooLittleTextError:
-        return load_blocks(tokenizer, text, **few)
+        return load_blocks(tokenizer, text, **options)
 
 
 def measure_sensitivity(model: ElasticModel, blocks: TokenBlocks, *, show: bool = False) -> Sensitivity:
-    """Narrow one sub-layer at a time and measure the loss, on the same tokens each time.
+    """Narrow one sub-layer at a time and measure the loss, always on the same tokens.
 
-    The loss is half cross-entropy to the text and half to the full model's own predictions, which has less noise.
-    Five widths of each MLP (0, 1/4, 1/2, 3/4, full) and every number of KV groups. Half of the blocks are measured
-    around the full model, the other half around the sub-network of 60% that the first half leads to: what a part is
-    worth depends on what else is gone. The increases are the mean of both. Layers below the changed one are not
-    computed again: their outputs are kept, batch by batch.
+    The loss is half cross-entropy to the text and half to the full model's own predictions, which has less noise. Each
+    MLP is measured at five widths (0, 1/4, 1/2, 3/4, full) and each attention at every number of KV groups.
+
+    What a unit is worth depends on what else is gone. So half of the blocks are measured around the full model, and
+    half around the 60% sub-network that the first half leads to. The increases are the mean of both. Layers below the
+    changed one are not computed again: their outputs are kept for each batch.
     """
     space = model.search_space
     widths = {**{axis: space[axis] for axis in AXES}, "neurons": _quarters(space.neurons)}
@@ -185,7 +191,7 @@ def measure_sensitivity(model: ElasticModel, blocks: TokenBlocks, *, show: bool 
 def _increases(
     model: ElasticModel, tokens: torch.Tensor, around: Subnet, widths: Widths, advance: Callable[[], None]
 ) -> dict[str, np.ndarray[Any, Any]]:
-    """Loss of `around` with every change of one sub-layer, above that with the sub-layer full; [L, widths] per axis."""
+    """Return, by axis, how much the loss rises when one sub-layer of `around` is narrowed from full, [L, widths]."""
     losses = {axis: np.zeros((around.layers, len(widths[axis]))) for axis in AXES}
     for tokens_BT in _batches(tokens):
         part = len(tokens_BT) / len(tokens)
@@ -201,7 +207,7 @@ def _batches(tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def _changed_losses(
     model: ElasticModel, tokens_BT: torch.Tensor, around: Subnet, widths: Widths, advance: Callable[[], None]
 ) -> Iterator[tuple[str, int, int, float]]:
-    """Axis, layer, index of the width, and loss on one batch, for every change."""
+    """Yield axis, layer, index of the width, and loss on one batch, for every change."""
     probabilities_BTV = full_predictions(model, tokens_BT)
     outputs, loss = _run(model, around, tokens_BT, probabilities_BTV)
     for layer in range(around.layers):
@@ -220,23 +226,23 @@ def _frozen(increases: dict[str, np.ndarray[Any, Any]]) -> dict[str, tuple[tuple
 
 
 def _changes(around: Subnet, widths: Widths, layer: int) -> Iterator[tuple[str, int, Subnet]]:
-    """`around` with every width of one layer, axis by axis."""
+    """Yield `around` with every width of one layer, axis by axis."""
     for axis in AXES:
         for index, width in enumerate(widths[axis]):
             yield axis, index, around.with_width(axis, layer, width)
 
 
 def full_predictions(model: ElasticModel, tokens_BT: torch.Tensor) -> torch.Tensor:
-    """What the full model predicts at each place, [B, T, V] in fp32."""
+    """Return the full model's probabilities at each position, [B, T, V] in fp32."""
     with model.use(model.search_space.full):
         logits_BTV: torch.Tensor = model(tokens_BT, use_cache=False).logits
     return logits_BTV.float().softmax(-1)
 
 
 def mixed_loss(model: ElasticModel, tokens_BT: torch.Tensor, probabilities_BTV: torch.Tensor) -> float:
-    """Mean over predicted tokens of two cross-entropies, half each: to the text, and to the full model's predictions.
+    """Return the mean of two cross-entropies over predicted tokens: to the text, and to the full model's predictions.
 
-    The second rises as much as the first where the text is typical of the model, but has no noise of single tokens.
+    On text that is typical of the model both rise alike, but the second has no noise from single tokens.
     """
     logits_BTV = model(tokens_BT, use_cache=False).logits
     total = 0.0
@@ -251,7 +257,7 @@ def mixed_loss(model: ElasticModel, tokens_BT: torch.Tensor, probabilities_BTV: 
 def _run(
     model: ElasticModel, subnet: Subnet, tokens_BT: torch.Tensor, probabilities_BTV: torch.Tensor
 ) -> tuple[list[Any], float]:
-    """Output of every layer of a sub-network, and its mean loss."""
+    """Return the output of every layer of a sub-network, and its mean loss."""
     outputs: list[Any] = []
     hooks = [
         layer.module.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
@@ -267,7 +273,7 @@ def _run(
 
 @contextmanager
 def _reused(layers: list[nn.Module], outputs: list[Any]) -> Iterator[None]:
-    """Let each layer give the output that it gave before, without computing anything."""
+    """Let each layer return its earlier output inside the block, without computing."""
     for layer, output in zip(layers, outputs, strict=False):
         layer.forward = lambda *_args, _output=output, **_kwargs: _output
     try:
@@ -278,13 +284,13 @@ def _reused(layers: list[nn.Module], outputs: list[Any]) -> Iterator[None]:
 
 
 def _quarters(choices: tuple[int, ...]) -> tuple[int, ...]:
-    """The choices nearest to 0, 1/4, 1/2, 3/4 of the full width, and the full width."""
+    """Return the choices nearest to 0, 1/4, 1/2, 3/4 of the full width, and the full width."""
     full = choices[-1]
     return tuple(sorted({min(choices, key=lambda width: abs(width - full * part / 4)) for part in range(5)}))
 
 
 def _lower_hull(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> list[int]:
-    """Indices of the corners of the lower convex hull of points with ascending x, first and last among them."""
+    """Return the indices of the corners of the lower convex hull of points with ascending x, both ends included."""
     hull: list[int] = []
     for point in range(len(x)):
         while len(hull) > 1 and _turns_up(x, y, hull[-2], hull[-1], point):
@@ -294,5 +300,5 @@ def _lower_hull(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> list[int]:
 
 
 def _turns_up(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any], a: int, b: int, c: int) -> bool:
-    """Whether b lies on or above the line from a to c."""
+    """Return whether b lies on or above the line from a to c."""
     return bool((y[b] - y[a]) * (x[c] - x[a]) >= (y[c] - y[a]) * (x[b] - x[a]))

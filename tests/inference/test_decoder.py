@@ -194,7 +194,9 @@ def test_errors_name_the_limit_and_the_way_out(llama):
     full = llama.search_space.full
     decoder = Decoder(llama, full, max_tokens=PROMPT)
     decoder.prefill(text_tokens()[:, :PROMPT])
-    with pytest.raises(ValueError, match="8 tokens do not fit into a Decoder made for 7"):
+    with pytest.raises(
+        ValueError, match=r"8 tokens do not fit into a Decoder made for 7\. Make one with more max_tokens"
+    ):
         decoder.step(1)
     with pytest.raises(ValueError, match="12 tokens do not fit"):
         decoder.prefill(text_tokens())

@@ -1,4 +1,4 @@
-"""Fast decoding: the logits and the text of transformers, for every model it supports, and nothing else supported."""
+"""Fast decoding gives the logits and text of transformers for every supported model, and refuses all others."""
 
 import copy
 import itertools
@@ -20,7 +20,7 @@ from flextron.model import ElasticModel
 from flextron.subnet import Subnet
 
 PROMPT, STEPS = 7, 5
-VOCAB = 303  # the tokenizer's 300 and a few: on 2 threads its rows have to be cut into 3 pieces
+VOCAB = 303  # more than the tokenizer's 300: with 2 threads the rows must be cut into 3 pieces
 
 
 def rope(kind, **settings):
@@ -66,7 +66,7 @@ def llama():
 
 
 def subnets(model):
-    """Full, narrowed, uneven, with skipped sub-layers (the first layer's too), and with nothing but skipped ones."""
+    """Sub-networks: full, narrowed, uneven, some sub-layers skipped (the first layer's too), all skipped."""
     space = model.search_space
     skipping = Subnet((0, 40, 6), (3, 0, 1)), Subnet((8, 0, 40), (0, 2, 0))
     return [space.full, space.uniform(22, 2), tiny.random_subnet(space, seed=3), *skipping, space.smallest]
@@ -79,7 +79,7 @@ def expected_logits(model, subnet, tokens):
 
 
 def decoded_logits(decoder, tokens):
-    """Of the prompt's last token and of each one after, [1 + STEPS, V]."""
+    """Return logits after the prompt's last token and after each further one, [1 + STEPS, V]."""
     logits = [decoder.prefill(tokens[:, :PROMPT]).clone()]
     logits += [decoder.step(token).clone() for token in tokens[0, PROMPT:].tolist()]
     return torch.stack(logits)
@@ -95,7 +95,7 @@ def assert_close(logits, expected):
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_logits_are_those_of_transformers(model, threads):
-    torch.set_num_threads(threads)  # `thread_count` sets it back
+    torch.set_num_threads(threads)  # `thread_count` restores it
     for subnet in subnets(model):
         decoder = Decoder(model, subnet, max_tokens=PROMPT + STEPS)
         assert_close(decoded_logits(decoder, text_tokens()), expected_logits(model, subnet, text_tokens()))
@@ -178,7 +178,7 @@ def test_stops_at_the_stop_token_as_transformers_does(llama, capsys):
         texts = [generate(llama, "The quick", max_new_tokens=12, stream=True, fast=fast) for fast in (True, False)]
         assert texts[0] == texts[1] == llama.tokenizer.decode([*first, stop], skip_special_tokens=True)
         printed = capsys.readouterr().out
-        assert printed == printed[: len(printed) // 2] * 2  # the pieces, too
+        assert printed == printed[: len(printed) // 2] * 2  # the pieces too
 
 
 def test_each_token_comes_before_the_next_is_computed(llama, monkeypatch):
@@ -270,7 +270,7 @@ def test_a_generation_config_that_asks_for_more_is_left_to_transformers(llama):
 def test_pieces_divide_the_rows():
     pieces = decoding._pieces
     assert [pieces(96, threads) for threads in (1, 2, 3, 4)] == [1, 2, 3, 4]
-    assert pieces(50257, 2) == 29  # of GPT-2's vocabulary: a few more than the threads
+    assert pieces(50257, 2) == 29  # GPT-2's vocabulary: the next divisor above the threads
     assert pieces(101, 2) == 1
     assert pieces(102, 64) == 51
     assert pieces(384, 96) == 96

@@ -1,4 +1,4 @@
-"""Every token with its own widths: blocks equal the masked definition, and a mixed batch equals its rows alone."""
+"""Widths per token: blocks equal the masked definition, and a mixed batch equals its rows run alone."""
 
 import copy
 
@@ -16,7 +16,7 @@ ROWS = 3
 
 
 def sizes(model):
-    """Layers, neurons, KV groups and query heads in each of them."""
+    """Return the numbers of layers, neurons, KV groups, and query heads per group."""
     first = model.layers[0]
     return len(model.layers), first.mlp.width.full, first.attention.width.full, first.attention.heads_per_unit
 
@@ -47,7 +47,7 @@ def tokens():
 
 @pytest.fixture(params=["blocks", "the widest"])
 def way(request, monkeypatch):
-    """Tests have few tokens, which by themselves run as wide as the widest."""
+    """Run all batches in blocks, or all at the widest token's width, whatever their size."""
     monkeypatch.setattr(per_token, "FEW_TOKENS", 0 if request.param == "blocks" else 10_000)
 
 
@@ -64,7 +64,7 @@ class TestContract:
         assert_same_function(run(model, tokens, widths), run(model, tokens, widths, masked=True))
 
     def test_a_token_more_or_less_shows(self, model, tokens):
-        """Widths count: one token's in one layer changes its logits."""
+        """Changing one token's width in one layer changes its logits."""
         widths = random_widths(model)
         other = copy.deepcopy(widths)
         other.neurons[0, 0, -1] = sizes(model)[1] - widths.neurons[0, 0, -1]

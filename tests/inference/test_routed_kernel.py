@@ -8,17 +8,17 @@ import torch
 from flextron.inference import routed_kernel
 from flextron.inference.routed_kernel import routed_mlp, routed_mlp_reference
 
-D, F = 40, 150  # no multiples of any block
+D, F = 40, 150  # not multiples of any block
 DTYPES = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
-INTERPRETED = routed_kernel._INTERPRETED  # where TRITON_INTERPRET is set for the whole run
+INTERPRETED = routed_kernel._INTERPRETED  # true if TRITON_INTERPRET is set for the whole run
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reason="needs a GPU and a compiler")
 
 
 @pytest.fixture(scope="module")
 def interpreted():
-    """A second copy of the module, with Triton's interpreter in place of its compiler.
+    """Load a second copy of the module that runs in Triton's interpreter.
 
-    Triton asks for TRITON_INTERPRET when a kernel is defined; whether it was imported before does not matter.
+    Triton reads TRITON_INTERPRET when a kernel is defined, even if Triton was imported earlier.
     """
     pytest.importorskip("triton")
     with pytest.MonkeyPatch.context() as patch:
@@ -39,7 +39,7 @@ def layer(tokens: int, *, model: int = D, neurons: int = F, dtype=torch.float32,
 
 
 def random_widths(tokens: int, neurons: int = F, *, device="cpu", seed: int = 0) -> torch.Tensor:
-    """Widths from 0 to all neurons, both among them."""
+    """Return random widths, with 0 and all neurons among them."""
     widths_N = torch.randint(neurons + 1, (tokens,), generator=torch.Generator().manual_seed(seed))
     widths_N[: tokens // 4] = 0
     widths_N[tokens - tokens // 4 :] = neurons
@@ -71,7 +71,7 @@ def test_one_width_for_all(interpreted, width):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 def test_activations_and_types(interpreted, activation, dtype):
-    """Triton's interpreter knows no bfloat16."""
+    """Without bfloat16, which Triton's interpreter does not support."""
     inputs = (*layer(20, dtype=dtype), random_widths(20))
     expected = routed_mlp_reference(*inputs, activation=activation)
     assert_close(interpreted(*inputs, activation=activation), expected, DTYPES[dtype])
@@ -84,7 +84,7 @@ def test_sizes(interpreted, tokens, model, neurons):
 
 
 def test_views_and_32_bit_widths(interpreted):
-    """Inputs that are transposed, or parts of larger ones."""
+    """Inputs may be transposed, or views of larger tensors."""
     x_ND, gate_FD, up_FD, down_DF = layer(20, neurons=F + 30)
     parts = (x_ND.t().contiguous().t()[::2], gate_FD[:F], up_FD.t().contiguous().t()[:F], down_DF[:, :F])
     widths_N = random_widths(20).int()[::2]
@@ -92,7 +92,7 @@ def test_views_and_32_bit_widths(interpreted):
 
 
 def test_widths_out_of_range_count_as_none_and_all(interpreted):
-    """Where more than all were read, the third token's would be."""
+    """Reading beyond a row of neurons would reach the third token's, which is NaN."""
     weights = layer(3)
     weights[0][2] = float("nan")
     y_ND = interpreted(*weights, torch.tensor([-7, F + 100, 9]))
@@ -173,7 +173,7 @@ def test_no_gpu():
 
 
 def test_a_device_without_triton(monkeypatch):
-    """As where Triton is not installed."""
+    """As if Triton were not installed."""
     monkeypatch.setattr(routed_kernel, "triton", None)
     assert not routed_kernel.available("cpu")
     with pytest.raises(ValueError, match=r"needs Triton and an NVIDIA GPU .* x_ND is on cpu. Use routed_mlp_reference"):
@@ -183,7 +183,7 @@ def test_a_device_without_triton(monkeypatch):
 @pytest.mark.skipif(INTERPRETED, reason="needs a compiler")
 @pytest.mark.parametrize("tokens", [1, 256, 4096], ids="N={}".format)
 def test_compiles_for_an_h100_without_one(tokens, monkeypatch, tmp_path):
-    """The compiler refuses some of what the interpreter takes."""
+    """Run the compiler too: it refuses some code that the interpreter accepts."""
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     tiles = routed_kernel._tiles(tokens, torch.bfloat16)
@@ -200,7 +200,7 @@ def test_compiles_for_an_h100_without_one(tokens, monkeypatch, tmp_path):
 
 
 def _ptx(kernel, fixed, **options):
-    """A kernel in bf16, where all sizes and strides that are not fixed divide by 16."""
+    """Compile a kernel in bf16, with all variable sizes and strides divisible by 16."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -232,7 +232,7 @@ def test_compiled(tokens, dtype):
 
 
 @needs_gpu
-@pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")  # where autograd's thread begins
+@pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")  # warned when autograd's thread starts
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_compiled_gradients(dtype):
     widths_N = random_widths(300, device="cuda")

@@ -1,4 +1,4 @@
-"""Scores are what their definitions say, by brute force; and measuring leaves the model as it was."""
+"""Scores equal their definitions, computed by brute force; measuring does not change the model."""
 
 import copy
 
@@ -13,7 +13,7 @@ from flextron.ranking import importance
 from flextron.ranking.importance import SCORES, SECOND_ROUND_SHARE, measure_importance
 
 HAND_MADE = {
-    # Outputs of four units, and their order, best first. By size alone both cases would be ordered otherwise.
+    # Outputs of four units, and their order, best first. By size alone both orders would differ.
     "repeat": ([[2, 0, 0], [2, 0, 0], [0, 2.5, 0], [0, 0, 1]], [1, 2, 0, 3]),
     "cancel": ([[2, 0, 0], [-2.3, 0, 0], [0, 2.2, 0], [0, 0, 2.5]], [3, 2, 1, 0]),
 }
@@ -40,7 +40,7 @@ def heads_of(model: ElasticModel) -> tuple[int, int]:
 
 
 def outputs(model, weights: ElasticModel, tokens: torch.Tensor, axis: str) -> list[torch.Tensor]:
-    """What every unit adds to the residual stream, [T, U, D] of every layer, by `weights`; all tokens kept."""
+    """Return what every unit adds to the residual stream, [T, U, D] for each layer, by `weights`; keeps all tokens."""
     result, hooks = [], []
     for layer in weights.layers:
         sub = getattr(layer, axis)
@@ -63,7 +63,7 @@ def gram_of(y_TUD: torch.Tensor) -> np.ndarray:
 
 
 def check_orders(order, neuron_gram: np.ndarray, head_gram: np.ndarray, groups: int, heads: int) -> None:
-    """One layer's orders against eliminations by the directly computed sums."""
+    """Compare one layer's orders with eliminations on directly computed sums."""
     assert order.neurons.tolist() == importance._eliminate(neuron_gram).tolist()
     blocks_GQGQ = head_gram.reshape(groups, heads, groups, heads)
     assert order.kv_groups.tolist() == importance._eliminate(blocks_GQGQ.sum((1, 3))).tolist()
@@ -73,7 +73,7 @@ def check_orders(order, neuron_gram: np.ndarray, head_gram: np.ndarray, groups: 
 
 
 class TestElimination:
-    """`_eliminate` against trying every unit at every step."""
+    """Compare `_eliminate` with trying every unit at every step."""
 
     @pytest.mark.parametrize("seed", range(5))
     def test_equals_brute_force_greedy(self, seed):
@@ -107,7 +107,7 @@ class TestElimination:
 
 @pytest.mark.parametrize("case", HAND_MADE)
 def test_reconstruction_orders_a_hand_made_layer(llama, blocks, case):
-    """All neurons have the same activations, so that only the closing weights, made by hand, tell them apart."""
+    """Give all neurons the same activations, so that only the closing weights, set by hand, differ."""
     outputs_UD, expected = HAND_MADE[case]
     mlp = llama.layers[1].mlp
     with torch.no_grad():
@@ -147,7 +147,7 @@ class TestScores:
             )
 
     def test_reconstruction_equals_the_outputs_themselves(self, model, plain):
-        blocks = tiny.blocks(rows=1, time=48)  # one block is one round
+        blocks = tiny.blocks(rows=1, time=48)  # one block gives one round only
         orders = measure_importance(model, blocks)
         neuron_outputs, head_outputs = (outputs(plain, model, blocks.tokens, axis) for axis in ("mlp", "attention"))
         for order, (_, neurons), (_, query_heads) in zip(orders, neuron_outputs, head_outputs, strict=True):
@@ -196,7 +196,7 @@ class TestBrokenModels:
     @pytest.mark.parametrize("score", SCORES)
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
     def test_numbers_that_are_none_are_refused(self, llama, blocks, value, score):
-        """There is no order of them, and permuting by a wrong one would destroy weights."""
+        """They have no order, and permuting by a wrong one would destroy weights."""
         with torch.no_grad():
             llama.layers[1].mlp.opens[1].weight[3] = value
         with pytest.raises((ValueError, FlextronError)):
@@ -237,7 +237,7 @@ class TestLeavesNoTrace:
 
 
 def size_of(statistic: importance._Statistic) -> dict[str, int]:
-    """Numbers that it holds; any list that it may keep counts by its length."""
+    """Count the numbers that it holds; a list counts by its length."""
     held = {name: value for name, value in vars(statistic).items() if hasattr(value, "__len__")}
     return {name: value.numel() if torch.is_tensor(value) else np.size(value) for name, value in held.items()}
 

@@ -1,4 +1,4 @@
-"""Ranking: the best units stand first, the model computes what it did, and the record says what was done."""
+"""Ranking puts the best units first, keeps what the model computes, and records the permutation."""
 
 import copy
 from dataclasses import replace
@@ -44,7 +44,7 @@ class TestRank:
             assert order.query_heads.tolist() == [[0, 1]] * tiny.KV_GROUPS
 
     def test_dead_units_go_last_and_can_go(self, llama, blocks, score):
-        """Neurons that are never active and a KV group whose values are zero: narrowed by them nothing changes."""
+        """Removing neurons that are never active, and a KV group with zero values, changes nothing."""
         dead = [[3, 17, 0, 39], [5, 6, 7, 8], [0, 1, 38, 39]]
         for index, layer in enumerate(llama.layers):
             kill(layer.mlp.opens[0], torch.tensor(dead[index]), units=tiny.NEURONS)

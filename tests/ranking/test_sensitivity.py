@@ -1,4 +1,4 @@
-"""Sensitivities: the same as changing one thing at a time by hand; the greedy choice: as good as brute force."""
+"""Sensitivities equal changing one width at a time by hand; the greedy choice is as good as brute force."""
 
 import itertools
 import json
@@ -33,7 +33,7 @@ CONVEX = sensitivity(((2.0, 0.5, 0.0), (0.4, 0.1, 0.0)), ((3.0, 1.0, 0.0), (0.2,
 
 
 def by_hand(model, blocks, around, axis, layer, width) -> float:
-    """Loss of `around` with one width changed, above that with the sub-layer full."""
+    """Return how much the loss rises when one width of `around` is narrowed from full."""
 
     def changed(units):
         widths = list(getattr(around, axis))
@@ -172,7 +172,7 @@ def test_bad_files_are_named(tmp_path, content):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_never_above_the_share_whatever_the_curves(seed):
-    """Straight curves too, whose steps all cost the same up to rounding."""
+    """Also on straight curves, whose steps all cost the same up to rounding."""
     draw = torch.Generator().manual_seed(seed)
 
     def curves(points):

@@ -1,4 +1,4 @@
-"""From a budget to a sub-network: arrays, surrogate, nested answers within limits, training, and what is kept."""
+"""The static router: arrays, surrogate, nested answers within limits, training, saving and loading."""
 
 import json
 import shutil
@@ -56,13 +56,13 @@ def ceiling(table, share: float) -> Ceiling:
 
 @pytest.fixture(autouse=True)
 def fewer_steps(monkeypatch):
-    """Six sub-layers are learnt sooner than sixty."""
+    """Few steps are enough for six sub-layers."""
     monkeypatch.setattr(surrogate, "STEPS", 250)
     monkeypatch.setattr(training, "STEPS", 150)
 
 
 class SyntheticMeter:
-    """A loss with an interaction that single sensitivities do not show, in place of a model's."""
+    """A synthetic loss with an interaction that single sensitivities do not show."""
 
     def __init__(self, sensitivity, noise: float = 0.0, scale: float = 1.0) -> None:
         self.increases_SK = increase_matrix(sensitivity)
@@ -146,7 +146,7 @@ class TestSurrogate:
 
 
 class TestAnswers:
-    """The router's promises hold before training and after it, for any budget."""
+    """The router keeps its promises for any budget, before and after training."""
 
     @pytest.fixture(params=["untrained", "trained"])
     def net(self, request, sensitivity, table):
@@ -367,13 +367,13 @@ def folder(tmp_path, llama, sensitivity, table):
 
 @pytest.fixture(scope="module")
 def routers():
-    """What training has given, once for all tests that only read it."""
+    """The result of one training, shared by all tests that only read it."""
     return {}
 
 
 @pytest.fixture
 def trained(folder, sensitivity, table, routers):
-    """The router of the folder, which lies there."""
+    """The router saved in the folder."""
     if not routers:
         pairs = Pairs(folder / "routers" / "pairs.jsonl", {})
         routers["tpot"] = train_router(
@@ -522,7 +522,7 @@ class TestRoute:
 
 
 class TestTogether:
-    """Weights and router in turn: the last stage of the method."""
+    """Training weights and router in turn, the last stage of the method."""
 
     @pytest.fixture
     def ranked(self, checkpoint, tmp_path):
@@ -550,7 +550,7 @@ class TestTogether:
         return folder
 
     def test_the_router_is_trained_on_for_the_new_weights(self, ranked, tmp_path, monkeypatch):
-        monkeypatch.setattr(training, "LARGEST_ERROR", 10)  # losses of a random model hardly depend on its widths
+        monkeypatch.setattr(training, "LARGEST_ERROR", 10)  # a random model's loss hardly depends on its widths
         monkeypatch.setattr(training, "LOWEST_RANK", -1)
         out = tmp_path / "trained"
         config = TrainConfig(
@@ -585,7 +585,7 @@ class TestTogether:
         lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
         found = [visit["neurons"] + visit["kv_groups"] for line in lines for visit in line["visits"]]
         assert len(found) == 24
-        in_order = sorted(found, key=sum)  # answers contain each other, so each is at least as wide everywhere
+        in_order = sorted(found, key=sum)  # answers are nested, so each is nowhere narrower than the one before
         is_nested = all(a <= b for low, high in pairwise(in_order) for a, b in zip(low, high, strict=True))
         assert is_nested == nested
         assert len(set(map(tuple, found))) > 3
@@ -606,7 +606,7 @@ class TestTogether:
         blocks, _ = unused_blocks(after, Sensitivity.load(out), "sample/train", tokens=512)
         assert new.about.checks[0].loss == pytest.approx(LossMeter(after, blocks)(new.about.checks[0].subnet), abs=1e-4)
         explained = explain(after, route(after, "0.6x"), out, measure=False)
-        assert explained["predicted_nats_per_token"] is None  # the surrogate knows the weights before training
+        assert explained["predicted_nats_per_token"] is None  # the surrogate was fitted to the weights before training
         assert "at whose answers the weights were trained" in as_text(route(after, "0.6x"), explained, out)
         assert "surrogate of the weights before training" in describe_router(new)
         train(config)  # done already

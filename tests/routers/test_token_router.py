@@ -1,4 +1,4 @@
-"""The token router on tiny models: it starts as the static one, learns from slopes, and keeps budgets on average."""
+"""The token router on tiny models: it starts as the static router, learns from slopes, and keeps budgets on average."""
 
 import copy
 import json
@@ -71,7 +71,7 @@ def static(sensitivity, table):
 
 @pytest.fixture
 def trained(llama, static, table):
-    """A router with worths of some spread, calibrated."""
+    """A calibrated router whose worths differ."""
     router = TokenRouter(static.net, tiny.HIDDEN)
     with torch.no_grad():
         router.reads_LRD *= 2
@@ -126,7 +126,7 @@ class TestFit:
     ROWS, TIME = 64, 16
 
     def slopes(self, *, signal: float) -> Slopes:
-        """Slopes that depend on one direction of the hidden states, with as much noise again."""
+        """Slopes that depend on one direction of the hidden states, with as much noise as signal."""
         draw = np.random.default_rng(0)
         tokens = self.ROWS * self.TIME
         hidden = torch.tensor(draw.standard_normal((tiny.LAYERS, tokens, tiny.HIDDEN)), dtype=torch.float32)
@@ -162,7 +162,7 @@ class TestFit:
         assert self.worths(router, slopes).std() < 0.2
 
     def test_slopes_at_known_worths_move_them(self, static):
-        """Where tokens already have the worths that slopes ask for, slopes are even, and nothing is unlearnt."""
+        """If tokens already have the right worths, slopes are equal and training keeps the worths."""
         router, first = TokenRouter(static.net, tiny.HIDDEN), self.slopes(signal=0.8)
         fit(router, [first], rows=self.TIME)
         before = self.worths(router, first).detach()
@@ -188,7 +188,7 @@ class TestTraining:
             train_token_router(llama, static, table, tiny.blocks(6), tiny.blocks(4))
 
     def test_unequal_steps_of_the_search_space(self):
-        """Blocks of neurons of different sizes: slopes are of neurons."""
+        """Slopes are per neuron even if blocks of neurons differ in size."""
         sizes = torch.tensor([1, 2, 3])
         mask = torch.tensor([[[1.0, 1.0, 0.0]]])
         assert token_training._of_neurons(mask, sizes).tolist() == [[[1, 1, 1, 0, 0, 0]]]
@@ -381,7 +381,7 @@ class TestFolder:
     def test_weights_and_token_router_are_trained_in_turn(
         self, checkpoint, sensitivity, table, static, trained, tmp_path, monkeypatch
     ):
-        monkeypatch.setattr(training, "LARGEST_ERROR", 10)  # losses of a random model hardly depend on its widths
+        monkeypatch.setattr(training, "LARGEST_ERROR", 10)  # a random model's loss hardly depends on its widths
         monkeypatch.setattr(training, "LOWEST_RANK", -1)
         monkeypatch.setattr(token_making, "TOKENS_PER_ROUND", 96)
         monkeypatch.setattr(token_training, "HELD_OUT", 1 / 2)

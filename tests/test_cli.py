@@ -552,7 +552,7 @@ def test_a_router_needs_sensitivities(folder, text, capsys):
     assert "of another search space" in capsys.readouterr().err
     (folder / "sensitivity.json").unlink()
     assert cli.main(router_arguments(folder, text)) == 2
-    assert f"{folder} has no sensitivities, which a router starts from." in capsys.readouterr().err
+    assert f"{folder} has no sensitivities; a router starts from them." in capsys.readouterr().err
     with pytest.raises(ValueError, match="phase is 'both'; it must be one of: prefill, decode"):
         making.make_router(ElasticModel.from_pretrained(folder), folder, phase="both")
 

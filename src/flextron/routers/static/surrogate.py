@@ -28,8 +28,9 @@ LEARNING_RATE = 0.01
 NEAR_FULL = 0.3
 """A pair this many nats above the least loss gets half the weight: errors at small budgets matter less."""
 PULL_OF_SCALES = 0.01
+"""Weight of the penalty on learnt factors, which pulls towards the plain sum of sensitivities."""
 PULL_OF_EFFECTS = 0.1
-"""Weight of the penalties that pull towards the plain sum of sensitivities; from 0.03 to 1, 0.1 predicts best."""
+"""Weight of the penalty on learnt effects; of 0.03 to 1, 0.1 predicts best."""
 
 
 @dataclass(frozen=True)

@@ -482,7 +482,7 @@ class TestRoute:
         if other.neurons[-1] != space.neurons[-1]:
             other = replace(other, neurons=(*other.neurons, space.neurons[-1]))
         model = ElasticModel.from_pretrained(folder, search_space=other)
-        with pytest.raises(RouterError, match="another search space"):
+        with pytest.raises(RouterError, match="different search spaces"):
             route(model, "parameters=0.99x")
 
     def test_use_takes_a_budget(self, folder):

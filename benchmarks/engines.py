@@ -24,7 +24,8 @@ from tyro.conf import Positional
 
 from flextron import ElasticModel, Subnet, export_gguf, route
 from flextron.choosing.baselines import equal_widths_within
-from flextron.costs.pricing import Ceiling, formula_table
+from flextron.costs.formulas import formula_table
+from flextron.costs.pricing import Ceiling
 from flextron.elastic.checkpoint import quiet_transformers
 from flextron.exporting.exporters import GgufExporter
 from flextron.exporting.gguf.comparing import real_text

@@ -16,8 +16,9 @@ import torch
 import tyro
 
 from flextron import measure_latency
-from flextron.costs.latency import REPEATS, random_subnets, time_interleaved, timed_run
+from flextron.costs.fitting import random_subnets
 from flextron.costs.saved import describe
+from flextron.costs.timing import REPEATS, time_interleaved, timed_run
 from model import load_smollm2, write_results
 
 

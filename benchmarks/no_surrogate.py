@@ -23,9 +23,9 @@ from tyro.conf import Positional
 
 from flextron import ElasticModel
 from flextron.atomic import write_text
-from flextron.costs.latency import PHASES
 from flextron.costs.pricing import Ceiling
 from flextron.costs.saved import find_table
+from flextron.costs.timing import PHASES
 from flextron.data.blocks import TokenBlocks
 from flextron.elastic.checkpoint import quiet_transformers
 from flextron.elastic.loss import hidden_states, losses

@@ -28,10 +28,11 @@ from matplotlib.figure import Figure
 from flextron import ElasticModel, Subnet, evaluate, load_blocks
 from flextron.atomic import write_text
 from flextron.choosing import baselines
-from flextron.costs.latency import PHASES, REPEATS, TOKENS, Timing, measure_latency, time_interleaved, timed_run
+from flextron.costs.latency import measure_latency
 from flextron.costs.pricing import Ceiling, check_possible
 from flextron.costs.saved import describe, find_table, save_table
 from flextron.costs.table import CostTable
+from flextron.costs.timing import PHASES, REPEATS, TOKENS, Timing, time_interleaved, timed_run
 from flextron.elastic.checkpoint import quiet_transformers
 from flextron.environment import describe_device, faster_dtype
 from flextron.errors import CostError, FlextronError

@@ -20,10 +20,10 @@ from flextron.choosing import explaining
 from flextron.choosing.routing import route
 from flextron.commands import shared
 from flextron.config import COMMANDS, LEAST_EVALUATIONS, EvaluateConfig
-from flextron.costs.latency import TOKENS, here
 from flextron.costs.pricing import Ceiling
 from flextron.costs.saved import find_table, save_table
 from flextron.costs.table import CostTable, linear_table
+from flextron.costs.timing import TOKENS, present_conditions
 from flextron.data.blocks import load_blocks
 from flextron.model import ElasticModel
 from flextron.ranking.sensitivity import Sensitivity
@@ -79,7 +79,7 @@ def folder(deep, tmp_path):
 def add_tables(folder, **conditions):
     model = ElasticModel.from_pretrained(folder)
     for phase, metric, scale in (("prefill", "ttft", 10.0), ("decode", "tpot", 1.0)):
-        about = {**here(model), "phase": phase, "batch": 1, TOKENS[metric]: 16, **conditions}
+        about = {**present_conditions(model), "phase": phase, "batch": 1, TOKENS[metric]: 16, **conditions}
         costs = {"per_neuron": [0.01 * scale] * 12, "per_kv_group": [0.1 * scale] * 12}
         save_table(
             folder,

@@ -40,6 +40,11 @@ def describe_device(device: str | torch.device) -> str:
     return f"{_processor()}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a type without its module, such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def default_device() -> str:
     """The device for "auto": cuda if there is a GPU, else cpu."""
     return "cuda" if torch.cuda.is_available() else "cpu"

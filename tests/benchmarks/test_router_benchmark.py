@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from flextron.costs.latency import Timing
+from flextron.costs.timing import Timing
 from flextron.errors import FlextronError
 from router import Kept, add_rounds
 

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 import tiny
-from flextron.costs import latency
-from flextron.costs.latency import designed, fit, here, measure_latency, random_subnets, time_interleaved, timed_run
+from flextron.costs.fitting import designed, fit, random_subnets
+from flextron.costs.latency import measure_latency
 from flextron.costs.saved import describe, find_table, save_table, table_file, table_from_csv
 from flextron.costs.table import CostTable, linear_table
+from flextron.costs.timing import RETRIES, TOKENS, present_conditions, time_interleaved, timed_run
 from flextron.errors import CostError
-from flextron.inference import decoder as decoding
+from flextron.inference.decoder import Decoder
 from flextron.model import ElasticModel
 from flextron.subnet import SearchSpace, Subnet
 
@@ -205,7 +206,7 @@ def test_what_differs_between_rounds_is_timed_again():
         return lambda: TRUTH.price(subnet) * factor
 
     timing = timed(prepare)
-    again = 2 + latency.RETRIES
+    again = 2 + RETRIES
     assert [len(ratios) for ratios in timing.ratios] == [again if subnet == odd else 2 for subnet in SUBNETS]
     assert medians(timing) == pytest.approx(RATIOS)
 
@@ -268,7 +269,7 @@ def test_measured_tables(kind, phase, batch, engine, request):
     assert conditions == {
         "dtype": "float32",
         "torch": ".".join(torch.__version__.split(".")[:2]),
-        "transformers": here(model)["transformers"],
+        "transformers": present_conditions(model)["transformers"],
         "phase": phase,
         "batch": batch,
         tokens: 16,
@@ -304,7 +305,7 @@ def test_every_decoding_run_sees_the_same_text(kind, batch):
 def test_the_own_decoder_reads_a_cache_that_was_written(llama, monkeypatch):
     made = []
 
-    class Noted(decoding.Decoder):
+    class Noted(Decoder):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             for attention, _ in self._layers:
@@ -312,7 +313,7 @@ def test_the_own_decoder_reads_a_cache_that_was_written(llama, monkeypatch):
                     attention.past_keys.fill_(torch.nan)
             made.append(self)
 
-    monkeypatch.setattr(decoding, "Decoder", Noted)
+    monkeypatch.setattr("flextron.costs.timing.Decoder", Noted)
     run = timed_run(llama, "decode", batch=1, tokens=10)(Subnet((40, 0, 8), (0, 3, 1)))
     assert min(run(), run()) > 0
     assert (made[0].position, made[0].max_tokens) == (11, 11)
@@ -347,7 +348,7 @@ def test_the_longest_text_fits(gpt2):
 
 def made_up(model, metric="tpot", fixed=1.0, tokens=512, space=None, **changes) -> CostTable:
     space = space or model.search_space
-    conditions = {**here(model), "batch": 1, latency.TOKENS[metric]: tokens, **changes}
+    conditions = {**present_conditions(model), "batch": 1, TOKENS[metric]: tokens, **changes}
     per_unit = {"per_neuron": [0.1] * space.layers, "per_kv_group": [0.2] * space.layers}
     return linear_table(space, metric=metric, unit="ms", fixed=fixed, conditions=conditions, **per_unit)
 
@@ -410,7 +411,7 @@ def test_tables_of_another_search_space_are_left_out(llama, tmp_path):
 def test_measured_elsewhere(llama, tmp_path, key, value):
     elsewhere = made_up(llama, **{key: value})
     save_table(tmp_path, elsewhere)
-    differs = f"its {key} is {value}, here it is {here(llama)[key]}"
+    differs = f"its {key} is {value}, here it is {present_conditions(llama)[key]}"
     with pytest.raises(CostError) as error:
         find_table(llama, tmp_path, "tpot")
     assert f"was measured here ({differs}). Measure one: flextron measure-latency {tmp_path}" in str(error.value)
@@ -436,7 +437,7 @@ def test_ours_comes_before_others_and_the_same_device_before_other_versions(llam
 
 
 def test_what_a_table_does_not_say_is_not_compared(llama, tmp_path):
-    table = replace(made_up(llama), conditions={"device": here(llama)["device"]})
+    table = replace(made_up(llama), conditions={"device": present_conditions(llama)["device"]})
     assert save_table(tmp_path, table).name.startswith("tpot-")
     assert find_table(llama, tmp_path, "tpot") == table
     assert table_file(tmp_path, replace(table, conditions={})).name == "tpot.json"

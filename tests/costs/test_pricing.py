@@ -10,7 +10,8 @@ from transformers import DynamicCache
 import tiny
 from flextron import export
 from flextron.budget import Budget, Limit
-from flextron.costs.pricing import FORMULAS, Ceiling, ceilings, check_possible, format_cost, formula_table, meets
+from flextron.costs.formulas import FORMULAS, formula_table
+from flextron.costs.pricing import Ceiling, ceilings, check_possible, format_cost, meets
 from flextron.costs.table import CostTable, linear_table
 from flextron.errors import BudgetError, CostError, SubnetError
 from flextron.model import ElasticModel

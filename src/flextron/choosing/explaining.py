@@ -14,10 +14,10 @@ import torch
 from flextron.atomic import write_text
 from flextron.budget import Budget
 from flextron.choosing.routing import Routed
-from flextron.costs.latency import REPEATS, TOKENS, here, time_interleaved, timed_run
 from flextron.costs.pricing import Ceiling, format_cost
 from flextron.costs.saved import find_table, foreign_conditions
 from flextron.data.blocks import require_tokenizer
+from flextron.costs.timing import REPEATS, TOKENS, present_conditions, time_interleaved, timed_run
 from flextron.elastic.model import ElasticModel
 from flextron.errors import FlextronError
 from flextron.pictures.usage import TokenUsage
@@ -78,7 +78,7 @@ def measured_ms(
     for metric in ("ttft", "tpot") if limit.metric == "e2e" else (limit.metric,):
         conditions = find_table(model, folder, metric, tokens=limit.prompt_tokens, foreign=True)
         about = conditions.conditions
-        if "torch" not in about or foreign_conditions(conditions, here(model)):
+        if "torch" not in about or foreign_conditions(conditions, present_conditions(model)):
             return None
         tokens = about[TOKENS[metric]]
         times = (limit.prompt_tokens or tokens) / tokens if metric == "ttft" else (limit.new_tokens or 2) - 1

@@ -31,7 +31,8 @@ def _to_export(model: ElasticModel, config: ExportConfig, exporter: Exporter) ->
     if not config.equal_widths:
         return shared.chosen(model, config, **how)
     from flextron.choosing.baselines import equal_widths_within
-    from flextron.costs.pricing import Ceiling, formula_table
+    from flextron.costs.formulas import formula_table
+    from flextron.costs.pricing import Ceiling
 
     if config.budget is not None:
         limits = shared.routed(model, config.budget, config, **how).ceilings

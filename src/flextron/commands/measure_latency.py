@@ -44,8 +44,8 @@ def _measured(model: ElasticModel, phase: str, config: MeasureLatencyConfig) -> 
 
 
 def _table_of_csv(config: MeasureLatencyConfig, file: Path) -> CostTable:
-    from flextron.costs.latency import PHASES, TOKENS
     from flextron.costs.saved import LLAMA_CPP, table_from_csv
+    from flextron.costs.timing import PHASES, TOKENS
     from flextron.elastic.checkpoint import load_metadata
 
     (phase,) = config.phase

@@ -33,7 +33,7 @@ def run(config: TrainRouterConfig) -> None:
 
 
 def _train_token_router(config: TrainRouterConfig, folder: Path) -> None:
-    from flextron.costs.latency import PHASES
+    from flextron.costs.timing import PHASES
     from flextron.routers.static.pairs import FOLDER
     from flextron.routers.static.router import metrics_with_router
     from flextron.routers.token.making import describe_token_router, make_token_router

@@ -6,13 +6,14 @@ import csv
 import json
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from flextron.costs.latency import PHASES, TOKENS, check_phase, fit, here, price_errors
+from flextron.costs.fitting import fit, price_errors
 from flextron.costs.table import CostTable
+from flextron.costs.timing import PHASES, TOKENS, check_phase, phase_of, present_conditions
 from flextron.elastic.model import ElasticModel
 from flextron.environment import describe_device
 from flextron.errors import CostError
@@ -65,48 +66,75 @@ def find_table(
         CostError: a file that cannot be read, none measured, or none for what is here and `foreign` is false; the
             message says what to do.
     """
-    tables = [CostTable.load(file) for file in sorted((Path(folder) / FOLDER).glob("*.json"))]
-    tables = [table for table in tables if table.metric == metric]
-    phase = next(phase for phase, name in PHASES.items() if name == metric)
-    way_out = f"Measure one: flextron measure-latency {folder} --phase {phase}"
-    if not tables:
-        raise CostError(f"{folder} has no latency table of {phase} ({metric}). {way_out}")
-    tables = [table for table in tables if table.search_space == model.search_space]
-    if not tables:
-        raise CostError(f"the latency tables of {phase} in {folder} are of another search space. {way_out}")
-    present = here(model)
+    way_out = f"Measure one: flextron measure-latency {folder} --phase {phase_of(metric)}"
+    tables = _candidates(model, folder, metric, way_out)
+    present = present_conditions(model)
     if engine == LLAMA_CPP:  # which is timed on the CPU, wherever the model is
         present["device"] = describe_device("cpu")
         way_out += " --engine llamacpp"
-
-    def distance(table: CostTable) -> tuple[list[bool], int, int]:
-        differs = [_differs(table, *item) for item in present.items()]
-        nameless = "device" not in table.conditions  # of an outside engine: only where none was measured here
-        other_weights = quantization is not None and _differs(table, "quantization", quantization)
-        return (
-            [not is_of(table, engine), other_weights, *differs, nameless],
-            _batch(table),
-            abs(_length(table) - (tokens or 0)),
-        )
-
-    nearest = min(tables, key=distance)
+    wanted = _Wanted(present, engine, quantization, tokens or 0)
+    nearest = min(tables, key=wanted.distance)
+    for text in wanted.engine_differs(nearest):
+        warn(text)
     differ = "; ".join(foreign_conditions(nearest, present))
-    if not is_of(nearest, engine):
-        where = nearest.conditions.get("engine", "another engine")
-        warn(
-            f"the latency table of {phase} was measured in {where}, not in {engine or 'flextron'}, where times differ."
-        )
-    elif quantization is not None and _differs(nearest, "quantization", quantization):
-        measured = nearest.conditions["quantization"]
-        warn(f"the latency table of {phase} was measured with weights in {measured}, not in {quantization}.")
     if differ and not foreign:
         raise CostError(
-            f"no latency table of {phase} in {folder} was measured here ({differ}). "
+            f"no latency table of {phase_of(metric)} in {folder} was measured here ({differ}). "
             f"{way_out}, or allow it: --any-device"
         )
     if differ:
         warn(f"using a latency table that was measured elsewhere: {differ}.")
     return nearest
+
+
+def _candidates(model: ElasticModel, folder: str | Path, metric: str, way_out: str) -> list[CostTable]:
+    """The tables of a metric for the model's search space.
+
+    Raises:
+        CostError: none.
+    """
+    named = f"{phase_of(metric)} ({metric})"
+    saved = (CostTable.load(file) for file in sorted((Path(folder) / FOLDER).glob("*.json")))
+    tables = [table for table in saved if table.metric == metric]
+    if not tables:
+        raise CostError(f"{folder} has no latency table of {named}. {way_out}")
+    tables = [table for table in tables if table.search_space == model.search_space]
+    if not tables:
+        raise CostError(f"the latency tables of {phase_of(metric)} in {folder} are of another search space. {way_out}")
+    return tables
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What a table should have been measured with."""
+
+    present: dict[str, Any]
+    engine: str | None
+    quantization: str | None
+    tokens: int
+
+    def distance(self, table: CostTable) -> tuple[list[bool], int, int]:
+        """How far a table is from it, to compare: first what differs, then the batch, then the length of the text."""
+        differs = [_differs(table, *item) for item in self.present.items()]
+        nameless = "device" not in table.conditions  # of an outside engine: only where none was measured here
+        return (
+            [not is_of(table, self.engine), self._other_weights(table), *differs, nameless],
+            _batch(table),
+            abs(_length(table) - self.tokens),
+        )
+
+    def engine_differs(self, table: CostTable) -> list[str]:
+        """A sentence where the table is of another engine, or of other weights in this one."""
+        named = f"the latency table of {phase_of(table.metric)} was measured"
+        if not is_of(table, self.engine):
+            where = table.conditions.get("engine", "another engine")
+            return [f"{named} in {where}, not in {self.engine or 'flextron'}, where times differ."]
+        if self._other_weights(table):
+            return [f"{named} with weights in {table.conditions['quantization']}, not in {self.quantization}."]
+        return []
+
+    def _other_weights(self, table: CostTable) -> bool:
+        return self.quantization is not None and _differs(table, "quantization", self.quantization)
 
 
 def foreign_conditions(table: CostTable, present: dict[str, Any]) -> list[str]:

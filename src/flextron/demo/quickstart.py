@@ -17,15 +17,16 @@ from flextron.atomic import new_folder, write_text
 from flextron.choosing.baselines import equal_widths, greedy
 from flextron.choosing.explaining import save_usage, usage_of
 from flextron.config import QuickstartConfig, TextOptions, TrainConfig, VisitOptions, WatchOptions
-from flextron.costs.latency import REPEATS, measure_latency, time_interleaved, timed_run
+from flextron.costs.latency import measure_latency
 from flextron.costs.pricing import Ceiling
 from flextron.costs.saved import describe, find_table, save_table
 from flextron.costs.table import CostTable
+from flextron.costs.timing import REPEATS, time_interleaved, timed_run
 from flextron.data.blocks import TokenBlocks, load_blocks
 from flextron.demo import report
 from flextron.elastic.checkpoint import METADATA_FILE, quiet_transformers
 from flextron.elastic.model import ElasticModel
-from flextron.environment import default_device, describe_device, faster_dtype
+from flextron.environment import default_device, describe_device, dtype_name, faster_dtype
 from flextron.errors import CostError, FlextronError, RouterError
 from flextron.evaluation import evaluate
 from flextron.generation import generate
@@ -330,7 +331,7 @@ def _conditions(
         "router": router and f"{router.about.pairs} sub-networks, measured on {router.about.tokens} tokens each",
         "prompt": config.prompt,
         "device": describe_device(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(model.dtype),
         "prefill": f"batch 1, {PROMPT_TOKENS} tokens, logits of the last, median of {TIMING_ROUNDS} interleaved rounds",
         "loss": f"{blocks.predicted_tokens} tokens of {blocks.text}",
         "versions": {package: version(package) for package in ("flextron", "torch", "transformers")},

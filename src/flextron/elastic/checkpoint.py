@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from flextron.atomic import new_folder
 from flextron.elastic import per_layer
+from flextron.environment import dtype_name
 from flextron.errors import CheckpointError, FlextronError
 from flextron.records import check_version, read_record
 from flextron.subnet import AXES, SearchSpace
@@ -137,7 +138,7 @@ def save(
 
 def _set_dtype(file: Path, dtype: torch.dtype) -> None:
     config = json.loads(file.read_text(encoding="utf8"))
-    config["dtype"] = str(dtype).removeprefix("torch.")
+    config["dtype"] = dtype_name(dtype)
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf8")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from flextron.costs.latency import PHASES
+from flextron.costs.timing import PHASES, phase_of
 from flextron.errors import RouterError
 
 
@@ -23,13 +23,13 @@ class MadeFrom:
     """Number of tokens of the text that were measured."""
 
 
-def phase_of(metric: str) -> str:
+def routed_phase(metric: str) -> str:
     """Return the phase (prefill or decode) whose time is `metric` (ttft or tpot).
 
     Raises:
         RouterError: `metric` is no time of a phase.
     """
-    for phase, name in PHASES.items():
-        if name == metric:
-            return phase
-    raise RouterError(f"routers are for {' or '.join(PHASES.values())}, not {metric}. Give a budget for one of these.")
+    if metric not in PHASES.values():
+        known = " or ".join(PHASES.values())
+        raise RouterError(f"routers are for {known}, not {metric}. Give a budget for one of these.")
+    return phase_of(metric)

@@ -18,7 +18,7 @@ from flextron.config import EvaluateConfig
 from flextron.costs.pricing import Ceiling
 from flextron.costs.table import CostTable
 from flextron.elastic.model import ElasticModel
-from flextron.environment import describe_device
+from flextron.environment import describe_device, dtype_name
 from flextron.pictures.widths import save_figure
 from flextron.routers.token.batch import TokenRouting
 from flextron.subnet import Subnet
@@ -127,7 +127,7 @@ def _summary(
     about = {
         "model": config.model,
         "weights": model.fingerprint(),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(model.dtype),
         "device": describe_device(model.device),
         "limit": config.limit,
         "data": "lm-eval's own" if data is None else "local files",

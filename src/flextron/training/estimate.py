@@ -20,7 +20,7 @@ from flextron.elastic.families import family_of
 from flextron.elastic.loss import CHUNK_TOKENS, CHUNK_TOKENS_OF_A_GPU
 from flextron.elastic.model import ElasticLayer, ElasticModel
 from flextron.elastic.projections import Projection
-from flextron.environment import arithmetic_dtype, default_device
+from flextron.environment import arithmetic_dtype, default_device, dtype_name
 from flextron.errors import CheckpointError
 from flextron.ranking.sensitivity import Sensitivity
 from flextron.subnet import Subnet
@@ -87,7 +87,7 @@ class TrainEstimate:
             f"{text.block_tokens} tokens: {self.tokens_per_step:,} tokens a step, {self.tokens:,} in all",
             f"compute  a visit {self.visit_compute:.0%} of the full model's; "
             f"a step {self.step_compute:.0%} of plain fine-tuning's{taught}",
-            f"memory   of {processes}, arithmetic in {str(self.arithmetic).removeprefix('torch.')}",
+            f"memory   of {processes}, arithmetic in {dtype_name(self.arithmetic)}",
             *(f"  {part:<34}{_gigabytes(size)}" for part, size in self.memory.items() if size),
             f"  {'total, about':<34}{_gigabytes(self.total_bytes)}",
         ]

@@ -28,7 +28,7 @@ from flextron.costs.saved import find_table
 from flextron.data.corpus import Corpus
 from flextron.elastic.adapters import merge_adapters
 from flextron.elastic.model import ElasticModel
-from flextron.environment import arithmetic_dtype, describe_device
+from flextron.environment import arithmetic_dtype, describe_device, dtype_name
 from flextron.errors import FlextronError, TrainingError
 from flextron.ranking.sensitivity import Sensitivity
 from flextron.routers.static.making import keep_router, remake_router
@@ -338,7 +338,7 @@ class TrainingRun:
         self.say(
             f"training {trained:.1f} M weights for {self.steps} steps of {visit.visits_per_step} x "
             f"{visit.blocks_per_visit} blocks of {text.block_tokens} tokens on "
-            f"{describe_device(self.device)}{processes}, {str(self.dtype).removeprefix('torch.')}"
+            f"{describe_device(self.device)}{processes}, {dtype_name(self.dtype)}"
         )
         if self.config.watch.log_with:
             self.accelerator.init_trackers(self.config.out.name, config=numbers(asdict(self.config)))

@@ -11,8 +11,8 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from flextron.costs.latency import Runner
 from flextron.costs.saved import LLAMA_CPP
+from flextron.costs.timing import Runner
 from flextron.elastic.model import ElasticModel
 from flextron.environment import describe_device
 from flextron.errors import ExportError

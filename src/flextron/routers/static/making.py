@@ -10,17 +10,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flextron.costs.latency import PHASES, measure_latency
+from flextron.costs.latency import measure_latency
 from flextron.costs.saved import FOLDER as LATENCY_FOLDER
 from flextron.costs.saved import describe, find_table, is_of, save_table
 from flextron.costs.table import CostTable
+from flextron.costs.timing import PHASES, check_phase
 from flextron.data.blocks import TokenBlocks, load_blocks
 from flextron.elastic.model import ElasticModel
 from flextron.environment import faster_dtype
 from flextron.errors import RouterError
 from flextron.progress import bar
 from flextron.ranking.sensitivity import Sensitivity, sensitivity_blocks
-from flextron.routers.about import phase_of
+from flextron.routers.about import routed_phase
 from flextron.routers.static.learning import CHECKED_BUDGETS, LEAST_EVALUATIONS, check_answers, train_router
 from flextron.routers.static.net import StaticRouter
 from flextron.routers.static.pairs import LossMeter, Pairs
@@ -68,8 +69,7 @@ def make_router(
         RouterError: no sensitivities, measured pairs of another checkpoint or text, or as `train_router`.
         CostError: all latency tables are for another device or version, and `any_device` is false.
     """
-    if phase not in PHASES:
-        raise ValueError(f"phase is {phase!r}; it must be one of: {', '.join(PHASES)}.")
+    check_phase(phase)
     say: Say = partial(print, file=sys.stderr) if show else lambda _: None
     sensitivity = sensitivity_of(model, folder)
     blocks, after = unused_blocks(model, sensitivity, text, tokens=tokens)
@@ -178,7 +178,7 @@ def remake_router(folder: str | Path, old: Router, before: str | Path, *, device
     return make_router(
         ElasticModel.from_pretrained(folder, device=device),
         folder,
-        phase=phase_of(old.about.metric),
+        phase=routed_phase(old.about.metric),
         evaluations=max(LEAST_EVALUATIONS, min(old.about.pairs, MOST_EVALUATIONS)),
         tokens=_tokens_of(old),
         text=old.about.text,

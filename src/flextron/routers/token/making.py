@@ -15,14 +15,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from flextron.atomic import new_folder
-from flextron.costs.latency import PHASES
 from flextron.costs.saved import find_table
+from flextron.costs.timing import PHASES, check_phase
 from flextron.elastic.model import ElasticModel
 from flextron.environment import faster_dtype
 from flextron.errors import RouterError
 from flextron.ranking.sensitivity import sensitivity_blocks
 from flextron.records import read_record
-from flextron.routers.about import phase_of
+from flextron.routers.about import routed_phase
 from flextron.routers.static.making import sensitivity_of, unused_blocks
 from flextron.routers.static.net import StaticRouter
 from flextron.routers.static.pairs import FOLDER
@@ -70,8 +70,7 @@ def make_token_router(
         RouterError: no static router for this phase, too little text, or as `train_token_router`.
         CostError: no latency table for this device and version, and `any_device` is false.
     """
-    if phase not in PHASES:
-        raise ValueError(f"phase is {phase!r}; it must be one of: {', '.join(PHASES)}.")
+    check_phase(phase)
     least = rounds * TOKENS_PER_ROUND
     if tokens < least:
         raise ValueError(f"tokens is {tokens}; a token router needs at least {least}.")
@@ -111,7 +110,7 @@ def remake_token_router(
     Raises:
         FlextronError: as `make_token_router`.
     """
-    phase = phase_of(old.metric)
+    phase = routed_phase(old.metric)
     model = ElasticModel.from_pretrained(folder, device=device)
     return make_token_router(model, folder, phase=phase, tokens=old.tokens, text=old.text, any_device=True, show=show)
 
@@ -140,7 +139,7 @@ def load_token_router(folder: str | Path, metric: str, model: ElasticModel) -> t
             the model's.
     """
     source = Path(folder) / FOLDER / f"{metric}-per-token"
-    way_out = f"Train one: flextron train-router {folder} --phase {phase_of(metric)} --per-token"
+    way_out = f"Train one: flextron train-router {folder} --phase {routed_phase(metric)} --per-token"
     if not has_token_router(folder, metric):
         raise RouterError(f"{folder} has no token router for {metric}. {way_out}")
     try:

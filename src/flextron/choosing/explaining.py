@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,8 +16,8 @@ from flextron.budget import Budget
 from flextron.choosing.routing import Routed
 from flextron.costs.pricing import Ceiling, format_cost
 from flextron.costs.saved import find_table, foreign_conditions
+from flextron.costs.timing import OFF, REPEATS, TOKENS, Timing, present_conditions, time_interleaved, timed_run
 from flextron.data.blocks import require_tokenizer
-from flextron.costs.timing import REPEATS, TOKENS, present_conditions, time_interleaved, timed_run
 from flextron.elastic.model import ElasticModel
 from flextron.errors import FlextronError
 from flextron.pictures.usage import TokenUsage
@@ -59,16 +59,25 @@ def _limit(
     model: ElasticModel, ceiling: Ceiling, subnet: Subnet, folder: str | Path, *, measure: bool
 ) -> dict[str, Any]:
     table = ceiling.table
-    numbers = {"at_most": ceiling.limit, "predicted": table.price(subnet), "full_model": table.full}
+    numbers: dict[str, Any] = {"at_most": ceiling.limit, "predicted": table.price(subnet), "full_model": table.full}
     measured = measured_ms(model, ceiling, subnet, folder) if measure and table.unit == "ms" else None
     if measured is not None:
-        numbers |= {"measured": measured[0], "full_model_measured": measured[1]}
+        numbers |= {"measured": measured.ms, "full_model_measured": measured.full_ms}
+        numbers |= {"measured_off_predicted": measured.ms / table.price(subnet) - 1}
+        numbers |= {"table_error": table.conditions.get("error_median"), "measured_warning": measured.warning}
     return {"limit": ceiling.text, "unit": table.unit, **numbers}
 
 
-def measured_ms(
-    model: ElasticModel, ceiling: Ceiling, subnet: Subnet, folder: str | Path
-) -> tuple[float, float] | None:
+class Measured(NamedTuple):
+    """Times by the measure of a limit."""
+
+    ms: float
+    full_ms: float
+    warning: str | None
+    """Why they are not to be trusted, where they are not."""
+
+
+def measured_ms(model: ElasticModel, ceiling: Ceiling, subnet: Subnet, folder: str | Path) -> Measured | None:
     """Time of a sub-network and of the full model by the measure of a limit; None where its tables are not of here.
 
     Texts are as long as the tables', and times are scaled as theirs are, so that prediction and measurement compare.
@@ -83,14 +92,17 @@ def measured_ms(
         tokens = about[TOKENS[metric]]
         times = (limit.prompt_tokens or tokens) / tokens if metric == "ttft" else (limit.new_tokens or 2) - 1
         parts.append((times, about["phase"], about["batch"], tokens))
-    totals = np.zeros(2)
-    for times, phase, batch, tokens in parts:
-        totals += times * np.array(_times(model, subnet, phase, batch=batch, tokens=tokens))
-    return float(totals[0]), float(totals[1])
+    timings = [(times, _timed(model, subnet, phase, batch=batch, tokens=n)) for times, phase, batch, n in parts]
+    warnings = [timing.warning for _, timing in timings if timing.warning is not None]
+    return Measured(
+        sum(times * timing.milliseconds[0] for times, timing in timings),
+        sum(times * timing.full_ms for times, timing in timings),
+        next(iter(warnings), None),
+    )
 
 
-def _times(model: ElasticModel, subnet: Subnet, phase: str, *, batch: int, tokens: int) -> tuple[float, float]:
-    timing = time_interleaved(
+def _timed(model: ElasticModel, subnet: Subnet, phase: str, *, batch: int, tokens: int) -> Timing:
+    return time_interleaved(
         timed_run(model, phase, batch=batch, tokens=tokens),
         model.search_space.full,
         [subnet],
@@ -98,7 +110,17 @@ def _times(model: ElasticModel, subnet: Subnet, phase: str, *, batch: int, token
         repeats=REPEATS[phase],
         draw=np.random.default_rng(0),
     )
-    return timing.milliseconds[0], timing.full_ms
+
+
+def _measured_line(limit: dict[str, Any]) -> str:
+    """What was measured, and how far that is from what was predicted, where the table's own error is less."""
+    ms, full_ms, off = limit["measured"], limit["full_model_measured"], limit["measured_off_predicted"]
+    line = f"  measured: {format_cost(ms, 'ms')}, {ms / full_ms:.3f}x of {format_cost(full_ms, 'ms')}"
+    if abs(off) > max(OFF, limit["table_error"] or 0):
+        line += f"; measured is {abs(off):.0%} {'above' if off > 0 else 'below'} predicted"
+    if limit["measured_warning"] is not None:
+        line += f" ({limit['measured_warning']})"
+    return line
 
 
 def as_text(routed: Routed, explained: dict[str, Any], folder: str | Path) -> str:
@@ -109,8 +131,7 @@ def as_text(routed: Routed, explained: dict[str, Any], folder: str | Path) -> st
     for predicted, limit in zip(routed.costs(), explained["limits"], strict=True):
         lines.append(predicted)
         if "measured" in limit:
-            ms, full_ms = limit["measured"], limit["full_model_measured"]
-            lines.append(f"  measured: {format_cost(ms, 'ms')}, {ms / full_ms:.3f}x of {format_cost(full_ms, 'ms')}")
+            lines.append(_measured_line(limit))
     if routed.router is None:
         lines.append(f"chosen by sensitivities (greedy); a router chooses better: flextron train-router {folder}")
     elif routed.router.about.kept:

@@ -8,7 +8,7 @@ from functools import reduce
 from pathlib import Path
 
 from flextron.budget import Budget
-from flextron.costs.pricing import Ceiling, ceilings, check_possible, format_cost
+from flextron.costs.pricing import Ceiling, ceilings, check_possible, doubts, format_cost
 from flextron.costs.saved import find_table
 from flextron.costs.table import CostTable
 from flextron.elastic.model import ElasticModel
@@ -95,7 +95,7 @@ def route(
         )
 
     limits = ceilings(model, budget, latency)
-    notes = check_possible(limits)
+    notes = [*doubts(limits), *check_possible(limits)]
     metric = _metric_with_router(budget, folder)
     if metric is None or folder is None:
         return Routed(_greedy(limits, folder, sensitivity, neuron_step), limits, tuple(notes), None)
@@ -139,6 +139,8 @@ def route_tokens(
         return find_table(model, folder, metric, tokens=tokens, foreign=any_device, warn=warn)
 
     limits = [_only_limit(model, wish, latency) for wish in wishes]
+    for doubt in doubts(limits):
+        warn(doubt)
     metrics = {limit.table.metric for limit in limits}
     if len(metrics) > 1:
         raise BudgetError(f"one batch has budgets of {' and '.join(sorted(metrics))}; name budgets of one metric.")

@@ -32,10 +32,12 @@ def _to_export(model: ElasticModel, config: ExportConfig, exporter: Exporter) ->
         return shared.chosen(model, config, **how)
     from flextron.choosing.baselines import equal_widths_within
     from flextron.costs.formulas import formula_table
-    from flextron.costs.pricing import Ceiling
+    from flextron.costs.pricing import Ceiling, doubts
 
     if config.budget is not None:
         limits = shared.routed(model, config.budget, config, **how).ceilings
+        for doubt in doubts(limits):
+            shared.note(doubt)
     else:
         table = formula_table(model, "parameters")
         limits = (Ceiling(table, table.price(shared.chosen(model, config)), f"the parameters of {config.subnet}"),)

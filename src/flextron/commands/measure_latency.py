@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 def run(config: MeasureLatencyConfig) -> None:
     """Measure latency tables, or read one from a CSV file."""
     from flextron.costs.saved import describe, save_table
+    from flextron.costs.timing import trust_warning
 
     folder = shared.folder_of(config.model)
     if config.from_csv is not None:
@@ -27,6 +29,9 @@ def run(config: MeasureLatencyConfig) -> None:
     for table in tables:
         file = save_table(folder, table)
         print(f"{describe(table)}\nwrote {file}", flush=True)
+        warning = trust_warning(table.conditions)
+        if warning is not None:
+            print(f"warning: {warning}. Measure again when other programs are done.", file=sys.stderr)
 
 
 def _measured(model: ElasticModel, phase: str, config: MeasureLatencyConfig) -> CostTable:

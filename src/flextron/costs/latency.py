@@ -32,6 +32,8 @@ def measure_latency(
 ) -> CostTable:
     """The latency table of a model on the device where it is, in ms; conditions and the error of the fit are in it.
 
+    Where other programs kept the machine busy, the rounds are repeated, and at last the conditions have a "warning".
+
     Args:
         phase: "prefill", the time to the first token of a prompt of `tokens` tokens; or "decode", the time of one more
             token after `tokens` tokens, as `flextron.generate` runs it.
@@ -58,6 +60,8 @@ def measure_latency(
     )
     table = fit(space, subnets[:designs], timing.milliseconds[:designs], metric=metric)
     errors = price_errors(table, subnets[designs:], timing.milliseconds[designs:])
+    error = median(errors) if errors else None
+    warning = timing.doubt(error)
     conditions = {
         **runner.conditions,
         "phase": phase,
@@ -68,9 +72,12 @@ def measure_latency(
         "sub_networks": designs,
         "full_ms": timing.full_ms,
         "machine_noise": timing.noise,
+        "rounds_differ": timing.rounds_differ,
+        "other_programs": timing.processor and timing.processor.share_of_others,
         "held_out": held_out,
-        "error_median": median(errors) if errors else None,
+        "error_median": error,
         "error_worst": max(errors, default=None),
+        **({} if warning is None else {"warning": warning}),
     }
     return replace(table, conditions=conditions)
 

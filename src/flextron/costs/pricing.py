@@ -10,6 +10,7 @@ from typing import Any
 from flextron.budget import Budget, Limit
 from flextron.costs.formulas import formula_table
 from flextron.costs.table import CostTable
+from flextron.costs.timing import trust_warning
 from flextron.elastic.model import ElasticModel
 from flextron.errors import BudgetError, CostError
 from flextron.subnet import Subnet
@@ -103,6 +104,16 @@ def check_possible(ceilings: Iterable[Ceiling]) -> list[str]:
             much = "all" if _within(ceiling.limit, table.full) else "more than"
             notes.append(f"{ceiling.text} is {much} the full model needs ({full}): the full model meets it.")
     return notes
+
+
+def doubts(ceilings: Iterable[Ceiling]) -> list[str]:
+    """A sentence for each metric whose latency table is not to be trusted."""
+    tables = {ceiling.table.metric: ceiling.table for ceiling in ceilings}
+    return [
+        f"the latency table of {metric} was {warning}. Measure it again on an idle machine: flextron measure-latency"
+        for metric, table in tables.items()
+        if (warning := trust_warning(table.conditions)) is not None
+    ]
 
 
 def _impossible(ceiling: Ceiling) -> str:

@@ -236,7 +236,9 @@ def describe(table: CostTable) -> str:
     elif error is not None:
         lines.append(f"median error on the sub-networks that it was fitted to: {error:.1%}")
     if conditions.get("machine_noise") is not None:
-        lines.append(f"the full model's own time varied by {conditions['machine_noise']:.1%} meanwhile")
+        others = conditions.get("other_programs")
+        load = "" if others is None else f"; other programs used {others:.0%} of the processor"
+        lines.append(f"the full model's own time varied by {conditions['machine_noise']:.1%} meanwhile{load}")
     lines.append(
         json.dumps({key: conditions[key] for key in ("device", "dtype", "engine", "batch") if key in conditions})
     )

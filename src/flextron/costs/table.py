@@ -104,7 +104,9 @@ class CostTable:
         return replace(self, fixed=factor * self.fixed, **rows)
 
     def plus(self, other: CostTable, *, metric: str) -> CostTable:
-        """Return the sum of two tables, for instance end-to-end time from both phases, with this one's conditions.
+        """Return the sum of two tables, for instance end-to-end time from both phases.
+
+        It has this one's conditions, and a warning from either.
 
         Raises:
             CostError: units or search spaces differ.
@@ -116,7 +118,9 @@ class CostTable:
             return tuple(tuple(map(sum, zip(*pair, strict=True))) for pair in zip(rows, others, strict=True))
 
         rows: dict[str, Any] = {axis: sums(self[axis], other[axis]) for axis in AXES}
-        return replace(self, metric=metric, fixed=self.fixed + other.fixed, **rows)
+        warning = {key: text for key, text in other.conditions.items() if key == "warning"}
+        conditions = {**warning, **self.conditions}
+        return replace(self, metric=metric, fixed=self.fixed + other.fixed, conditions=conditions, **rows)
 
     def save(self, file: str | Path) -> None:
         """Write the table as JSON, whole or not at all (docs/formats.md)."""

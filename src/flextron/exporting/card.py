@@ -12,6 +12,7 @@ from typing import Any
 from flextron.costs.pricing import format_cost
 from flextron.costs.saved import FOLDER
 from flextron.costs.table import CostTable
+from flextron.costs.timing import trust_warning
 from flextron.elastic.model import ElasticModel
 from flextron.environment import describe_environment
 from flextron.errors import FlextronError
@@ -93,7 +94,12 @@ def _latency(model: ElasticModel, subnet: Subnet) -> list[str]:
         for table in tables
     ]
     head = "| time | of this model | of the full model | measured with |\n|---|---:|---:|---|"
-    return ["## Latency, as the latency tables predict it", "\n".join([head, *rows])]
+    warnings = [
+        f"Do not trust the times of {table.metric}: the table was {warning}."
+        for table in tables
+        if (warning := trust_warning(table.conditions)) is not None
+    ]
+    return ["## Latency, as the latency tables predict it", "\n".join([head, *rows]), *warnings]
 
 
 _SHOWN = ("device", "dtype", "engine", "batch", "prompt_tokens", "context_tokens")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flextron.costs.latency import measure_latency
+from flextron.costs.pricing import Ceiling, doubts
 from flextron.costs.saved import FOLDER as LATENCY_FOLDER
 from flextron.costs.saved import describe, find_table, is_of, save_table
 from flextron.costs.table import CostTable
@@ -132,8 +133,11 @@ def _table(model: ElasticModel, folder: str | Path, phase: str, *, any_device: b
         positions = getattr(model.config, "max_position_embeddings", None) or TOKENS + 1
         table = measure_latency(model, phase=phase, tokens=min(TOKENS, positions - 1), show=show)
         say(f"{describe(table)}\nwrote {save_table(folder, table)}")
-        return table
-    return find_table(model, folder, PHASES[phase], foreign=any_device, warn=say)
+    else:
+        table = find_table(model, folder, PHASES[phase], foreign=any_device, warn=say)
+    for doubt in doubts([Ceiling(table, table.full, phase)]):
+        say(f"note: {doubt}")
+    return table
 
 
 def keep_router(folder: str | Path, old: Router, before: str | Path, *, device: str, show: bool = False) -> Router:

@@ -22,7 +22,10 @@ def run(config: EvaluateConfig) -> None:
         print(evaluate_on_tasks(model, config, warn=shared.note))
         return
     subnets = [choose(model, wish, config.model) for wish in config.subnet]
-    subnets += [shared.within(model, budget, config) for budget in config.budget]
+    answers = [shared.routed(model, budget, config) for budget in config.budget]
+    for text in dict.fromkeys(text for answer in answers for text in answer.notes):
+        shared.note(text)
+    subnets += [answer.subnet for answer in answers]
     names = [*config.subnet, *config.budget]
     routings = [shared.tokens_within(model, budget, config) for budget in config.budget if config.per_token]
     names += [f"{budget} per token" for budget in config.budget if config.per_token]

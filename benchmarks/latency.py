@@ -18,7 +18,7 @@ import tyro
 from flextron import measure_latency
 from flextron.costs.fitting import random_subnets
 from flextron.costs.saved import describe
-from flextron.costs.timing import REPEATS, time_interleaved, timed_run
+from flextron.costs.timing import REPEATS, time_interleaved, timed_run, trust_warning
 from model import load_smollm2, write_results
 
 
@@ -77,11 +77,15 @@ def _check(phase: str, dtype: torch.dtype, settings: Settings) -> dict[str, Any]
         f"  in ms: median error {median(absolute):.1%}, worst {max(absolute):.1%} "
         f"(full model {table.full:.1f} ms in the table, {timing.full_ms:.1f} ms now, noise {timing.noise:.1%})"
     )
+    warnings = [text for text in (trust_warning(table.conditions), timing.warning) if text is not None]
+    for text in warnings:
+        print(f"warning: {text}. These figures are no result; run again on an idle machine.")
     return {
         "phase": phase,
         "dtype": str(dtype),
         "seconds": seconds,
         "table": asdict(table),
+        "warnings": warnings,
         "relative_errors": relative,
         "absolute_errors": absolute,
     }

@@ -309,10 +309,10 @@ def _repeat_busy(done: list[_Round], again: Callable[[], _Round]) -> None:
     left = sum(round_.processor.wall for round_ in done)
     while True:
         busiest = max(done, key=_share)
-        left -= busiest.processor.wall
-        if not busiest.processor.is_busy or left < -1e-9:
+        if not busiest.processor.is_busy or busiest.processor.wall > left:
             return
         new = again()
+        left -= new.processor.wall
         if _share(new) < _share(busiest):
             done[done.index(busiest)] = new
 

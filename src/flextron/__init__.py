@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from flextron.choosing.choice import choose
     from flextron.choosing.routing import Routed, route, route_tokens
     from flextron.config import OptimizerOptions, QuickstartConfig, TextOptions, TrainConfig, VisitOptions, WatchOptions
-    from flextron.costs.latency import Runner, measure_latency
+    from flextron.costs.latency import measure_latency
     from flextron.costs.pricing import Ceiling
     from flextron.costs.saved import save_table
     from flextron.costs.table import CostTable
+    from flextron.costs.timing import Runner
     from flextron.data.blocks import TokenBlocks, load_blocks
     from flextron.demo.quickstart import quickstart
     from flextron.elastic.checkpoint import Ranking
@@ -123,7 +124,7 @@ _HOMES = {
     "Sensitivity": "ranking.sensitivity",
     "measure_sensitivity": "ranking.sensitivity",
     "CostTable": "costs.table",
-    "Runner": "costs.latency",
+    "Runner": "costs.timing",
     "measure_latency": "costs.latency",
     "save_table": "costs.saved",
     "Budget": "budget",

@@ -1,4 +1,4 @@
-"""A tiny training run, and what two processes do with it: `python snapshot_worker.py RANK FOLDER`."""
+"""A tiny training run, and the work of two processes on it: `python snapshot_worker.py RANK FOLDER`."""
 
 import sys
 import warnings
@@ -18,7 +18,7 @@ from folders import files_of_at_most
 
 
 def net() -> nn.Sequential:
-    """Two weights tied, one frozen, one never used, one of a single row, which the second of two ranks has none of."""
+    """A model with two tied weights, one frozen, one never used, and one of a single row (so rank 1 of 2 has none)."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Linear(6, 8), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Linear(8, 3), nn.Linear(3, 1)
@@ -30,7 +30,7 @@ def net() -> nn.Sequential:
 
 
 class Run:
-    """A model and its two optimizers; the data depend on the step only."""
+    """A model and its two optimizers; the data depend only on the step."""
 
     def __init__(self, *, muon: bool = False, sharded: bool = False):
         self.model = net()
@@ -69,7 +69,7 @@ class Run:
         return self
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All weights and what the optimizers keep of them, gathered and copied."""
+        """Return all weights and optimizer tensors, gathered and copied."""
         found = {name: weight.detach() for name, weight in self.model.named_parameters()}
         names = {weight: name for name, weight in self.model.named_parameters()}
         for index, optimizer in enumerate(self.optimizers):
@@ -99,7 +99,7 @@ def main(rank: int, folder: Path) -> None:
         run = Run(muon=muon, sharded=True).train(2, **here)
         keep(name, run)
         with torch.no_grad():
-            run.model(torch.ones(2, 6))  # FSDP leaves the weights of the root gathered after this
+            run.model(torch.ones(2, 6))  # after this, FSDP leaves the root's weights gathered
         run.save(folder / name)
         keep(f"{name} saved", run)
         other = Run(muon=muon, sharded=True).train(1, **here).load(folder / name / "step-00000002")

@@ -1,4 +1,4 @@
-"""The chunked loss is the plain one; hidden states and zero gradients are what masking defines, for every family."""
+"""The chunked loss equals the plain one; hidden states and gradients equal those of masking, for every family."""
 
 import copy
 from contextlib import contextmanager
@@ -23,12 +23,12 @@ CHANGES = {
     "gemma2": {"final_logit_softcapping": 5.0},
     "gemma3_text": {"final_logit_softcapping": 5.0},
 }
-"""What a family's forward pass does to logits, strong enough to show."""
+"""Config fields by which a family changes logits, with strong values."""
 
 
 @pytest.fixture(scope="module", params=sorted(tiny.CONFIGS))
 def plain(request):
-    """A plain model of each family, never changed."""
+    """A plain model of each family, never modified."""
     return tiny.plain_model(request.param, **CHANGES.get(request.param, {}))
 
 
@@ -52,7 +52,7 @@ class TestFamilies:
                 tiny.assert_same_function(logits_of(model.lm, hidden), model(tokens).logits)
 
     def test_attention_stays_inside_documents(self, model):
-        """Of rows that hold two documents, a document after whose end a row ends, and a single one."""
+        """Rows: two documents; three documents, the last of which ends with the row; and a single document."""
         tokens = tiny.token_ids(3, 16)
         tokens[tokens == END] = END + 1
         tokens[0, 6] = tokens[1, 2] = tokens[1, 3] = tokens[1, 15] = END
@@ -68,7 +68,7 @@ class TestFamilies:
                     assert tiny.differs(packed[0, 7:], crossing[0, 7:])
 
     def test_gradients_are_those_of_the_masked_model(self, plain, model):
-        """Zero, not missing, in units and sub-layers that are left out; all others as masking gives them."""
+        """Gradients of dropped units and sub-layers are zero, not missing; all others equal those of masking."""
         tokens, groups = tiny.token_ids(), model.search_space.kv_groups[-1]
         for subnet in [*subnets(model), Subnet((12, 0, 40), (1, groups, 0)), model.search_space.smallest]:
             expected = tiny.masked(plain, subnet, groups=groups).train()
@@ -81,13 +81,13 @@ class TestFamilies:
                 assert_zero_outside(layer.module, layer.attention, kv_groups)
             found = gradients(model.lm)
             for name, like in gradients(expected).items():
-                if name in found and is_of_closing(model, name):  # masking lets its zeros learn
+                if name in found and is_of_closing(model, name):  # with masking, its zeros would learn
                     like = like.where(found[name] != 0, 0)
-                here = found.get(name, torch.zeros_like(like))  # none to a norm that only a skipped sub-layer reads
+                here = found.get(name, torch.zeros_like(like))  # a norm read only by a skipped sub-layer has none
                 torch.testing.assert_close(here, like, rtol=1e-4, atol=1e-4, msg=f"{name}, {subnet}")
 
     def test_activations_computed_again_change_no_gradient(self, model):
-        """Whichever sub-network is in use, the backward pass computes the same one again."""
+        """The backward pass recomputes the same sub-network, whichever is in use by then."""
         lm, tokens = model.lm.train(), tiny.token_ids()
         compute_again = getattr(lm, "activation_checkpointing_enable", lm.gradient_checkpointing_enable)
         tokens[0, 5] = END
@@ -120,7 +120,7 @@ def is_of_closing(model: ElasticModel, name: str) -> bool:
 
 
 def assert_zero_outside(layer: nn.Module, sub, kept: int) -> None:
-    """Gradients are there, zero in all rows and columns of units left out, and not zero in those of units kept."""
+    """Check that gradients exist, and are zero in rows and columns of dropped units and only there."""
     units = sub.width.full
     for name, parameter in layer.get_submodule(sub.axis.module).named_parameters():
         assert parameter.grad is not None, name
@@ -143,7 +143,7 @@ def assert_zero_outside(layer: nn.Module, sub, kept: int) -> None:
 
 @pytest.fixture
 def teacher():
-    """Another model than the student, so that nothing is zero by itself."""
+    """A model that differs from the student, so that no loss is zero."""
     return tiny.plain_model("llama", num_hidden_layers=2).requires_grad_(False)
 
 
@@ -154,7 +154,7 @@ def student(llama) -> ElasticModel:
 
 
 def plain_losses(student, teacher, tokens_BT, text_weight: float):
-    """The definition, on whole tensors: total, divergence, cross-entropy."""
+    """Compute total, divergence and cross-entropy by definition, on whole tensors."""
     log_p = student(tokens_BT).logits[:, :-1].log_softmax(-1)
     cross_entropy = F.cross_entropy(log_p.flatten(0, 1), tokens_BT[:, 1:].flatten(), reduction="sum")
     if teacher is None:
@@ -211,7 +211,7 @@ class TestLosses:
         assert not cross_entropy.requires_grad
 
     def test_no_gradient_to_the_teacher(self, student, teacher):
-        """Not even to one whose weights could take it."""
+        """No gradient reaches the teacher, even if its weights require one."""
         teacher.requires_grad_(True)
         chunked_losses(student.lm, teacher, tiny.token_ids(), 0.5)[0].backward()
         assert all(parameter.grad is None for parameter in teacher.parameters())
@@ -226,7 +226,7 @@ class TestLosses:
 
     @pytest.mark.parametrize("held_out", [False, True])
     def test_logits_of_a_chunk_only(self, student, teacher, monkeypatch, held_out):
-        """Neither student nor teacher ever has logits of more tokens, forward or backward."""
+        """Student and teacher never have logits of more tokens, in the forward or the backward pass."""
         monkeypatch.setattr(loss_module, "CHUNK_TOKENS", 8)
         seen = []
         for lm in (student.lm, teacher):
@@ -255,7 +255,7 @@ class TestLosses:
 
 class TestDistiller:
     def test_documents_are_kept_apart_in_student_and_teacher(self, student, teacher):
-        """Two documents in a row cost what they cost alone, the step from one to the other apart."""
+        """Two documents in a row have the losses that they have alone, except for the step from one to the other."""
         tokens = tiny.token_ids(1, 20)
         tokens[tokens == END] = END + 1
         tokens[0, 8] = END
@@ -295,7 +295,7 @@ class TestDistiller:
         assert found / blocks.predicted_tokens == pytest.approx(expected, rel=1e-5)
 
     def test_a_student_that_teaches_itself(self, student):
-        """`original` is a context around the teacher's pass only."""
+        """`original` wraps only the teacher's pass."""
         original = copy.deepcopy(student.lm)
         weight = student.lm.model.layers[0].mlp.down_proj.weight
         before = weight.detach().clone()

@@ -1,4 +1,4 @@
-"""The dry run of training: its numbers against real models, and what it refuses before a run would."""
+"""The dry run of training: its numbers against real models, and its errors."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def asked(model: str, *, text=SMALL, visit=None, watch=None, **options) -> Train
 
 
 def as_trained(model: ElasticModel, *, train_embeddings: bool = False, lora_rank: int = 0) -> list[torch.nn.Parameter]:
-    """The parameters that training gives to its optimizer."""
+    """Return the parameters that training gives to its optimizer."""
     if lora_rank:
         add_adapters(model, rank=lora_rank)
     for embedding in (model.lm.get_input_embeddings(), model.lm.get_output_embeddings()):
@@ -102,7 +102,7 @@ def test_teacher_is_kept_in_the_type_of_the_arithmetic_if_at_all(tmp_path):
 
 
 def kept_bytes(lm, tokens: torch.Tensor, precision: str) -> int:
-    """What one forward pass keeps for the backward pass: parameters, and their copies under autocast, apart."""
+    """Return the bytes that one forward pass keeps, without parameters and their copies under autocast."""
     own = {p.untyped_storage().data_ptr() for p in lm.parameters()}
     matrices = {tuple(p.shape[::step]) for p in lm.parameters() if p.ndim == 2 for step in (1, -1)}
     kept: dict[int, torch.Tensor] = {}
@@ -153,7 +153,7 @@ def test_steps_are_rounded_up_to_whole_ones(tmp_path):
 
 
 class MatrixProducts(TorchDispatchMode):
-    """Counts the operations of all matrix products but batched ones, which are attention's."""
+    """Counts the operations of all matrix products except batched ones, which belong to attention."""
 
     flops = 0
 
@@ -176,7 +176,7 @@ def test_flops_are_those_of_the_matrix_products(model_type, share, taught):
     tokens = tiny.token_ids(rows=2, time=16)
     with model.use(subnet), MatrixProducts() as products:
         student(tokens).total.backward()
-    of_last = len(tokens) * (6 if taught else 4) * tiny.HIDDEN * tiny.VOCAB  # tokens, which predict nothing
+    of_last = len(tokens) * (6 if taught else 4) * tiny.HIDDEN * tiny.VOCAB  # the last tokens predict nothing
     assert products.flops == training_flops(model, subnet, teacher=taught) * tokens.numel() - of_last
 
 
@@ -192,7 +192,7 @@ def test_compute_of_a_step_is_between_its_bounds(tmp_path):
     assert estimate_training(asked(folder, visit=only_full, text_weight=1.0)).step_compute == 1
 
 
-# ------------------------------------------------------------------ what is read, printed and refused
+# ------------------------------------------------------------------ reading, printing and errors
 
 
 def test_elastic_checkpoint_gives_its_search_space(tmp_path):
@@ -213,14 +213,14 @@ def test_printed_table_names_parts_units_and_warnings(tmp_path):
     )
     lines = str(found).splitlines()
     assert lines[1] == "weights  6,738.4 M, trained 6,476.3 M"
-    assert "31 of 4 visits x 2 blocks x 4096 tokens: 32,768 tokens a step, 1,015,808 in all" in lines[2]
+    assert "31 of 4 visits x 2 blocks x 4096 tokens: 32,768 tokens per step, 1,015,808 in total" in lines[2]
     assert "memory   of each of 2 processes, arithmetic in float32" in lines
     assert f"  {'gradients (fp32)':<34}   12.95 GB" in lines
     assert f"  {'while loading, before sharding':<34}   53.91 GB" in lines
     assert lines[-3] == "disk     up to 3 checkpoints of 77.72 GB"
     assert found.total_bytes > GPU_BYTES
-    assert "more than the 80 GB of a large GPU. Pass --gradient-checkpointing, --lora-rank 16, fewer" in lines[-2]
-    assert lines[-1] == "warning: blocks of 4096 tokens are longer than the 2048 that the model was made for."
+    assert "more than the 80 GB of a large GPU. Pass --gradient-checkpointing, --lora-rank 16, a lower" in lines[-2]
+    assert lines[-1] == "warning: blocks have 4096 tokens, but the model supports 2048. Pass a lower --block-tokens."
 
 
 def test_one_small_process_is_not_warned(tmp_path):
@@ -260,7 +260,7 @@ def test_sub_networks_that_a_run_would_refuse(changes, message, tmp_path):
 def test_blocks_must_be_shared_evenly(tmp_path):
     config = asked(config_only(tmp_path), visit=VisitOptions(blocks_per_visit=12))
     assert estimate_training(config, processes=4).processes == 4
-    message = "blocks_per_visit is 12, which 8 processes cannot share evenly; pass --blocks-per-visit 16"
+    message = "blocks_per_visit is 12, which 8 processes cannot share evenly. Pass --blocks-per-visit 16"
     with pytest.raises(ValueError, match=message):
         estimate_training(config, processes=8)
     with pytest.raises(ValueError, match="got 0 processes"):

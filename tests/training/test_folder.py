@@ -1,4 +1,4 @@
-"""The folder of a run: what may be in it, what is forgotten, and that the trained model is put there whole."""
+"""The folder of a run: what it may contain, how it forgets steps, and how the trained model gets there."""
 
 import json
 from dataclasses import replace
@@ -24,7 +24,7 @@ def config(tmp_path) -> TrainConfig:
 
 
 def changed(config: TrainConfig, changes: dict) -> TrainConfig:
-    """With other values of fields, and of fields of its groups."""
+    """Return the config with other values of fields, and of fields of its groups."""
     values = {
         key: replace(getattr(config, key), **value) if isinstance(value, dict) else value
         for key, value in changes.items()
@@ -34,7 +34,7 @@ def changed(config: TrainConfig, changes: dict) -> TrainConfig:
 
 @pytest.fixture
 def folder(config) -> RunFolder:
-    """A run that has just begun."""
+    """The folder of a run that has just begun."""
     folder = RunFolder(config.out)
     folder.open(config, "f00d")
     return folder
@@ -42,7 +42,7 @@ def folder(config) -> RunFolder:
 
 @pytest.fixture
 def begun(folder) -> RunFolder:
-    """A run with something to lose."""
+    """The folder of a run with a snapshot."""
     folder.log({"step": 1})
     (folder.snapshots / "step-00000001").mkdir(parents=True)
     (folder.snapshots / "step-00000001" / "state.json").write_text('{"version": 1}')
@@ -84,14 +84,14 @@ class TestOpen:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"seed": 3}, "seed was 0, is 3"),
-            ({"model": "other/model"}, "model was 'somewhere/model', is 'other/model'"),
-            ({"optimizer": {"warmup": 0.1}}, "warmup was 0.05, is 0.1"),
-            ({"text": {"data": ("a", "b@2")}}, "data was ['sample/train'], is ['a', 'b@2']"),
-            ({"visit": {"visits": (1, 1, 0, 3)}}, "visits was [1, 1, 0, 2], is [1, 1, 0, 3]"),
+            ({"seed": 3}, "seed was 0, now 3"),
+            ({"model": "other/model"}, "model was 'somewhere/model', now 'other/model'"),
+            ({"optimizer": {"warmup": 0.1}}, "warmup was 0.05, now 0.1"),
+            ({"text": {"data": ("a", "b@2")}}, "data was ['sample/train'], now ['a', 'b@2']"),
+            ({"visit": {"visits": (1, 1, 0, 3)}}, "visits was [1, 1, 0, 2], now [1, 1, 0, 3]"),
             (
                 {"visit": {"smallest": "40%", "spread": 0, "visits_per_step": 2, "blocks_per_visit": 2}},
-                "smallest was '50%', is '40%', spread was 0.5, is 0, visits_per_step was 4, is 2",
+                "smallest was '50%', now '40%'; spread was 0.5, now 0; visits_per_step was 4, now 2",
             ),
         ],
     )
@@ -101,12 +101,12 @@ class TestOpen:
             begun.open(changed(config, changes), "f00d")
         assert str(error.value) == (
             f"{begun.path} holds a run with other settings: {message}. "
-            "Ask for the same, name another folder, or pass --resume never to replace that run."
+            "Pass the same settings, name another folder, or pass --resume never to replace that run."
         )
         assert content(begun.path) == before
 
     def test_every_setting_but_the_free_ones_is_compared(self, begun, config):
-        """A new field is not forgotten: whatever stands in train.json differs where it is changed."""
+        """Every field counts: train.json differs whichever field changes."""
         settings = json.loads((begun.path / "train.json").read_text())
         for group in (settings, settings["text"], settings["visit"], settings["optimizer"]):
             for key, value in group.items():
@@ -159,7 +159,7 @@ class TestOpen:
         (source / "config.json").write_text("{}")
         before = content(folder.path)
         for reads in ({"model": str(source)}, {"optimizer": {"teacher": str(source)}}):
-            with pytest.raises(CheckpointError, match="holds what is to be read"):
+            with pytest.raises(CheckpointError, match="holds a file that this run reads"):
                 folder.open(changed(config, {**reads, "resume": resume}), "f00d")
         assert content(folder.path) == before
 
@@ -230,7 +230,7 @@ class TestFinish:
         assert all(torch.equal(found[name], weight) for name, weight in weights.items())
 
     def test_writes_the_type_of_those_weights(self, folder, llama):
-        """Not of the model's own, which are fp32 while it trains."""
+        """The given weights are saved, not the model's own, which are fp32 during training."""
         folder.finish(llama, {name: weight.bfloat16() for name, weight in llama.lm.state_dict().items()}, None)
         assert json.loads((folder.path / "config.json").read_text())["dtype"] == "bfloat16"
         assert ElasticModel.from_pretrained(folder.path).dtype == torch.bfloat16

@@ -1,4 +1,4 @@
-"""Training on tiny models: what is learned, kept and logged, and that a run ended by anything goes on to the bit."""
+"""Training on tiny models: what it learns, keeps and logs, and that every interrupted run resumes exactly."""
 
 import importlib.util
 import os
@@ -48,7 +48,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_T
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """To read, never to change; tokenised text is kept in it."""
+    """A folder that tests never modify, except that it caches tokenised text."""
     return tmp_path_factory.mktemp("training")
 
 
@@ -64,14 +64,14 @@ def text(folder) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(ranked, text, folder) -> Path:
-    """A run that nothing interrupts."""
+    """An uninterrupted run."""
     torch.set_num_threads(1)
     return run(ranked, text, folder / "whole")
 
 
 @pytest.fixture(scope="module")
 def taught(ranked, text, folder) -> Path:
-    """A model that predicts its text somewhat, trained without a teacher."""
+    """A model that predicts its text to some degree, trained without a teacher."""
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distillation, "_teacher", lambda *_: pytest.fail("a teacher was made"))
@@ -83,7 +83,7 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_run(found: Path, expected: Path) -> None:
-    """To the bit: each line of metrics.jsonl once, and all weights."""
+    """Check that metrics.jsonl has each line once, and that all values and weights are equal to the bit."""
     assert records(found) == records(expected)
     mine, others = weights_of(found), weights_of(expected)
     assert mine.keys() == others.keys()
@@ -157,7 +157,7 @@ class TestWhatIsLearned:
         assert steps_of(out)[0]["gradient_norm"] != steps_of(whole)[0]["gradient_norm"]
 
     def test_documents_of_a_block_are_kept_apart(self, ranked, text, tmp_path, monkeypatch):
-        """In the passes of student and teacher alike; not in the held-out text, as for `evaluate`."""
+        """Student and teacher see positions per document; held-out text does not have them, as in `evaluate`."""
         seen = []
         real = distillation.hidden_states
         monkeypatch.setattr(
@@ -178,7 +178,7 @@ class TestWhatIsLearned:
 
     @pytest.mark.parametrize("lora_rank", [0, 2])
     def test_gradient_checkpointing_changes_no_loss(self, ranked, text, whole, tmp_path, monkeypatch, lora_rank):
-        """And every layer that is run with gradients is computed twice."""
+        """Also, every layer that runs with gradients is computed twice."""
         calls = []
         forward = LlamaMLP.forward
         monkeypatch.setattr(
@@ -202,7 +202,7 @@ class TestWhatIsLearned:
         assert weights_of(out)["model.norm.weight"].dtype == torch.float32
 
     def test_dropout_is_off(self, text, tmp_path):
-        """It would make teachers and students differ, and a run that goes on another than one that never stopped."""
+        """Dropout would make teacher and student differ, and a resumed run differ from an uninterrupted one."""
         model = make_checkpoint(tmp_path / "gpt2", "gpt2", attn_pdrop=0.5, embd_pdrop=0.5, resid_pdrop=0.5)
         out = run(model, text, tmp_path / "out", tokens=256, evaluate_tokens=0)
         assert visits_of(out, "full")[0]["divergence"] == pytest.approx(0, abs=1e-5)
@@ -249,7 +249,7 @@ class TestWhatIsLogged:
         assert [set(record) >= {"visits"} for record in records(out)] == [True]
 
     def test_a_seed_is_another_run(self, ranked, text, whole, tmp_path):
-        """Of other sub-networks on other blocks."""
+        """Another seed visits other sub-networks, on other blocks."""
         out = run(ranked, text, tmp_path / "out", tokens=256, seed=1)
         assert visits_of(out, "random")[0]["neurons"] != visits_of(whole, "random")[0]["neurons"]
         full = [visits_of(folder, "full")[0] for folder in (out, whole)]
@@ -324,7 +324,7 @@ class TestWhatIsKept:
             for file in (tmp_path / "out" / "checkpoints").rglob("*.safetensors")
             for weight in load_file(file).values()
         ]
-        assert {weight.dtype for weight in kept} == {torch.float32}  # small updates are not rounded away on the way
+        assert {weight.dtype for weight in kept} == {torch.float32}  # so that small updates are not rounded away
         out = run(model, text, tmp_path / "out", learning_rate=3e-3)
         assert {weight.dtype for weight in weights_of(out).values()} == {torch.bfloat16}
         assert (
@@ -335,7 +335,7 @@ class TestWhatIsKept:
         assert not torch.equal(before["model.layers.0.mlp.up_proj.weight"], after["model.layers.0.mlp.up_proj.weight"])
 
     def test_an_unranked_model(self, checkpoint, text, tmp_path):
-        """Its units are not in an order of worth, but any share can be asked for, of nearly equal widths."""
+        """An unranked model accepts any share, with nearly equal widths."""
         out = run(checkpoint, text, tmp_path / "out", smallest="50%")
         (smallest,) = {(*visit["neurons"], *visit["kv_groups"]) for visit in visits_of(out, "smallest")}
         assert 0.4 < visits_of(out, "smallest")[0]["share"] <= 0.5
@@ -384,7 +384,7 @@ class TestWhatIsKept:
 
 
 class TestTakenUp:
-    """A run that was ended, however, and is started again by the same command: as if nothing had happened."""
+    """A run that was ended in any way continues with the same command as if nothing had happened."""
 
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
     @pytest.mark.parametrize("step", [1, 4])
@@ -392,11 +392,11 @@ class TestTakenUp:
         with stopped_in(step, number):
             run(ranked, text, tmp_path / "out")
         said = capsys.readouterr().err
-        assert "stopping after this step and a checkpoint; once more stops at once." in said
-        assert f"stopped after step {step} of {STEPS}; the same command goes on from there." in said
+        assert "stopping after this step and a checkpoint; press Ctrl-C again to stop at once." in said
+        assert f"stopped after step {step} of {STEPS}. To continue, run the same command." in said
         assert names(tmp_path / "out" / "checkpoints") == [f"step-{step:08d}"]
         run(ranked, text, tmp_path / "out")
-        assert f"going on from step {step} of {STEPS}" in capsys.readouterr().err
+        assert f"resuming from step {step} of {STEPS}" in capsys.readouterr().err
         assert_same_run(tmp_path / "out", whole)
 
     def test_stopped_again_and_again(self, ranked, text, whole, tmp_path):
@@ -421,7 +421,7 @@ class TestTakenUp:
         assert_same_run(run(ranked, text, tmp_path / "out"), whole)
 
     def test_in_another_thread_than_the_first(self, ranked, text, whole, tmp_path):
-        """Signals are then left to whom they belong."""
+        """Outside the main thread, signals are left to the caller."""
         with ThreadPoolExecutor(1) as pool:
             out = pool.submit(lambda: torch.set_num_threads(1) or run(ranked, text, tmp_path / "out")).result()
         assert_same_run(out, whole)
@@ -429,7 +429,7 @@ class TestTakenUp:
     def test_stopped_after_it_replaced_another(self, ranked, text, whole, tmp_path, capsys):
         with stopped_in(2):
             run(ranked, text, tmp_path / "out", resume="never")
-        assert "the same command without --resume never goes on from there." in capsys.readouterr().err
+        assert "To continue, run the same command without --resume never." in capsys.readouterr().err
         assert_same_run(run(ranked, text, tmp_path / "out"), whole)
 
     def test_handlers_are_as_before(self, whole, ranked, text, tmp_path):
@@ -438,7 +438,7 @@ class TestTakenUp:
             run(ranked, text, tmp_path / "out")
         assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
-    @pytest.mark.parametrize("save_minutes", [10, 0])  # nothing saved but the start, or every step
+    @pytest.mark.parametrize("save_minutes", [10, 0])  # saves only the start, or every step
     @pytest.mark.parametrize("step", [1, 4])
     def test_killed_before_a_step(self, ranked, text, whole, tmp_path, save_minutes, step):
         with pytest.raises(Killed), before_step(step, kill):
@@ -457,7 +457,7 @@ class TestTakenUp:
         assert_same_run(run(ranked, text, tmp_path / "out"), whole)
 
     def test_killed_while_a_checkpoint_was_written(self, ranked, text, whole, tmp_path, monkeypatch):
-        """After a step is in the metrics, and before it is in a checkpoint."""
+        """The run is killed after a step is in the metrics, and before it is in a checkpoint."""
         with (
             monkeypatch.context() as patch,
             before_step(3, lambda: patch.setattr(snapshot, "_finish", lambda *_: kill())),
@@ -470,7 +470,7 @@ class TestTakenUp:
 
     @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "flextron.json"])
     def test_killed_while_the_trained_model_was_written(self, ranked, text, whole, tmp_path, monkeypatch, name):
-        """Before one of its files had its place."""
+        """The run is killed before one of the final files is in its place."""
         replace = Path.replace
 
         def killed(self, target):
@@ -484,7 +484,7 @@ class TestTakenUp:
         assert_same_run(run(ranked, text, tmp_path / "out"), whole)
 
     def test_killed_when_all_was_there(self, ranked, text, whole, tmp_path, monkeypatch):
-        """The trained model, and beside it what it was made from, which the next start clears away."""
+        """The trained model exists, and the next start deletes the leftovers next to it."""
         with monkeypatch.context() as patch:
             patch.setattr(os, "sync", kill)
             with pytest.raises(Killed):
@@ -493,19 +493,19 @@ class TestTakenUp:
         assert_same_run(run(ranked, text, tmp_path / "out"), whole)
 
     def test_the_newest_checkpoint_is_garbled(self, ranked, text, whole, tmp_path):
-        """It says so, and what to do; that done, the run goes on from the one before."""
+        """The error says what to do; after that, the run resumes from the checkpoint before."""
         with pytest.raises(Killed), before_step(4, kill):
             run(ranked, text, tmp_path / "out", save_minutes=0)
         newest = latest_snapshot(tmp_path / "out" / "checkpoints")
         file = next(newest.glob("*.safetensors"))
         file.write_bytes(file.read_bytes()[:-1] + b"\xff")
-        with pytest.raises(CheckpointError, match=r"step-00000003.*Delete it to take up the run from an earlier one"):
+        with pytest.raises(CheckpointError, match=r"step-00000003.*Delete the snapshot to resume from an earlier one"):
             run(ranked, text, tmp_path / "out")
         shutil.rmtree(newest)
         assert_same_run(run(ranked, text, tmp_path / "out"), whole)
 
     def test_in_the_type_of_arithmetic_that_it_began_with(self, ranked, text, tmp_path, monkeypatch):
-        """Though another may be faster now."""
+        """The dtype stays, even if another is faster now."""
         expected = run(ranked, text, tmp_path / "whole", precision="bf16")
         with monkeypatch.context() as patch:
             patch.setattr(environment, "faster_dtype", lambda _: torch.bfloat16)
@@ -531,7 +531,7 @@ class TestTakenUp:
 
 
 class TestProcess:
-    """The same through the command line and the operating system."""
+    """Interruptions through the command line and the operating system."""
 
     def start(self, *arguments) -> subprocess.Popen:
         line = [sys.executable, "-m", "flextron.cli", *arguments]
@@ -553,12 +553,12 @@ class TestProcess:
         if number == signal.SIGINT:
             assert process.returncode == 130
             stopped_at = int(kept.name[-8:])
-            assert f"stopped after step {stopped_at} of {steps}; the same command goes on from there." in errors
+            assert f"stopped after step {stopped_at} of {steps}. To continue, run the same command." in errors
             assert errors.splitlines()[-1] == "interrupted; finished work is kept."
             assert len(steps_of(tmp_path / "out")) == stopped_at
         else:
             assert process.returncode == -signal.SIGKILL
-        assert 2 <= int(kept.name[-8:]) < steps  # the step whose line is seen may be saved only after
+        assert 2 <= int(kept.name[-8:]) < steps  # the step of the last line may not be saved yet
         assert cli.main(line) == 0
         assert_same_run(tmp_path / "out", run(ranked, text, tmp_path / "whole", tokens=steps * 256))
 
@@ -569,7 +569,7 @@ class TestTwice:
         shutil.copytree(whole, out)
         before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.iterdir()}
         assert cli.main(command(ranked, text, out)) == 0
-        assert f"{out} is trained already; name another folder, or pass --resume never" in capsys.readouterr().err
+        assert f"{out} is already trained. Name another folder, or pass --resume never" in capsys.readouterr().err
         assert {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.iterdir()} == before
 
     def test_resume_never_trains_anew(self, ranked, text, whole, tmp_path):
@@ -608,7 +608,7 @@ class TestTwice:
 
 
 def error_of(capsys, line: list[str]) -> str:
-    """Exit code 2, and one line."""
+    """Return the one line of the error; the exit code is 2."""
     capsys.readouterr()
     assert cli.main(line) == 2
     shown = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
@@ -617,12 +617,12 @@ def error_of(capsys, line: list[str]) -> str:
 
 
 def assert_nothing_done(out: Path) -> None:
-    """What was asked for and measured before may be there, but nothing that the next command trips over."""
+    """Check that the folder has at most settings and first measurements, which do not stop the next command."""
     assert not out.exists() or set(names(out)) <= {"train.json", "metrics.jsonl"}
 
 
 class TestBadInput:
-    """Through the command line: one clear line, and nothing left behind."""
+    """The command line prints one clear line and leaves nothing behind."""
 
     @pytest.mark.parametrize(
         ("name", "content", "message"),
@@ -692,8 +692,8 @@ class TestBadInput:
             ({"smallest": "0.1"}, "cannot read the sub-network '0.1'"),
             ({"smallest": "130%"}, "a share of 130%"),
             ({"smallest": "neurons=7"}, "not a choice of the search space"),
-            ({"visits": (1, 1, 1, 1)}, "presets are visited with weight 1.0, but none is named"),
-            ({"presets": "70%"}, "presets are named, but visited with weight 0"),
+            ({"visits": (1, 1, 1, 1)}, "presets have weight 1.0, but none is named"),
+            ({"presets": "70%"}, "presets are named, but have weight 0"),
             ({"evaluate_on": ("full", "tiny")}, "cannot read the sub-network 'tiny'"),
             ({"device": "nonsense"}, "cannot run on device 'nonsense'"),
             ({"log_with": "nonsense"}, "nonsense"),
@@ -720,7 +720,7 @@ class TestBadInput:
         ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
     )
     def test_numbers(self, ranked, text, tmp_path, capsys, options, message):
-        """Which the parser of the command line refuses."""
+        """The parser of the command line refuses these numbers."""
         with pytest.raises(SystemExit) as stop:
             cli.main(command(ranked, text, tmp_path / "out", **options))
         assert stop.value.code == 2
@@ -744,7 +744,7 @@ class TestBadInput:
 
     @pytest.mark.parametrize("resume", ["auto", "never"])
     def test_out_is_the_model_itself(self, whole, text, tmp_path, capsys, resume):
-        """A trained folder holds a run, but it must not be replaced by the one that reads it."""
+        """A trained folder holds a run, but a run that reads it must not replace it."""
         model = tmp_path / "model"
         shutil.copytree(whole, model)
         before = {path.name: path.read_bytes() for path in model.iterdir()}
@@ -757,7 +757,7 @@ class TestBadInput:
         before = records(tmp_path / "out")
         line = command(ranked, text, tmp_path / "out", seed=1, learning_rate=1e-3)
         error = error_of(capsys, line)
-        assert "holds a run with other settings: learning_rate was 0.0003, is 0.001, seed was 0, is 1." in error
+        assert "holds a run with other settings: learning_rate was 0.0003, now 0.001; seed was 0, now 1." in error
         assert "--resume never" in error
         shutil.copytree(ranked, tmp_path / "model")
         ElasticModel.from_pretrained(checkpoint).save_pretrained(tmp_path / "model", overwrite=True)
@@ -766,7 +766,7 @@ class TestBadInput:
         assert names(tmp_path / "out" / "checkpoints") == ["step-00000002"]
 
     def test_a_failed_start_can_be_started_again(self, ranked, text, tmp_path, capsys):
-        """With the mistake put right, by the same command otherwise."""
+        """After the mistake is corrected, the same command works."""
         (tmp_path / "empty.txt").write_text("")
         error_of(capsys, command(ranked, text, tmp_path / "out", data=tmp_path / "empty.txt"))
         assert cli.main(command(ranked, text, tmp_path / "out", tokens=256)) == 0
@@ -821,16 +821,16 @@ class TestOnTheWay:
         few = {"visits_per_step": 1, "blocks_per_visit": 1, "visits": (0, 1, 0, 0), "evaluate_tokens": 0}
         run(ranked, text, tmp_path / "out", **few, tokens=27 * 32, learning_rate=1e-6)
         warnings = [line for line in capsys.readouterr().err.splitlines() if "warning: in step" in line]
-        assert len(warnings) == 1  # of step 6 too little was known
-        assert "warning: in step 25 the norm of the gradient is " in warnings[0]
+        assert len(warnings) == 1  # at step 6, too few norms were known
+        assert "warning: in step 25 the gradient norm is " in warnings[0]
 
     def test_text_that_begins_again_is_told_of(self, ranked, tmp_path, capsys):
         (tmp_path / "short.txt").write_text(tiny.TEXT * 12)
         run(ranked, tmp_path / "short.txt", tmp_path / "out", evaluate_tokens=0)
-        assert "short.txt has been read 1 times; it is read again in another order" in capsys.readouterr().err
+        assert "short.txt has been read 1 times; reading it again in another order" in capsys.readouterr().err
 
     def test_a_full_disk(self, ranked, text, whole, tmp_path, capsys):
-        """The system itself refuses the checkpoint of step 3: that of step 2 stays, and later the run goes on."""
+        """The system refuses the checkpoint of step 3; that of step 2 stays, and the run resumes later."""
         limits = []
 
         def fill() -> None:
@@ -866,6 +866,6 @@ class TestOnTheWay:
 
     def test_a_full_model_that_gets_worse_is_told_of(self, taught, text, tmp_path, capsys):
         run(taught, text, tmp_path / "out", learning_rate=1, visits=(0, 1, 0, 0))
-        assert "warning: the full model has become worse by " in capsys.readouterr().err
+        assert "warning: the full model's loss has risen by " in capsys.readouterr().err
         run(taught, text, tmp_path / "other", learning_rate=1e-5)
         assert "warning" not in capsys.readouterr().err

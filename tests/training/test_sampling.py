@@ -1,4 +1,4 @@
-"""The sequence of visited sub-networks: exact proportions, even shares, and a state that goes on where it stood."""
+"""The sequence of visited sub-networks: exact proportions, even shares, and a state that resumes."""
 
 import json
 from itertools import islice
@@ -20,7 +20,7 @@ def take(sampler: SubnetSampler, count: int) -> list[Visit]:
 
 
 def randoms(sampler: SubnetSampler):
-    """Target share and sub-network of each random visit, for ever."""
+    """Yield the target share and sub-network of each random visit, forever."""
     while True:
         visit = sampler.next()
         if visit.kind == "random":
@@ -59,7 +59,9 @@ class TestKinds:
             sampler(sensitivity, weights=weights)
 
     def test_presets_that_are_not_named(self, sensitivity):
-        with pytest.raises(ValueError, match=r"visited with weight 0\.5, but none is named\. Name some, or weigh 0"):
+        with pytest.raises(
+            ValueError, match=r"presets have weight 0\.5, but none is named\. Name presets, or pass weight 0"
+        ):
             sampler(sensitivity, weights=(1, 1, 0.5, 1))
 
     def test_nothing_between_the_smallest_and_the_full_model(self, sensitivity):
@@ -99,7 +101,7 @@ class TestRandom:
             assert subnet == sensitivity.allocate(target)
 
     def test_several_sensitivities_take_turns(self, sensitivity, llama):
-        """From the same smallest sub-network up, whatever the other kinds do in between."""
+        """Random shares start at the smallest sub-network, whatever other kinds do in between."""
         both = [sensitivity, even_sensitivity(llama)]
         smallest = both[1].allocate(0.4)
         for weights in ((0, 0, 0, 1), (1, 1, 0, 2)):
@@ -108,7 +110,7 @@ class TestRandom:
                 assert subnet == both[number % 2].allocate(target)
 
     def test_spread_leaves_the_greedy_choice_layer_by_layer(self, sensitivity):
-        """More spread, more distance; every layer and axis takes part, in both directions."""
+        """More spread gives more distance, in every layer and axis and in both directions."""
 
         def differences(spread):
             found = [

@@ -1,4 +1,4 @@
-"""Two processes train as one does, and one run goes from two to one and back."""
+"""Two processes train like one, and a run can move from two processes to one and back."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def one(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(one) -> Path:
-    """The same folder after a job of two processes; a part of its work was done by this process, in turn."""
+    """The same folder after a job of two processes; this process did part of the work in turn."""
     with stopped_in(2):
         run_one(one, "one two")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -66,7 +66,7 @@ def lines(file: Path) -> int:
 
 
 def assert_close_runs(found: Path, expected: Path, within: float = 1e-4) -> None:
-    """Each step once, of the same sub-networks, with the same losses and final weights but for the order of sums."""
+    """Check that steps, sub-networks, losses and final weights are equal, except for rounding by the order of sums."""
     mine, others = records(found), records(expected)
     assert [record["step"] for record in mine] == [record["step"] for record in others]
     for here, there in zip(steps_of(found), steps_of(expected), strict=True):
@@ -115,9 +115,9 @@ class TestTwoProcesses:
     @pytest.mark.parametrize(
         ("name", "message"),
         [
-            ("uneven", "blocks_per_visit is 3, which 2 processes cannot share evenly; pass --blocks-per-visit 4"),
-            ("adapters", "adapters (lora_rank) train in one process"),
-            ("no text", "no text at "),  # which only the first reads
+            ("uneven", "blocks_per_visit is 3, which 2 processes cannot share evenly. Pass --blocks-per-visit 4"),
+            ("adapters", "adapters (lora_rank) need a single process"),
+            ("no text", "no text at "),  # only the first process reads it
         ],
     )
     def test_refuse_in_all_processes(self, two, name, message):

@@ -1,4 +1,4 @@
-"""A run taken up from a snapshot goes on as if it had never stopped, whatever stopped it."""
+"""A run resumed from a snapshot continues as if it had never stopped, whatever stopped it."""
 
 import copy
 import json
@@ -76,7 +76,7 @@ class TestTakenUp:
         assert_equal(other.lm.state_dict(), llama.lm.state_dict())
 
     def test_back_to_an_earlier_step(self, tmp_path):
-        """What the optimizers kept is dropped: before the first step they kept nothing."""
+        """Earlier optimizer states are dropped; before the first step there are none."""
         run = Run()
         first = run.save(tmp_path)
         before = run.tensors()
@@ -150,7 +150,7 @@ class TestFolders:
         run = Run()
         run.step = step
         before = saved.stat().st_mtime_ns
-        message = rf"cannot write .*step-0000000{step}: .*step-00000002 is not older\. Take up the run from it"
+        message = rf"cannot write .*step-0000000{step}: .*step-00000002 is not older\. Resume from it"
         with pytest.raises(CheckpointError, match=message):
             run.save(saved.parent)
         assert names(saved.parent) == [saved.name]
@@ -158,7 +158,7 @@ class TestFolders:
 
 
 def test_at_no_moment_without_a_complete_snapshot(tmp_path, monkeypatch):
-    """Looked at before each change of the disk that is not one more hidden file."""
+    """Check the folder before each change of the disk, except for new hidden files."""
     run = Run().train(1)
     run.save(tmp_path, keep_last=1)
     expected = {1: run.tensors(), 2: run.train(1).tensors()}
@@ -243,7 +243,7 @@ class TestFailedWrites:
             run.save(saved.parent, keep_last=1)
 
     def test_ctrl_c(self, run, saved, monkeypatch):
-        """Which DCP wraps as if it were a failure."""
+        """DCP wraps Ctrl-C as if it were a failure."""
 
         def interrupted(*_, **__):
             raise KeyboardInterrupt
@@ -259,12 +259,16 @@ class TestFailedWrites:
             )
 
     def test_keeping_none(self, run, saved):
-        with pytest.raises(ValueError, match=r"keep_last is 0, but the newest snapshot always stays\. Pass 1 or more"):
+        with pytest.raises(
+            ValueError, match=r"keep_last is 0, but the newest snapshot is always kept\. Pass 1 or more"
+        ):
             run.save(saved.parent, keep_last=0)
 
     def test_optimizers_that_do_not_fit(self, run, saved):
         run.optimizers[0].state[run.model[1].weight]["count"] = 3
-        with pytest.raises(TypeError, match=r"'optimizer\.0\.1\.weight\.count' is of int, .* tensors only\. Use AdamW"):
+        with pytest.raises(
+            TypeError, match=r"'optimizer\.0\.1\.weight\.count' has the type int, .* only tensors\. Use AdamW"
+        ):
             run.save(saved.parent)
         run.optimizers.append(torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))]))
         with pytest.raises(ValueError, match="AdamW trains 1 parameters that the model does not have"):
@@ -286,7 +290,7 @@ def test_an_old_one_that_cannot_be_deleted(saved, monkeypatch):
 
 
 def flip(path: Path) -> None:
-    """One bit in the middle."""
+    """Flip one bit in the middle."""
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
@@ -297,16 +301,16 @@ def state_file(text: str):
 
 
 DAMAGE = {
-    r"shard-.* has 100 of \d+ bytes\. Delete it to take up the run from an earlier one": lambda path: os.truncate(
+    r"shard-.* has 100 of \d+ bytes\. Delete the snapshot to resume from an earlier one": lambda path: os.truncate(
         path, 100
     ),
-    r"shard-.* is not as it was written \(CRC-32\)": flip,
+    r"shard-.* is damaged: its CRC-32 checksum differs": flip,
     r"shard-.* is missing": Path.unlink,
     r"shard-more does not belong there": lambda path: shutil.copy(path, path.with_name("shard-more")),
     r"state.json cannot be read \(.*No such file.*\)": lambda path: path.with_name("state.json").unlink(),
     r"state.json cannot be read \(.*No such .*": lambda path: shutil.rmtree(path.parent),
     r"state.json cannot be read \(Unterminated string": state_file('{"version": 1, "st'),
-    r"state.json is not that of a snapshot": state_file("[]"),
+    r"state.json does not describe a snapshot": state_file("[]"),
     r"it has version 2; this flextron reads 1\. Update": state_file('{"version": 2}'),
 }
 
@@ -314,7 +318,7 @@ DAMAGE = {
 class TestFailedLoads:
     @pytest.fixture
     def other(self):
-        """A run that must stay as it is."""
+        """A run that must not change."""
         run = Run().train(1)
         before = run.tensors()
         yield run
@@ -332,36 +336,40 @@ class TestFailedLoads:
         [
             (
                 lambda model: setattr(model, "new", torch.nn.Parameter(torch.ones(2))),
-                r"'model\.new' is trainable here, but not in the snapshot",
+                r"'model\.new' is trainable, but missing from the snapshot",
             ),
             (
                 lambda model: model.unused.requires_grad_(False),
-                r"'model\.unused' is in the snapshot, but not trainable here",
+                r"'model\.unused' is in the snapshot, but not trainable",
             ),
             (
                 lambda model: setattr(model, "unused", torch.nn.Parameter(torch.ones(5))),
-                r"'model\.unused' has the shape \(4,\) in the snapshot, \(5,\) here",
+                r"'model\.unused' is \(4,\) in the snapshot, \(5,\) in the model",
             ),
             (
                 lambda model: setattr(model, "unused", torch.nn.Parameter(torch.ones(4).bfloat16())),
-                r"'model\.unused' is torch.float32 in the snapshot, torch.bfloat16 here",
+                r"'model\.unused' is torch.float32 in the snapshot, torch.bfloat16 in the model",
             ),
         ],
     )
     def test_another_model(self, saved, change, problem):
         run = Run()
         change(run.model)
-        message = f"cannot load {saved}: it is of another model: {problem}. Pass the model and optimizers of the run"
+        message = (
+            f"cannot load {saved}: it belongs to another model: {problem}. Pass the model and optimizers of that run"
+        )
         with pytest.raises(CheckpointError, match=message):
             run.load(saved)
 
     def test_other_optimizers(self, saved, other):
         with pytest.raises(
-            CheckpointError, match=r"of the optimizers \['AdamW', 'AdamW'\], not \['Muon', 'AdamW'\]\. Build those"
+            CheckpointError,
+            match=r"to the optimizers \['AdamW', 'AdamW'\], not \['Muon', 'AdamW'\]\. Build those",
         ):
             Run(muon=True).load(saved)
         with pytest.raises(
-            CheckpointError, match=r"'optimizer\.\d\..*' is in the snapshot, but optimizer \d does not train '.*' here"
+            CheckpointError,
+            match=r"'optimizer\.\d\..*' is in the snapshot, but optimizer \d does not train '.*'\.",
         ):
             load_snapshot(saved, model=other.model, optimizers=other.optimizers[::-1])
 
@@ -431,7 +439,5 @@ class TestTwoProcesses:
         assert names(folder / "muon") == ["step-00000002"]
         assert "step-00000002: rank 0: " in old
         assert "is not older" in old
-        assert (
-            "step-00000002: rank 0: shard-00001-model-00001-of-00001.safetensors is not as it was written (CRC-32)"
-            in garbled
-        )
+        damaged = "shard-00001-model-00001-of-00001.safetensors is damaged: its CRC-32 checksum differs"
+        assert f"step-00000002: rank 0: {damaged}" in garbled

@@ -1,4 +1,4 @@
-"""A tiny training run, ways to end it early, and what two processes do with it (see test_sharding.py)."""
+"""A tiny training run, ways to end it early, and the work of two processes on it (see test_sharding.py)."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from flextron.training import run as training
 
 STEPS = 6
 TIMES = ("seconds", "tokens_per_second")
-"""What differs between two runs of the same."""
+"""Fields that differ between two equal runs."""
 
 
 def make_checkpoint(folder: Path, model_type: str = "llama", dtype: torch.dtype = torch.float32, **changes) -> Path:
@@ -46,7 +46,7 @@ def make_text(file: Path) -> Path:
 
 
 def command(model: Path, text: Path, out: Path, **options) -> list[str]:
-    """A command line of `flextron train` for STEPS steps; `options` replace what is not None, add, or (None) remove."""
+    """Return a command line of `flextron train` for STEPS steps; `options` replace or add options, None removes one."""
     words = {
         "data": text,
         "tokens": STEPS * 256,
@@ -74,12 +74,12 @@ def command(model: Path, text: Path, out: Path, **options) -> list[str]:
 
 
 def run(model: Path, text: Path, out: Path, **options) -> Path:
-    """Train, as `command` says, in this process."""
+    """Train in this process with the options of `command`."""
     return training.train(cli.parse(command(model, text, out, **options)))
 
 
 def records(out: Path) -> list[dict]:
-    """The lines of metrics.jsonl, without times."""
+    """Return the lines of metrics.jsonl without times."""
     lines = (out / "metrics.jsonl").read_text().splitlines()
     return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
 
@@ -107,7 +107,7 @@ def before_step(step: int, act):
 
 @contextmanager
 def stopped_in(step: int, number: int = signal.SIGINT, *, by_this_process: bool = True):
-    """Send the signal to this process, or to none, in a training step; the run must stop after it."""
+    """Send the signal to this process, or to none, during a training step; the run must stop after that step."""
     try:
         with before_step(step, lambda: signal.raise_signal(number) if by_this_process else None):
             yield
@@ -117,7 +117,7 @@ def stopped_in(step: int, number: int = signal.SIGINT, *, by_this_process: bool 
 
 
 class Killed(BaseException):
-    """Stands for the end of the process: nobody catches it."""
+    """Stands for the end of the process; nothing catches it."""
 
 
 def kill() -> None:
@@ -132,7 +132,7 @@ def wait_for(condition, seconds: float = 240) -> None:
 
 
 def main(folder: Path) -> None:
-    """Each of two processes: several runs one after the other, some in turn with the test's own process."""
+    """Run several jobs in each of two processes, some in turn with the test's own process."""
     rank = int(os.environ["RANK"])
     text = folder / "text.jsonl"
 
@@ -143,7 +143,7 @@ def main(folder: Path) -> None:
     go("trained head", **OPTIONS, train_embeddings=True, text_weight=0.5, gradient_checkpointing=True)
     go("tied", folder / "tied model", **OPTIONS, train_embeddings=True)
     go("bf16", folder / "bf16 model", **{**OPTIONS, "precision": "bf16"})
-    with stopped_in(4, by_this_process=rank == 0):  # a signal may reach others a step later
+    with stopped_in(4, by_this_process=rank == 0):  # a signal may reach other processes a step later
         go("one two", **OPTIONS)
     with stopped_in(2):
         go("two one two", **OPTIONS)

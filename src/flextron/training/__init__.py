@@ -1,1 +1,1 @@
-"""One run of elastic training."""
+"""Elastic training: one run, from sampling to snapshots."""

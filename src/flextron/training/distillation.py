@@ -1,4 +1,4 @@
-"""Student and teacher as one module, with the training loss of `elastic.loss`.
+"""Student and teacher in one module, with the training loss of `elastic.loss`.
 
 Shapes: B batch, T time, D model.
 """
@@ -24,10 +24,11 @@ from flextron.errors import FlextronError
 
 
 class Distiller(nn.Module):
-    """Student and teacher as one module, so that one forward pass is all that a training step or sharding sees.
+    """Student and teacher in one module: a training step is one forward pass, and sharding handles one module.
 
-    `teacher` is a model of its own, or None where the loss is the text's alone. `original`, for adapters, is a context
-    in which the student computes as it did before training: then it teaches itself, without a second copy.
+    `teacher` is a separate model, or None. `original` is for adapters: a context in which the student computes as it
+    did before training, so that it teaches itself without a second copy. If both are None, only the text's
+    cross-entropy is trained.
     """
 
     def __init__(
@@ -47,7 +48,10 @@ class Distiller(nn.Module):
         self.original = original
 
     def forward(self, tokens_BT: torch.Tensor, *, held_out: bool = False) -> Losses:
-        """Losses of the student, as the sub-network in use; `held_out` gives cross-entropy alone, as `evaluate`."""
+        """Return the losses of the student as the sub-network in use; `held_out` gives cross-entropy alone.
+
+        Held-out losses equal those of `evaluate`.
+        """
         if held_out:
             return losses(self.student, hidden_states(self.student, tokens_BT, None), tokens_BT, text_weight=1.0)
         positions_BT = self._positions(tokens_BT)
@@ -62,7 +66,7 @@ class Distiller(nn.Module):
         )
 
     def _positions(self, tokens_BT: torch.Tensor) -> torch.Tensor | None:
-        """Positions inside documents; None where every row is one document, which attention computes faster."""
+        """Return positions inside documents, or None if every row is one document, because attention is faster then."""
         if self.document_end is None or not (tokens_BT[:, :-1] == self.document_end).any():
             return None
         return positions(tokens_BT, self.document_end)
@@ -80,32 +84,32 @@ class Distiller(nn.Module):
 
 
 class Reader(nn.Module):
-    """A model up to its output projection."""
+    """A model without its output projection."""
 
     def __init__(self, lm: PreTrainedModel) -> None:
         super().__init__()
         self.lm = lm
 
     def forward(self, tokens_BT: torch.Tensor, positions_BT: torch.Tensor | None) -> torch.Tensor:
-        """As `hidden_states`."""
+        """Return the last hidden states, [B, T, D], as `hidden_states` does."""
         return hidden_states(self.lm, tokens_BT, positions_BT)
 
 
 def make_distiller(model: ElasticModel, options: OptimizerOptions, dtype: torch.dtype, *, seed: int) -> Distiller:
-    """Student and teacher, with gradients where they are asked for; what is trained is fp32.
+    """Return student and teacher; trained weights are fp32, all others are frozen.
 
     Args:
-        dtype: type of the arithmetic, in which a teacher's weights are kept.
-        seed: of adapters.
+        dtype: dtype of the arithmetic and of the teacher's weights.
+        seed: seed of the adapters' first weights.
 
     Raises:
-        FlextronError: a teacher with another vocabulary, or adapters without peft.
+        FlextronError: the teacher has another vocabulary, or adapters are asked for and peft is not installed.
     """
     end = document_end(model.tokenizer) if model.tokenizer is not None else None
     teaches_itself = options.lora_rank > 0 and options.teacher is None
     teacher = None if options.text_weight == 1 or teaches_itself else _teacher(model, options, dtype)
     original = None
-    model.lm.eval()  # no dropout: it would add noise to a comparison with a teacher that has none
+    model.lm.eval()  # no dropout: the teacher has none, so it would only add noise
     if not options.lora_rank or dtype == torch.float32:
         model.lm.float()
     if options.lora_rank:
@@ -122,7 +126,7 @@ def make_distiller(model: ElasticModel, options: OptimizerOptions, dtype: torch.
     if options.gradient_checkpointing:
         enable = getattr(model.lm, "activation_checkpointing_enable", model.lm.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
-        for layer in model.layers:  # transformers checkpoints a layer only where it trains; its dropouts stay off
+        for layer in model.layers:  # transformers checkpoints only layers in training mode; dropouts stay off
             layer.module.training = True
     return Distiller(
         model.lm,
@@ -134,7 +138,7 @@ def make_distiller(model: ElasticModel, options: OptimizerOptions, dtype: torch.
 
 
 def _teacher(model: ElasticModel, options: OptimizerOptions, dtype: torch.dtype) -> Any:
-    """A frozen model in the type of the arithmetic: the one named, or a copy of this one at full width."""
+    """Return a frozen model in `dtype`: the one that `options` name, or a copy of this one at full width."""
     if options.teacher is None:
         with model.use(model.search_space.full):
             lm = copy.deepcopy(model.lm)
@@ -145,13 +149,13 @@ def _teacher(model: ElasticModel, options: OptimizerOptions, dtype: torch.dtype)
 
 
 def check_teacher(teacher: Any, student: Any, name: str) -> None:
-    """Pass if two configs have vocabularies of one size.
+    """Check that two configs have the same vocabulary size.
 
     Raises:
-        FlextronError: they have not.
+        FlextronError: the sizes differ.
     """
     if teacher.vocab_size != student.vocab_size:
         raise FlextronError(
             f"the teacher {name} has a vocabulary of {teacher.vocab_size}, the model one of {student.vocab_size}. "
-            "A teacher must share the model's tokenizer."
+            "Name a teacher that shares the model's tokenizer."
         )

@@ -1,6 +1,6 @@
-"""What a training run needs and does, from the model's config alone: the dry run of `flextron train`.
+"""Estimate the memory and compute of a training run from the model's config: the dry run of `flextron train`.
 
-Shapes: T tokens of a block, D model, V vocabulary.
+Shapes: T tokens per block, D model, V vocabulary.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from flextron.training.distillation import check_teacher
 from flextron.training.sampling import SubnetSampler, even_sensitivity, make_sampler
 
 GPU_BYTES = 80 * 10**9
-"""Memory of a large GPU: what needs more gets a warning."""
+"""Memory of a large GPU; a run that needs more gets a warning."""
 SAMPLED_VISITS = 100
-"""Visits at the start of a run that stand for all of it."""
+"""Number of visits from which the mean compute is estimated."""
 _FP32 = 4
 
 
 @dataclass(frozen=True)
 class TrainEstimate:
-    """What `flextron train` would need and do with `config`; memory is that of one process, with the full model."""
+    """Memory and compute of `flextron train` with `config`; memory counts one process that visits the full model."""
 
     config: TrainConfig
     processes: int
@@ -46,34 +46,34 @@ class TrainEstimate:
     steps: int
     tokens_per_step: int
     memory: dict[str, int]
-    """Bytes by part. Weights, gradients, optimizer states and teacher are exact; the others are rough estimates."""
+    """Bytes by part. Weights, gradients, optimizer states and teacher are exact; the rest are rough estimates."""
     loading_bytes: int
-    """Weights and teacher before they are sharded: every process loads them whole."""
+    """Bytes of weights and teacher before sharding, because every process loads them whole."""
     visit_compute: float
-    """Mean compute of a visited sub-network, as a part of the full model's (see `training_flops`)."""
+    """Mean compute of a visit, as a fraction of the full model's (see `training_flops`)."""
     step_compute: float
-    """Compute of a step, teacher included, as a part of plain full fine-tuning's on as many tokens."""
+    """Compute of a step, teacher included, as a fraction of plain full fine-tuning on as many tokens."""
     positions: int | None
-    """Longest text that the model was made for, if its config tells."""
+    """Longest text that the model supports, in tokens, or None if its config does not say."""
 
     @property
     def tokens(self) -> int:
-        """Tokens to train on, up to the end of the last step."""
+        """Number of training tokens in all steps."""
         return self.steps * self.tokens_per_step
 
     @property
     def total_bytes(self) -> int:
-        """Memory of one process."""
+        """Bytes of memory that one process needs."""
         return sum(self.memory.values())
 
     @property
     def checkpoint_bytes(self) -> int:
-        """One checkpoint on disk: trained weights and their two moments."""
+        """Bytes of one checkpoint on disk: the trained weights and their two moments."""
         return 3 * _FP32 * self.trained_parameters
 
     @property
     def warnings(self) -> list[str]:
-        """What would go wrong, or may."""
+        """Problems that the run would have or may have."""
         return list(_warnings(self))
 
     def __str__(self) -> str:
@@ -84,7 +84,7 @@ class TrainEstimate:
             f"{self.config.model}",
             f"weights  {self.parameters / 1e6:,.1f} M, trained {self.trained_parameters / 1e6:,.1f} M",
             f"steps    {self.steps:,} of {visit.visits_per_step} visits x {visit.blocks_per_visit} blocks x "
-            f"{text.block_tokens} tokens: {self.tokens_per_step:,} tokens a step, {self.tokens:,} in all",
+            f"{text.block_tokens} tokens: {self.tokens_per_step:,} tokens per step, {self.tokens:,} in total",
             f"compute  a visit {self.visit_compute:.0%} of the full model's; "
             f"a step {self.step_compute:.0%} of plain fine-tuning's{taught}",
             f"memory   of {processes}, arithmetic in {dtype_name(self.arithmetic)}",
@@ -99,14 +99,14 @@ class TrainEstimate:
 
 
 def estimate_training(config: TrainConfig, *, processes: int = 1) -> TrainEstimate:
-    """What a run of `config` needs on each of `processes` processes; reads the model's config, makes no weights.
+    """Estimate what a run of `config` needs in each of `processes` processes, from the model's config alone.
 
     Raises:
-        CheckpointError: no such model, or a config that cannot be read.
+        CheckpointError: the model does not exist, or its config cannot be read.
         UnknownFamilyError: the architecture has no spec.
-        SubnetError: a sub-network to train or to watch that the model does not have.
-        FlextronError: a teacher with another vocabulary.
-        ValueError: blocks that cannot be shared evenly, or visits that do not fit.
+        SubnetError: the model does not have a sub-network to train or to watch.
+        FlextronError: the teacher has another vocabulary.
+        ValueError: the processes cannot share a visit's blocks evenly, or the visits are not valid.
     """
     check_processes(config.visit.blocks_per_visit, processes)
     model = _without_weights(config.model)
@@ -132,28 +132,28 @@ def estimate_training(config: TrainConfig, *, processes: int = 1) -> TrainEstima
 
 
 def check_processes(blocks_per_visit: int, processes: int) -> None:
-    """Pass if every process gets as many blocks of a visit as any other.
+    """Check that the processes can share the blocks of a visit evenly.
 
     Raises:
-        ValueError: it does not.
+        ValueError: they cannot, or there are no processes.
     """
     if processes < 1:
-        raise ValueError(f"got {processes} processes; there must be at least 1.")
+        raise ValueError(f"got {processes} processes; pass at least 1.")
     if blocks_per_visit % processes:
         more = math.ceil(blocks_per_visit / processes) * processes
         raise ValueError(
-            f"blocks_per_visit is {blocks_per_visit}, which {processes} processes cannot share evenly; "
-            f"pass --blocks-per-visit {more}, or another multiple of {processes}."
+            f"blocks_per_visit is {blocks_per_visit}, which {processes} processes cannot share evenly. "
+            f"Pass --blocks-per-visit {more}, or another multiple of {processes}."
         )
 
 
 def training_flops(model: ElasticModel, subnet: Subnet, *, teacher: bool, adapters: bool = False) -> int:
-    """Floating-point operations to train `subnet` on one token, two for each weight that a matrix product reads.
+    """Return the floating-point operations to train `subnet` on one token: two per weight in each matrix product.
 
-    A layer's weights take part in three products (forward, and backward to inputs and to weights), with `adapters` in
-    two; the frozen output projection in two; a teacher's weights, of full width, in one. With the full model and no
-    teacher this is plain full fine-tuning. Left out: attention scores, adapters themselves, norms, the gradient of
-    trained embeddings, and what gradient checkpointing computes again.
+    A layer's weights take part in three products: forward, backward to the inputs, and backward to the weights; with
+    `adapters`, in two. The frozen output projection takes part in two, and a teacher's weights, at full width, in one.
+    The full model without a teacher is plain full fine-tuning. Not counted: attention scores, the adapters themselves,
+    norms, the gradient of trained embeddings, and recomputation by gradient checkpointing.
     """
     student = (4 if adapters else 6) * model.layer_weights(subnet) + 4 * _head(model)
     return student + (_forward_flops(model) if teacher else 0)
@@ -164,12 +164,12 @@ def _forward_flops(model: ElasticModel) -> int:
 
 
 def _without_weights(path: str) -> ElasticModel:
-    """The elastic model on the meta device: sizes only."""
+    """Return the elastic model on the meta device, which has sizes but no weights."""
     per_layer.register()
     source, gguf = checkpoint.source_of(path)
     try:
         config = AutoConfig.from_pretrained(source, **gguf)
-    except Exception as error:  # what a damaged file makes transformers raise has no common type
+    except Exception as error:  # transformers raises many types for damaged files
         raise CheckpointError(f"cannot read the config of {path}: {checkpoint.first_line(error)}") from error
     family_of(config.model_type)
     try:
@@ -182,15 +182,15 @@ def _without_weights(path: str) -> ElasticModel:
 
 
 def _checked_sampler(model: ElasticModel, config: TrainConfig) -> SubnetSampler:
-    """The sampler of the run, once all sub-networks that the run names are seen to exist."""
+    """Return the sampler of the run, after checking all sub-networks that the run names."""
     measured = Sensitivity.load(config.model) if Sensitivity.is_in(config.model) else None
-    for wish in config.watch.evaluate_on:
-        choose(model, wish, sensitivity=measured or even_sensitivity(model))
+    for name in config.watch.evaluate_on:
+        choose(model, name, sensitivity=measured or even_sensitivity(model))
     return make_sampler(model, config.visit, measured, seed=config.seed)
 
 
 def _teacher(model: ElasticModel, config: TrainConfig) -> ElasticModel | None:
-    """The model that is kept beside the student; with adapters the student's own frozen weights teach."""
+    """Return the teacher kept in memory, or None: with adapters, the student's own frozen weights can teach."""
     options = config.optimizer
     teaches_itself = options.lora_rank > 0 and options.teacher is None
     if options.text_weight == 1 or teaches_itself:
@@ -205,7 +205,7 @@ def _teacher(model: ElasticModel, config: TrainConfig) -> ElasticModel | None:
 def _compute(
     model: ElasticModel, teacher: ElasticModel, subnets: list[Subnet], config: TrainConfig
 ) -> tuple[float, float]:
-    """Mean compute of the visits as a part of the full model's, and of a step as a part of plain fine-tuning's."""
+    """Return the mean compute of a visit over the full model's, and of a step over plain fine-tuning's."""
     full, adapters = model.search_space.full, config.optimizer.lora_rank > 0
     visits = [training_flops(model, subnet, teacher=False, adapters=adapters) for subnet in subnets]
     visit = sum(visits) / len(visits)
@@ -219,7 +219,7 @@ def _compute(
 def _memory(
     model: ElasticModel, teacher: ElasticModel | None, config: TrainConfig, arithmetic: torch.dtype, processes: int
 ) -> dict[str, int]:
-    """Bytes by part in one process; FSDP shards the first four."""
+    """Return bytes by part in one process; FSDP shards the first four parts."""
     trained = _FP32 * _trained_parameters(model, config)
     return {
         "weights": _weights(model, config) // processes,
@@ -233,7 +233,7 @@ def _memory(
 
 
 def _weights(model: ElasticModel, config: TrainConfig) -> int:
-    """Bytes of the student: fp32, but beside adapters weights keep the checkpoint's type."""
+    """Return the bytes of the student: fp32, but with adapters the weights keep the checkpoint's dtype."""
     adapters = _FP32 * _adapters(model, config.optimizer.lora_rank)
     dtype = model.config.dtype if config.optimizer.lora_rank else None
     return _parameters(model) * (_FP32 if dtype is None else dtype.itemsize) + adapters
@@ -253,7 +253,7 @@ def _head(model: ElasticModel) -> int:
 
 
 def _embeddings(model: ElasticModel) -> int:
-    """Parameters of the embeddings and the output projection, which may be the same."""
+    """Return the number of parameters in embeddings and output projection, counted once if tied."""
     modules = (model.lm.get_input_embeddings(), model.lm.get_output_embeddings())
     return sum(p.numel() for p in {p for module in modules for p in module.parameters()})
 
@@ -263,7 +263,7 @@ def _adapters(model: ElasticModel, rank: int) -> int:
 
 
 def _trained_parameters(model: ElasticModel, config: TrainConfig) -> int:
-    """All but embeddings and output projection, or adapters only; with `train_embeddings` those too."""
+    """Return the number of trained parameters: the layers and norms, or the adapters; plus embeddings if trained."""
     embeddings = _embeddings(model)
     rank = config.optimizer.lora_rank
     layers = _adapters(model, rank) if rank else _parameters(model) - embeddings
@@ -276,11 +276,11 @@ def _projections(model: ElasticModel) -> Iterator[Projection]:
 
 
 def _copies(model: ElasticModel, teacher: ElasticModel | None, arithmetic: torch.dtype, processes: int) -> int:
-    """Weights in the type of the arithmetic, beside the fp32 ones.
+    """Return the bytes of weight copies in the dtype of the arithmetic.
 
-    In one process autocast keeps those of all projections until the backward pass. With FSDP it is two layers, the next
-    one being gathered meanwhile, one layer's gradients in that type and in fp32, and what is outside the layers:
-    embeddings and output projection stay gathered, the teacher's too.
+    In one process, autocast keeps copies of all projections until the backward pass. FSDP keeps two layers (it gathers
+    the next one ahead), one layer's gradients in that dtype and in fp32, and the gathered embeddings and output
+    projections of student and teacher.
     """
     if processes == 1:
         mixed = arithmetic != torch.float32
@@ -291,9 +291,9 @@ def _copies(model: ElasticModel, teacher: ElasticModel | None, arithmetic: torch
 
 
 def _activations(model: ElasticModel, config: TrainConfig, arithmetic: torch.dtype, processes: int) -> int:
-    """What the forward pass of one visit keeps for the backward pass.
+    """Return the bytes that the forward pass of one visit keeps for the backward pass.
 
-    With gradient checkpointing that is each layer's input, and all of one layer.
+    With gradient checkpointing, it keeps each layer's input and everything of one layer.
     """
     tokens = config.visit.blocks_per_visit // processes * config.text.block_tokens
     casts = processes == 1 and arithmetic != torch.float32
@@ -310,12 +310,13 @@ def _activations(model: ElasticModel, config: TrainConfig, arithmetic: torch.dty
 def _activations_of_layer(
     model: ElasticModel, layer: ElasticLayer, arithmetic: torch.dtype, *, block_tokens: int, casts: bool
 ) -> int:
-    """Bytes per token of what a layer's forward pass keeps, by what transformers' code does today.
+    """Return the bytes per token that a layer's forward pass keeps, according to the current code of transformers.
 
-    Norms (whose weights are the vectors of that name) keep their input and the normalised one in fp32. What the MLP's
-    projections open is kept before and after the activation. Attention keeps Q, K and V, by query head, its output, and
-    a row of the mask that separates documents; where it is not fused, all heads' scores three times. Projections keep
-    their input: one for each half of the layer, or with `casts` (autocast) one for each opening projection.
+    - Norms, recognised by their one-dimensional weights, keep their input and the normalised input in fp32.
+    - The MLP keeps the outputs of its opening projections before and after the activation.
+    - Attention keeps Q, K, V (per query head), its output, and one row of the mask that separates documents. If
+      attention is not fused, it keeps the scores of all heads three times.
+    - Projections keep their input: one per sub-layer, or with `casts` (autocast) one per opening projection.
     """
     hidden: int = model.config.hidden_size
     fused = model.config._attn_implementation != "eager"
@@ -331,11 +332,11 @@ def _activations_of_layer(
 
 
 def _loss(model: ElasticModel, config: TrainConfig, processes: int) -> int:
-    """What the loss holds at once.
+    """Return the bytes that the loss keeps at once.
 
-    One chunk's logits eight times in fp32 (student's and teacher's, their logarithms, products and gradients), the last
-    hidden states of all tokens, their gradients and the teacher's, and the output projection's gradient, if trained.
-    Many processes are taken to run on GPUs, whose chunks are larger.
+    These are: one chunk's logits eight times in fp32 (of student and teacher, their logarithms, products and
+    gradients); the last hidden states of all tokens, their gradients and the teacher's; and the gradient of the output
+    projection, if trained. Several processes are assumed to run on GPUs, where chunks are larger.
     """
     tokens = config.visit.blocks_per_visit // processes * config.text.block_tokens
     on_gpu = processes > 1 or torch.cuda.is_available()
@@ -348,18 +349,18 @@ def _loss(model: ElasticModel, config: TrainConfig, processes: int) -> int:
 
 def _warnings(estimate: TrainEstimate) -> Iterator[str]:
     options, block = estimate.config.optimizer, estimate.config.text.block_tokens
-    most = f"the {GPU_BYTES / 1e9:.0f} GB of a large GPU"
+    limit = f"the {GPU_BYTES / 1e9:.0f} GB of a large GPU"
     if estimate.total_bytes > GPU_BYTES:
         checkpointing = "" if options.gradient_checkpointing else "--gradient-checkpointing, "
         adapters = "" if options.lora_rank else "--lora-rank 16, "
         yield (
-            f"one process needs about {_gigabytes(estimate.total_bytes).strip()}, more than {most}. "
-            f"Pass {checkpointing}{adapters}fewer --blocks-per-visit, or start more processes."
+            f"one process needs about {_gigabytes(estimate.total_bytes).strip()}, more than {limit}. "
+            f"Pass {checkpointing}{adapters}a lower --blocks-per-visit, or start more processes."
         )
     if estimate.processes > 1 and estimate.loading_bytes > GPU_BYTES:
-        yield f"loading takes {_gigabytes(estimate.loading_bytes).strip()} in every process, more than {most}."
+        yield f"loading takes {_gigabytes(estimate.loading_bytes).strip()} in every process, more than {limit}."
     if estimate.positions is not None and block > estimate.positions:
-        yield f"blocks of {block} tokens are longer than the {estimate.positions} that the model was made for."
+        yield f"blocks have {block} tokens, but the model supports {estimate.positions}. Pass a lower --block-tokens."
 
 
 def _gigabytes(size: int) -> str:

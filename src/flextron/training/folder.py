@@ -1,4 +1,4 @@
-"""The folder of a training run: what was asked for, what happened step by step, and at the end the trained model."""
+"""The folder of a training run: its settings, its metrics step by step, and at the end the trained model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SETTINGS_FILE = "train.json"
 METRICS_FILE = "metrics.jsonl"
 SNAPSHOTS = "checkpoints"
 FINAL = ".final"
-# What may change between an interrupted run and the one that takes it up, because no weight depends on it.
+# Settings that may change when a run resumes, because no weight depends on them.
 _FREE = ("out", "watch", "resume", "device", "dry_run")
 
 
@@ -39,17 +39,17 @@ class RunFolder:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the trained model is there."""
+        """Whether the folder holds the trained model."""
         return (self.path / METADATA_FILE).is_file()
 
     def check(self, config: TrainConfig, model: str) -> dict[str, Any]:
-        """The settings of the run that is taken up here, or nothing where one begins; changes nothing.
+        """Return the settings of the run to resume, or {} to begin a new one; change nothing on disk.
 
-        A run that was stopped before its first snapshot has nothing to lose, and gives way.
+        A run that was stopped before its first snapshot is not resumed: it has nothing to lose.
 
         Raises:
-            CheckpointError: something else is there, or what this run reads, or a run of another model or with other
-                settings.
+            CheckpointError: the folder is not a training run, holds a file that this run reads, or holds a run of
+                another model or with other settings.
         """
         _check_outside(self.path, config)
         found = self._found()
@@ -61,15 +61,15 @@ class RunFolder:
         return found
 
     def open(self, config: TrainConfig, model: str, *, arithmetic: str | None = None) -> None:
-        """Take up the run that is here, or begin one, in place of an older one where `resume` says never.
+        """Resume the run in this folder, or begin a new one; with `resume` never, a new one replaces an older one.
 
-        `arithmetic` is the type that was chosen, for the run that takes this one up.
+        `arithmetic` is the chosen dtype, recorded for the run that resumes this one.
 
         Raises:
-            CheckpointError: as `check`, or the folder cannot be made.
+            CheckpointError: as `check`, or the folder cannot be created.
         """
         if self.check(config, model):
-            if self.is_finished:  # killed before it had cleaned up
+            if self.is_finished:  # it was killed before it cleaned up
                 self._clear()
             return
         settings = _settings(config, model) | ({"arithmetic": arithmetic} if arithmetic else {})
@@ -78,7 +78,7 @@ class RunFolder:
                 shutil.rmtree(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise CheckpointError(f"cannot make the folder {self.path}: {error}") from error
+            raise CheckpointError(f"cannot create the folder {self.path}: {error}") from error
         write_text(self.path / SETTINGS_FILE, json.dumps(settings, indent=1) + "\n")
 
     def _found(self) -> dict[str, Any]:
@@ -92,7 +92,7 @@ class RunFolder:
         return found if isinstance(found, dict) else {}
 
     def forget_after(self, step: int) -> None:
-        """Drop the metrics of steps after `step`: they are taken again."""
+        """Delete the metrics of steps after `step`, which will run again."""
         if self._metrics.file.is_file():
             self._metrics.replace(record for record in self.metrics() if record["step"] <= step)
 
@@ -104,32 +104,35 @@ class RunFolder:
             raise CheckpointError(f"cannot write {self._metrics.file}: {error}.") from error
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All that was logged; lines that a crash cut short are left out."""
+        """Return all logged records, without lines that a crash cut short."""
         return [record for record in self._metrics.read(strict=False) if type(record.get("step")) is int]
 
     def finish(self, model: ElasticModel, weights: Any, sensitivity: Sensitivity | None) -> None:
-        """Put the trained elastic checkpoint into the folder, flextron.json last; then the snapshots may go.
+        """Write the trained elastic checkpoint into the folder, flextron.json last; then delete the snapshots.
 
-        `weights` are the trained ones by name, where `model` holds shards only; None takes the model's own.
+        `weights` are the trained weights by name, needed if `model` holds only shards; None takes the model's own.
+
+        Raises:
+            CheckpointError: the disk is full or a write failed; the snapshots are kept.
         """
-        whole = self.path / FINAL
+        final = self.path / FINAL
         self._clear(snapshots=False)
-        found = Checkpoint(model.lm, model.tokenizer, model.search_space, model.ranking)
-        checkpoint.save(whole, found, weights=weights)
+        trained = Checkpoint(model.lm, model.tokenizer, model.search_space, model.ranking)
+        checkpoint.save(final, trained, weights=weights)
         if sensitivity is not None:
-            sensitivity.save(whole)
+            sensitivity.save(final)
         try:
-            for file in sorted(whole.iterdir(), key=lambda file: file.name == METADATA_FILE):
+            for file in sorted(final.iterdir(), key=lambda file: file.name == METADATA_FILE):
                 if file.is_dir():
                     shutil.rmtree(self.path / file.name, ignore_errors=True)
                 file.replace(self.path / file.name)
         except OSError as error:
             raise CheckpointError(f"cannot write {self.path}: {error}. The checkpoints are kept.") from error
-        os.sync()  # before what could make the model again is deleted
+        os.sync()  # before deleting the snapshots, from which the model could be made again
         self._clear()
 
     def _clear(self, *, snapshots: bool = True) -> None:
-        """Delete what an ended or killed run leaves behind."""
+        """Delete leftovers of a finished or killed run."""
         for leftover in (self.path / FINAL, *self.path.glob(f".{FINAL}.partial-*")):
             shutil.rmtree(leftover, ignore_errors=True)
         if snapshots:
@@ -145,13 +148,17 @@ def _settings(config: TrainConfig, model: str) -> dict[str, Any]:
 
 
 def _check_outside(folder: Path, config: TrainConfig) -> None:
-    """Pass if the run reads nothing that lies in the folder it writes."""
+    """Check that the run reads no file from the folder that it writes.
+
+    Raises:
+        CheckpointError: it reads one.
+    """
     sources = [Source.parse(source).path for source in config.text.data]
     visit, watch = config.visit, config.watch
     files = (watch.evaluate_text, *watch.evaluate_on, visit.smallest, *visit.presets)
     for path in (config.model, config.optimizer.teacher, *sources, *files):
         if path is not None and Path(path).exists() and Path(path).resolve().is_relative_to(folder.resolve()):
-            raise CheckpointError(f"{folder} holds what is to be read: {path}. Name another folder.")
+            raise CheckpointError(f"{folder} holds a file that this run reads: {path}. Name another folder.")
 
 
 def _check_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -160,10 +167,10 @@ def _check_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> 
         raise CheckpointError(f"{folder} holds the training of another model. Name another folder.")
     different = [key for key in new if old.get(key) != new[key]]
     if different:
-        changes = ", ".join(f"{key} was {old.get(key)!r}, is {new[key]!r}" for key in different[:3])
+        changes = "; ".join(f"{key} was {old.get(key)!r}, now {new[key]!r}" for key in different[:3])
         raise CheckpointError(
             f"{folder} holds a run with other settings: {changes}. "
-            "Ask for the same, name another folder, or pass --resume never to replace that run."
+            "Pass the same settings, name another folder, or pass --resume never to replace that run."
         )
 
 

@@ -1,8 +1,9 @@
-"""Elastic continued training: one run that makes all nested sub-networks good at once.
+"""Elastic continued training: one run improves all nested sub-networks together.
 
-Flextron (Cai et al., ICML 2024), section 3.3. Ours: several narrowed sub-networks in every step, the full model and the
-smallest among them, and distillation from the model as it was (docs/decisions/0006-elastic-training.md).
-Shapes: B blocks, T tokens of a block.
+Follows Flextron (Cai et al., ICML 2024), section 3.3. Two things differ from the paper: each step trains several
+sub-networks, the full model and the smallest among them, and the model distills from its own state before training
+(docs/decisions/0006-elastic-training.md).
+Shapes: B blocks, T tokens per block.
 """
 
 from __future__ import annotations
@@ -47,52 +48,55 @@ from flextron.training.watching import Bar, numbers, stop_signals
 
 LOSSES = ("loss", "divergence", "cross_entropy")
 JUMP = 10
-"""Times the usual norm of the gradient that is worth a warning."""
+"""A warning is printed when the gradient norm exceeds this many times its median."""
 
 
 def train(config: TrainConfig) -> Path:
-    """Train a checkpoint elastically, or go on with an interrupted run; returns the folder of the trained checkpoint.
+    """Train a checkpoint elastically, or resume an interrupted run; return the folder of the trained checkpoint.
 
         train(TrainConfig("out/elastic", Path("out/trained"), text=TextOptions(data=("corpus.jsonl.xz",))))
 
     Raises:
-        FlextronError: a model, text, or folder that does not fit; a loss that is no longer a number (TrainingError).
-        KeyboardInterrupt: after Ctrl-C, once a checkpoint of the last whole step is written.
+        FlextronError: the model, the text or the folder cannot be used; or the loss is no longer a number
+            (TrainingError).
+        KeyboardInterrupt: after Ctrl-C, once the last complete step is saved.
     """
     accelerator = make_accelerator(config)
     run = TrainingRun(config, accelerator)
     if run.is_finished:
-        run.say(f"{config.out} is trained already; name another folder, or pass --resume never to train it again.")
+        run.say(f"{config.out} is already trained. Name another folder, or pass --resume never to train it again.")
     else:
         run.train()
     router, device, is_first = run.router, str(run.device), run.is_first
     tokens = None if run.tokens is None else run.tokens.about
-    del run  # its weights, gradients and moments
+    del run  # frees weights, gradients and moments
     if router is not None and is_first:
         _save_routers(config, router, tokens, device)
     return config.out
 
 
 def _save_routers(config: TrainConfig, router: Router, tokens: TokenRouterAbout | None, device: str) -> None:
-    """Give the new weights their routers, kept or trained on, where an earlier run has not."""
+    """Save routers for the new weights, kept or trained further, unless an earlier run has saved them."""
     metric = router.about.metric
     if metric not in metrics_with_router(config.out):
-        what = "training the router on, for" if config.visit.retrain_router else "keeping the router: its losses with"
-        print(f"{what} the new weights; interrupted, the same command goes on", file=sys.stderr)
+        what = (
+            "training the router further for" if config.visit.retrain_router else "measuring the router's losses with"
+        )
+        print(f"{what} the new weights; if interrupted, run the same command to continue", file=sys.stderr)
         make = remake_router if config.visit.retrain_router else keep_router
         make(config.out, router, config.model, device=device, show=True)
     if tokens is not None and not has_token_router(config.out, metric):
-        print("training the token router anew; interrupted, the same command goes on", file=sys.stderr)
+        print("training a new token router; if interrupted, run the same command to continue", file=sys.stderr)
         remake_token_router(config.out, tokens, device=device, show=True)
 
 
 class TrainingRun:
-    """One training run: all that a step needs, made once."""
+    """One training run: everything that a step needs, created once."""
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator) -> None:
         check_processes(config.visit.blocks_per_visit, accelerator.num_processes)
         if config.optimizer.lora_rank and accelerator.num_processes > 1:
-            raise ValueError("adapters (lora_rank) train in one process. Run without torchrun, or with --lora-rank 0.")
+            raise ValueError("adapters (lora_rank) need a single process. Run without torchrun, or pass --lora-rank 0.")
         self.config = config
         self.accelerator = accelerator
         self.folder = RunFolder(config.out)
@@ -106,15 +110,15 @@ class TrainingRun:
         found = on_first(lambda: self.folder.check(config, model))
         self.is_finished = bool(found) and on_first(lambda: self.folder.is_finished)
         if self.is_finished:
-            on_first(lambda: self.folder.open(config, model))  # clears what a killed run has left
+            on_first(lambda: self.folder.open(config, model))  # deletes what a killed run left behind
             return
-        precision = found.get("arithmetic", config.optimizer.precision)  # a resumed run keeps what it began with
+        precision = found.get("arithmetic", config.optimizer.precision)  # a resumed run keeps its first dtype
         self.dtype = on_first(lambda: arithmetic_dtype(precision, self.device))
         self._sensitivity = Sensitivity.load(config.model) if Sensitivity.is_in(config.model) else None
         self.sampler = make_sampler(
             self.model, config.visit, self._sensitivity, router=self.router, tokens=self.tokens, seed=config.seed
         )
-        self.corpus: Corpus | None = None  # in the first process only; it hands the others their blocks
+        self.corpus: Corpus | None = None  # only in the first process, which sends blocks to the others
         on_first(self._open_corpus)
         self.held_out = HeldOut(self.model, config, self._sensitivity)
         self.distiller = make_distiller(self.model, config.optimizer, self.dtype, seed=config.seed)
@@ -129,18 +133,18 @@ class TrainingRun:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes and prints for all."""
+        """Whether this is the first process, the only one that writes and prints."""
         return bool(self.accelerator.is_main_process)
 
     def say(self, text: str) -> None:
-        """Print a line on standard error, once."""
+        """Print a line on standard error, from the first process only."""
         if self.is_first:
             tqdm.write(text, file=sys.stderr)
 
     # ------------------------------------------------------------------ the loop
 
     def train(self) -> None:
-        """Run to the end from wherever the folder stands."""
+        """Train to the end, from the newest snapshot if the folder has one."""
         self._resume()
         self._introduce()
         if not self.step:
@@ -160,13 +164,13 @@ class TrainingRun:
                 if stopped and self.step < self.steps:
                     again = "" if self.config.resume == "auto" else " without --resume never"
                     self.say(
-                        f"stopped after step {self.step} of {self.steps}; the same command{again} goes on from there."
+                        f"stopped after step {self.step} of {self.steps}. To continue, run the same command{again}."
                     )
                     raise KeyboardInterrupt
         self._finish()
 
     def train_step(self) -> dict[str, Any]:
-        """One update of the weights; returns, and logs, what it did."""
+        """Update the weights once; log and return the record of the step."""
         start = time.monotonic()
         options = self.config.optimizer
         rate = options.learning_rate * schedule(self.step, self.steps, options.warmup)
@@ -193,24 +197,24 @@ class TrainingRun:
         return record
 
     def _next_visits(self) -> Iterator[tuple[Visit, torch.Tensor]]:
-        """Sub-networks of a step, each with this process's part of its blocks [B, T]."""
+        """Yield the visits of a step, each with this process's share of its blocks, [B, T]."""
         visits, blocks = self.config.visit.visits_per_step, self.config.visit.blocks_per_visit
         tokens = on_first(lambda: self._next_blocks(visits * blocks))
         for tokens_BT in torch.split(tokens.to(self.device), blocks):
             yield self.sampler.next(), tokens_BT[self.accelerator.process_index :: self.accelerator.num_processes]
 
     def _next_blocks(self, count: int) -> torch.Tensor:
-        """Blocks of text [count, T]; says so where a source begins again."""
+        """Return blocks of text, [count, T]; print a line when a source starts again."""
         corpus = cast(Corpus, self.corpus)
         before = corpus.epochs
         tokens_BT = corpus.next_blocks(count)
         for source, epochs in corpus.epochs.items():
             if epochs > before[source]:
-                self.say(f"{source} has been read {epochs} times; it is read again in another order")
+                self.say(f"{source} has been read {epochs} times; reading it again in another order")
         return tokens_BT
 
     def _visit_all(self) -> list[dict[str, Any]]:
-        """Add the gradients of a step's sub-networks; returns their losses in nats per token, over all processes."""
+        """Add the gradients of a step's visits; return their losses in nats per token, averaged over all processes."""
         visits = [(visit, *self._visit(visit, tokens_BT)) for visit, tokens_BT in self._next_visits()]
         sums = total(torch.stack([sums for _, sums, _ in visits])) / self.accelerator.num_processes
         return [
@@ -224,7 +228,7 @@ class TrainingRun:
         ]
 
     def _visit(self, visit: Visit, tokens_BT: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """Add one sub-network's gradients; returns its losses summed, [3], and how many tokens it predicted."""
+        """Add the gradients of one visit; return its summed losses, [3], and the number of predicted tokens."""
         predicted = tokens_BT[:, 1:].numel()
         with visit.use(self.model):
             with self.autocast():
@@ -237,37 +241,37 @@ class TrainingRun:
         return float(norm.full_tensor() if is_sharded(self.distiller) else norm)
 
     def _stop_unless_finite(self, visits: list[dict[str, Any]], norm: float) -> None:
-        """Raise before the weights change."""
+        """Raise TrainingError if a loss or the gradient is not finite, before the weights change."""
         if math.isfinite(norm) and all(math.isfinite(visit["loss"]) for visit in visits):
             return
         losses = ", ".join(f"{visit['loss']:.3g} at {visit['share']:.0%}" for visit in visits)
         raise TrainingError(
             f"the loss or its gradient is not a number in step {self.step + 1} of {self.steps} "
-            f"(losses {losses}; gradient norm {norm:.3g}). Nothing was changed by this step. "
+            f"(losses {losses}; gradient norm {norm:.3g}). This step changed no weights. "
             f"Start again with a learning rate below {self.config.optimizer.learning_rate:g} and --resume never."
         )
 
     def _warn_of_a_jump(self, norm: float) -> None:
-        """Say so where the gradient is many times what it was: often the first sign of a run that will fail."""
+        """Warn when the gradient norm jumps, which is often the first sign of a failing run."""
         if len(self._norms) == self._norms.maxlen and norm > JUMP * median(self._norms):
             self.say(
-                f"warning: in step {self.step + 1} the norm of the gradient is {norm:.3g}, "
-                f"usually {median(self._norms):.3g}. It is clipped; if this goes on, lower --learning-rate."
+                f"warning: in step {self.step + 1} the gradient norm is {norm:.3g}; the usual norm is "
+                f"{median(self._norms):.3g}. The gradient is clipped. If this continues, lower --learning-rate."
             )
         self._norms.append(norm)
 
     def _agree(self, flag: bool) -> bool:
-        """Whether any process says so."""
+        """Whether `flag` is true in any process."""
         return bool(total(torch.tensor(float(flag), device=self.device)))
 
     def autocast(self) -> Any:
-        """A context in which matrix products are in the type of the arithmetic."""
+        """Return a context that runs matrix products in the dtype of this run."""
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
     def _evaluate(self) -> None:
-        """Measure, log and tell the held-out losses of the watched sub-networks."""
+        """Measure, log and print the held-out losses of the watched sub-networks."""
         losses = self.held_out.measure(self.distiller, self.autocast)
         if not losses:
             return
@@ -286,7 +290,7 @@ class TrainingRun:
     # ------------------------------------------------------------------ before, between and after
 
     def _resume(self) -> None:
-        """Put weights, optimizer, sampler and corpus where the newest checkpoint says."""
+        """Load weights, optimizer, sampler and corpus from the newest snapshot, if there is one."""
         snapshot = on_first(lambda: latest_snapshot(self.folder.snapshots))
         if snapshot is None:
             on_first(lambda: self.folder.forget_after(-1))
@@ -297,7 +301,7 @@ class TrainingRun:
         self.sampler.load_state_dict(state["sampler"])
         on_first(lambda: self._set_corpus(state["corpus"]))
         on_first(lambda: self.folder.forget_after(self.step))
-        self.say(f"going on from step {self.step} of {self.steps}")
+        self.say(f"resuming from step {self.step} of {self.steps}")
 
     def _save(self) -> None:
         state = {
@@ -345,12 +349,12 @@ class TrainingRun:
 
     def _token_router(self, metric: str) -> TokenRouterInUse:
         if self.accelerator.num_processes > 1:
-            raise ValueError("tokens are routed in one process. Run without torchrun, or without --per-token.")
+            raise ValueError("--per-token needs a single process. Run without torchrun, or without --per-token.")
         router, about = load_token_router(self.config.model, metric, self.model)
         return TokenRouterInUse(router, find_table(self.model, self.config.model, metric, foreign=True), about)
 
     def _open_corpus(self) -> None:
-        """Open the text, and see that it holds at least a block."""
+        """Open the text and check that it holds at least one block."""
         text = self.config.text
         _check_vocabulary(self.model)
         self.corpus = Corpus(
@@ -368,5 +372,5 @@ def _check_vocabulary(model: ElasticModel) -> None:
     if model.tokenizer is not None and len(model.tokenizer) > model.config.vocab_size:
         raise FlextronError(
             f"the tokenizer has {len(model.tokenizer)} tokens, the model's vocabulary {model.config.vocab_size}: "
-            "it belongs to another model. Put the model's own tokenizer files into its folder."
+            "the tokenizer belongs to another model. Put the model's own tokenizer files into its folder."
         )

@@ -1,7 +1,8 @@
-"""Which sub-networks a training step visits: a sandwich of the full model, the smallest, presets, and random ones.
+"""Choose the sub-networks that training visits: the full model, the smallest, presets, and random ones.
 
-Flextron (Cai et al., ICML 2024), section 3.3, samples at random; the sandwich rule is from slimmable networks (Yu and
-Huang, 2019); random ones spread evenly over cost, and widths per layer near the greedy choice, are ours.
+Flextron (Cai et al., ICML 2024), section 3.3, samples at random. The sandwich rule, which always trains the largest and
+the smallest, comes from slimmable networks (Yu and Huang, 2019). New here: random sub-networks spread evenly over cost,
+with widths per layer near the greedy choice.
 """
 
 from __future__ import annotations
@@ -28,12 +29,15 @@ from flextron.subnet import AXES, Subnet
 
 KINDS = ("full", "smallest", "preset", "random")
 ATTENTION_PRICE = 4
-"""In SmolLM2, a third of all KV groups (8% of the weights) costs 0.9 nats, a quarter of all neurons (19%) 0.4."""
+"""Loss per attention weight left out, relative to an MLP weight.
+
+In SmolLM2, a third of all KV groups (8% of the weights) costs 0.9 nats; a quarter of all neurons (19%) costs 0.4.
+"""
 _GOLDEN = (5**0.5 - 1) / 2
 
 
 class TokenRouterInUse(NamedTuple):
-    """A token router, and the cost table that its budgets are parts of."""
+    """A token router with its cost table: budgets are fractions of the full model's cost in that table."""
 
     router: TokenRouter
     table: CostTable
@@ -42,27 +46,27 @@ class TokenRouterInUse(NamedTuple):
 
 @dataclass(frozen=True)
 class Visit:
-    """One sub-network that a step trains, and why it was taken."""
+    """One sub-network that a step trains, and its kind."""
 
     kind: str
     """One of KINDS."""
     subnet: Subnet
     routing: TokenRouting | None = None
-    """Gives every token widths of its own, around the sub-network."""
+    """Gives each token its own widths near those of the sub-network; None if all tokens use the sub-network."""
 
     def use(self, model: ElasticModel) -> AbstractContextManager[ElasticModel]:
-        """Run the model so inside the block."""
+        """Return a context in which the model runs this visit."""
         return model.use(self.subnet) if self.routing is None else self.routing.use()
 
 
 class SubnetSampler:
-    """An endless sequence of sub-networks in fixed proportions, from one seeded generator; `state_dict` takes it up.
+    """An endless, seeded sequence of sub-networks in fixed proportions; `state_dict` lets it resume.
 
-    Kinds come in turn, each the one whose share of the visits so far lags most behind its weight, so that proportions
-    hold exactly at any length. A random sub-network's share of the layers' weights runs evenly over [smallest, full]
-    (steps of the golden ratio from a random start, so that a short run covers it evenly too); its widths are the greedy
-    allocation for that share under sensitivities of which each sub-layer's is multiplied by exp(N(0, spread)). The
-    sensitivities take turns: measured ones give widths like the best choices, even ones widths that are nearly equal.
+    The next kind is the one whose share of the visits lags most behind its weight, so the proportions hold at any
+    length. The share of the layers' weights of random sub-networks covers [smallest, full] evenly: it advances by the
+    golden ratio from a random start, so even a short run covers the range. The widths are the greedy allocation for
+    that share, after each sub-layer's sensitivities are multiplied by exp(N(0, spread)). Random sub-networks take the
+    given sensitivities in turn: measured ones lead to widths near the best choices, even ones to nearly equal widths.
     """
 
     def __init__(
@@ -73,47 +77,47 @@ class SubnetSampler:
         presets: Sequence[Subnet] = (),
         weights: Sequence[float] = (1, 1, 0, 2),
         spread: float = 0.5,
-        routed: Callable[[float, np.random.Generator], Visit] | None = None,
+        draw_visit: Callable[[float, np.random.Generator], Visit] | None = None,
         seed: int = 0,
     ) -> None:
         """Make a sampler.
 
         Args:
-            sensitivities: what each part costs, measured or even (`even_sensitivity`); random ones take them in turn.
-            smallest: the least that is trained.
-            weights: how often each of KINDS is visited, relative to one another; presets take turns.
+            sensitivities: measured or even (`even_sensitivity`); random sub-networks take them in turn.
+            smallest: the smallest sub-network to train.
+            weights: relative frequency of each of KINDS; presets take turns.
             spread: standard deviation of the logarithm of the noise on sensitivities; 0 gives greedy choices only.
-            routed: gives a random visit from a place in [0, 1) and a generator, in place of the sensitivities, such
-                as of a router's answer to the budget there.
+            draw_visit: makes random visits in place of the sensitivities, from a position in [0, 1) and a generator;
+                for example, a router's answer to the budget at that position of its range.
 
         Raises:
-            ValueError: weights that are not four numbers from 0 up, or that ask for presets where there are none, or
-                a smallest sub-network that is the full model.
+            ValueError: `weights` are not four numbers from 0 up; presets are named but have weight 0, or none is named
+                and they have a weight; or the smallest sub-network is the full model.
         """
         if len(weights) != len(KINDS) or min(weights) < 0 or sum(weights) <= 0:
             raise ValueError(f"visits must be four weights from 0 up, for {', '.join(KINDS)}; got {list(weights)}.")
         if weights[2] and not presets:
-            raise ValueError(f"presets are visited with weight {weights[2]}, but none is named. Name some, or weigh 0.")
+            raise ValueError(f"presets have weight {weights[2]}, but none is named. Name presets, or pass weight 0.")
         if presets and not weights[2]:
-            raise ValueError(f"presets are named, but visited with weight 0 of {list(weights)}. Pass such as 1 1 1 2.")
+            raise ValueError(f"presets are named, but have weight 0 in {list(weights)}. Pass, for example, 1 1 1 2.")
         self._sensitivities = tuple(sensitivities)
         self._smallest = smallest
         self._presets = tuple(presets)
         self._weights = np.array(weights, dtype=float) / sum(weights)
         self._spread = spread
-        self._routed = routed
+        self._draw_visit = draw_visit
         self._lowest_share = self._sensitivities[0].share(smallest)
         if self._lowest_share >= 1:
             raise ValueError(
                 "the smallest sub-network is the full model: there is nothing between them to train. "
                 "Name a smaller one, or load a search space with more than one size."
             )
-        self._draw = np.random.default_rng(seed)
-        self._place = self._draw.random()
+        self._generator = np.random.default_rng(seed)
+        self._position = self._generator.random()
         self._visits = [0] * len(KINDS)
 
     def next(self) -> Visit:
-        """The sub-network to train next."""
+        """Return the next visit."""
         lag = self._weights * (sum(self._visits) + 1) - self._visits
         kind = KINDS[int(lag.argmax())]
         visit = {"full": self._full, "smallest": self._least, "preset": self._preset, "random": self._random}[kind]()
@@ -121,13 +125,13 @@ class SubnetSampler:
         return visit
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the sequence stands, as JSON."""
-        return {"generator": self._draw.bit_generator.state, "place": self._place, "visits": list(self._visits)}
+        """Return the position in the sequence, as JSON values."""
+        return {"generator": self._generator.bit_generator.state, "place": self._position, "visits": list(self._visits)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from where `state_dict` was taken."""
-        self._draw.bit_generator.state = state["generator"]
-        self._place = state["place"]
+        """Continue from the position that `state_dict` returned."""
+        self._generator.bit_generator.state = state["generator"]
+        self._position = state["place"]
         self._visits = list(state["visits"])
 
     def _full(self) -> Visit:
@@ -140,25 +144,27 @@ class SubnetSampler:
         return Visit("preset", self._presets[self._visits[KINDS.index("preset")] % len(self._presets)])
 
     def _random(self) -> Visit:
-        self._place = (self._place + _GOLDEN) % 1
-        if self._routed is not None:
-            return self._routed(self._place, self._draw)
-        share = self._lowest_share + (1 - self._lowest_share) * self._place
+        self._position = (self._position + _GOLDEN) % 1
+        if self._draw_visit is not None:
+            return self._draw_visit(self._position, self._generator)
+        share = self._lowest_share + (1 - self._lowest_share) * self._position
         sensitivity = self._sensitivities[self._visits[KINDS.index("random")] % len(self._sensitivities)]
         noisy = {
-            axis: tuple(
-                tuple(np.array(row) * factor)
-                for row, factor in zip(rows, np.exp(self._spread * self._draw.standard_normal(len(rows))), strict=True)
-            )
+            axis: tuple(tuple(np.array(row) * factor) for row, factor in zip(rows, self._noise(len(rows)), strict=True))
             for axis, rows in sensitivity.increases.items()
         }
         return Visit("random", replace(sensitivity, increases=noisy).allocate(share))
 
+    def _noise(self, count: int) -> Any:
+        """Return `count` random factors with median 1."""
+        return np.exp(self._spread * self._generator.standard_normal(count))
+
 
 def even_sensitivity(model: ElasticModel) -> Sensitivity:
-    """Sensitivities of a model of which none were measured: all layers alike, quadratic in the part left out.
+    """Return made-up sensitivities for a model without measured ones; they lead to nearly equal widths.
 
-    They lead to nearly equal widths. Attention costs ATTENTION_PRICE times as much as the MLP, weight by weight.
+    All layers are alike, and the loss rises with the square of the fraction left out. Per weight, attention costs
+    ATTENTION_PRICE times as much as the MLP.
     """
     space = model.search_space
     widths, unit_weights = {axis: space[axis] for axis in AXES}, model.unit_weights
@@ -181,37 +187,37 @@ def make_sampler(
     tokens: TokenRouterInUse | None = None,
     seed: int,
 ) -> SubnetSampler:
-    """The sampler that `options` ask for, from measured sensitivities, if there are any, and from even ones.
+    """Return the sampler for `options`, with measured sensitivities if there are any and with even ones.
 
-    Random ones come from `router` instead, if there is one, and with `tokens` every token of theirs is routed.
+    With `router`, random sub-networks are the router's answers. With `tokens`, each of their tokens is routed too.
 
     Raises:
-        SubnetError: a smallest sub-network or a preset that the model does not have.
+        SubnetError: the model does not have the smallest sub-network or a preset.
         ValueError: as `SubnetSampler`.
     """
     even = even_sensitivity(model)
     return SubnetSampler(
         [even] if measured is None else [measured, even],
         smallest=choose(model, options.smallest, sensitivity=measured or even),
-        presets=[choose(model, wish, sensitivity=measured or even) for wish in options.presets],
+        presets=[choose(model, name, sensitivity=measured or even) for name in options.presets],
         weights=options.visits,
         spread=options.spread,
-        routed=None if router is None else partial(_routed, model, router, tokens, options.spread),
+        draw_visit=None if router is None else partial(_visit_from_router, model, router, tokens, options.spread),
         seed=seed,
     )
 
 
-def _routed(
+def _visit_from_router(
     model: ElasticModel,
     router: Router,
     tokens: TokenRouterInUse | None,
     spread: float,
-    place: float,
-    draw: np.random.Generator,
+    position: float,
+    generator: np.random.Generator,
 ) -> Visit:
-    """What a router, or with it a token router, may answer to the budget at a place of its range."""
+    """Return a random answer of the router, or of the token router, for the budget at a position of its range."""
     if tokens is None:
-        return Visit("random", sample_answer(router, place, spread, draw))
-    budget = router.net.lowest + (1 - router.net.lowest) * place
+        return Visit("random", sample_answer(router, position, spread, generator))
+    budget = router.net.lowest + (1 - router.net.lowest) * position
     subnets = static_answers(router, tokens.table, [budget])
     return Visit("random", subnets[0], TokenRouting(model, tokens.router, [budget], subnets))

@@ -1,6 +1,6 @@
-"""One training run over many processes: FSDP2 shards, and what all processes must agree on.
+"""Training in several processes: FSDP2 shards, and values that all processes share.
 
-Started by torchrun or `accelerate launch`; a single process needs none of it and gets its values back unchanged.
+Start them with torchrun or `accelerate launch`. In a single process, these functions return their values unchanged.
 """
 
 from __future__ import annotations
@@ -29,39 +29,39 @@ T = TypeVar("T")
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """What tells processes and trackers; in a run started by torchrun it joins the processes.
+    """Return the Accelerator that knows the processes and the trackers; under torchrun it joins the processes.
 
     Raises:
-        FlextronError: a tracker that is not installed.
-        ValueError: one that accelerate does not know.
+        FlextronError: a tracker is not installed.
+        ValueError: accelerate does not know a tracker.
     """
-    asked = config.watch.log_with
-    found = {tracker.value for tracker in get_available_trackers()}
-    for name in asked:
-        if name in LOGGER_TYPE_TO_CLASS and name not in found:
+    trackers = config.watch.log_with
+    installed = {tracker.value for tracker in get_available_trackers()}
+    for name in trackers:
+        if name in LOGGER_TYPE_TO_CLASS and name not in installed:
             raise FlextronError(f"the tracker {name} is not installed. Run: pip install {name}")
     return Accelerator(
         cpu=config.device == "cpu",
-        log_with=list(asked) or None,
+        log_with=list(trackers) or None,
         project_dir=config.out,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # one process reads or writes for all
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # others wait while one writes
     )
 
 
 def device_of(config: TrainConfig, accelerator: Accelerator) -> Any:
-    """Where this process runs: as asked, but each of many processes on its own device."""
+    """Return the device of this process: the one in `config`, but with several processes one for each."""
     return accelerator.device if config.device == "auto" or accelerator.num_processes > 1 else config.device
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether `shard` was applied."""
+    """Whether `shard` has been applied to this module."""
     return isinstance(module, FSDPModule)
 
 
 def shard(distiller: Distiller, dtype: torch.dtype) -> None:
-    """Shard student and teacher, layer by layer, over all processes, in place (PyTorch's `fully_shard`).
+    """Shard student and teacher over all processes, layer by layer and in place (PyTorch's `fully_shard`).
 
-    Weights stay fp32 in the shards; they are gathered and computed with in `dtype`, gradients are summed in fp32.
+    The student's shards stay fp32. Weights are gathered and computed with in `dtype`; gradients are summed in fp32.
     """
     device = next(distiller.parameters()).device.type
     options: dict[str, Any] = {
@@ -81,7 +81,7 @@ def _shard_layers(lm: Any, options: dict[str, Any]) -> None:
 
 
 def whole_weights(lm: nn.Module) -> dict[str, torch.Tensor]:
-    """All weights by name, a tied one once, gathered to the CPU of the first process (the others get nothing)."""
+    """Gather all weights by name, tied ones once, on the CPU of the first process; the others get an empty dict."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = cast(dict[str, torch.Tensor], get_model_state_dict(lm, options=options))
     once = {name for name, _ in chain(lm.named_parameters(), lm.named_buffers())}
@@ -89,27 +89,27 @@ def whole_weights(lm: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def on_first(work: Callable[[], T]) -> T:
-    """What `work` gives in the first process, in all of them; it runs there only, and its error is raised in all.
+    """Run `work` in the first process only, and return its result in all processes.
 
     Raises:
-        FlextronError, ValueError, OSError: what `work` raised.
+        FlextronError, ValueError, OSError: `work` raised it; all processes raise it.
     """
     if not dist.is_initialized():
         return work()
-    held: list[Any] = [None, None]
+    shared: list[Any] = [None, None]  # result, error
     if dist.get_rank() == 0:
         try:
-            held[0] = work()
+            shared[0] = work()
         except (FlextronError, ValueError, OSError) as error:
-            held[1] = error
-    dist.broadcast_object_list(held, src=0)
-    if held[1] is not None:
-        raise held[1]
-    return cast(T, held[0])
+            shared[1] = error
+    dist.broadcast_object_list(shared, src=0)
+    if shared[1] is not None:
+        raise shared[1]
+    return cast(T, shared[0])
 
 
 def total(values: torch.Tensor) -> torch.Tensor:
-    """The sum of all processes' `values`."""
+    """Sum `values` over all processes, in place, and return the sum."""
     if dist.is_initialized():
         dist.all_reduce(values)
     return values

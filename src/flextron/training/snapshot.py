@@ -1,13 +1,13 @@
-"""Snapshots of a training run: it can be taken up from one exactly, also by another number of processes.
+"""Snapshots of a training run. Training resumes exactly, even with a different number of processes.
 
     runs/
-    ├── .step-00000060.partial/     being written, or left by a run that was killed: nothing reads it
+    ├── .step-00000060.partial/     being written, or left by a killed run; never read
     └── step-00000040/
-        ├── state.json              written last; names all files beside it with their checksums
-        └── shard-00001-model-00001-of-00001.safetensors, ...     one or more of each rank
+        ├── state.json              written last; lists the other files with their checksums
+        └── shard-00001-model-00001-of-00001.safetensors, ...     one or more from each rank
 
-torch.distributed.checkpoint (DCP) writes and reads the tensors, each rank its own shards. All files are safetensors or
-JSON; nothing is pickled. A tensor is named `model.WEIGHT` or `optimizer.INDEX.WEIGHT.KEY`.
+torch.distributed.checkpoint (DCP) writes and reads the tensors; each rank handles its own shards. All files are
+safetensors or JSON; nothing is pickled. A tensor is named `model.WEIGHT` or `optimizer.INDEX.WEIGHT.KEY`.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from flextron.records import RecordError, check_version
 VERSION = 1
 STATE_FILE = "state.json"
 _FILE_BYTES = 2**30
-"""DCP puts a file together in memory before it writes it, so a rank's tensors go into files of about this size."""
+"""Approximate size of one file. DCP builds a file in memory before writing it, so a rank writes several."""
 
 T = TypeVar("T")
 State = Mapping[Tensor, dict[str, Any]]
-"""What an optimizer keeps of each weight."""
+"""The tensors that an optimizer keeps for each weight."""
 
 
 def save_snapshot(
@@ -58,20 +58,20 @@ def save_snapshot(
     state: dict[str, Any],
     keep_last: int,
 ) -> Path:
-    """Write `runs/step-00000040` whole or not at all, then delete all but the newest `keep_last`; returns its folder.
+    """Write `runs/step-00000040` completely or not at all, delete all but the newest `keep_last`; return its folder.
 
-    All ranks call it, between two steps, with `runs` on a disk that they share. Stored are the weights that require
-    gradients and the tensors that the optimizers keep of them: no frozen weights, buffers or learning rates.
-    `state` is JSON, and rank 0's is the one written: generator states of other ranks must be gathered into it.
+    All ranks call it between two steps, with `runs` on a disk that they share. It stores the weights that require
+    gradients and the optimizers' tensors for them; it does not store frozen weights, buffers or learning rates.
+    `state` holds JSON values. Only rank 0's is written, so gather other ranks' generator states into it.
 
     Raises:
-        CheckpointError: on all ranks; the disk is full or a write failed, and the earlier snapshots are as they were,
-            or `runs` holds a snapshot of this or a later step.
+        CheckpointError: on all ranks. The disk is full or a write failed, and the earlier snapshots are unchanged; or
+            `runs` holds a snapshot of this or a later step.
         TypeError: `state` is not JSON, or an optimizer keeps something that is not a tensor.
-        ValueError: `keep_last` below 1, or an optimizer trains what the model does not have.
+        ValueError: `keep_last` is below 1, or an optimizer trains a parameter that the model does not have.
     """
     if keep_last < 1:
-        raise ValueError(f"keep_last is {keep_last}, but the newest snapshot always stays. Pass 1 or more.")
+        raise ValueError(f"keep_last is {keep_last}, but the newest snapshot is always kept. Pass 1 or more.")
     target = Path(runs) / f"step-{step:08d}"
     partial = _hidden(target)
     doing = f"cannot write {target}"
@@ -98,25 +98,25 @@ def save_snapshot(
 
 
 def latest_snapshot(runs: Path) -> Path | None:
-    """Folder of the newest complete snapshot, which is one with a readable `state.json`; None if there is none."""
+    """Return the folder of the newest complete snapshot, one with a readable `state.json`, or None."""
     return next(_complete(Path(runs)), None)
 
 
 def load_snapshot(snapshot: Path, *, model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
-    """Put the trainable weights and the optimizers' tensors in place; returns the `state` that was saved.
+    """Load the trainable weights and the optimizers' tensors in place; return the saved `state`.
 
-    All ranks call it, as many as there are now, with optimizers built as in the run that saved: the same kinds, the
-    same parameters in each. Learning rates and the like stay as they are; what the optimizers kept before is dropped.
+    All ranks call it; their number may differ from the run that saved. Build the optimizers as in that run: the same
+    kinds with the same parameters. Learning rates and similar settings stay; earlier optimizer states are dropped.
 
     Raises:
-        CheckpointError: on all ranks; a missing, truncated or garbled file, or a snapshot of another model or other
-            optimizers, and nothing was changed; or reading failed halfway, and the weights are a mixture.
+        CheckpointError: on all ranks. A file is missing, truncated or damaged, or the snapshot belongs to another model
+            or to other optimizers; then nothing has changed. Or reading failed halfway; then the weights are a mixture.
     """
     snapshot, weights = Path(snapshot), _trainable(model)
     doing = f"cannot load {snapshot}"
     record = _together(doing, lambda: _checked_record(snapshot))
     states = _together(doing, lambda: _empty_states(snapshot, weights, optimizers, record["optimizers"]))
-    with _clear_errors(f"{doing}, the weights are a mixture now"):
+    with _clear_errors(f"{doing}, and the weights are now a mixture of old and new"):
         reader = HuggingFaceStorageReader(str(snapshot))
         load(_named(weights, states), storage_reader=reader, no_dist=not dist.is_initialized())
     for optimizer, loaded in zip(optimizers, states, strict=True):
@@ -130,7 +130,10 @@ def load_snapshot(snapshot: Path, *, model: nn.Module, optimizers: Sequence[Opti
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Weights by name, a tied one once. After a forward pass alone FSDP keeps the root's gathered; they are freed."""
+    """Return the trainable weights by name, tied ones once.
+
+    After a forward pass without a backward pass, FSDP keeps the root's weights gathered; this shards them again.
+    """
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -142,7 +145,7 @@ def _kinds(optimizers: Sequence[Optimizer]) -> list[str]:
 
 
 def _tensors(weights: dict[str, nn.Parameter], optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
-    """All that a snapshot stores; safetensors takes contiguous tensors only."""
+    """Return all tensors of a snapshot by name, contiguous because safetensors takes no others."""
     for optimizer in optimizers:
         held = {weight for group in optimizer.param_groups for weight in group["params"] if weight.requires_grad}
         if foreign := len(held.difference(weights.values())):
@@ -152,7 +155,7 @@ def _tensors(weights: dict[str, nn.Parameter], optimizers: Sequence[Optimizer]) 
     for name, value in named.items():
         if not isinstance(value, Tensor):
             kind = type(value).__name__
-            raise TypeError(f"{name!r} is of {kind}, and snapshots hold tensors only. Use AdamW or Muon.")
+            raise TypeError(f"{name!r} has the type {kind}, but snapshots hold only tensors. Use AdamW or Muon.")
     return {name: value.detach().contiguous() for name, value in named.items()}
 
 
@@ -165,7 +168,7 @@ def _named(weights: dict[str, nn.Parameter], states: Sequence[State]) -> dict[st
 
 
 def _split(tensors: dict[str, Tensor]) -> dict[str, int]:
-    """Number of the file, from 1, for each tensor; rank 0's answer holds for all, whose shards are about as large."""
+    """Return the file number, from 1, for each tensor; all ranks use rank 0's, because their shards are similar."""
     files, size_bytes = {}, 0
     for name, tensor in tensors.items():
         files[name] = 1 + size_bytes // _FILE_BYTES
@@ -179,9 +182,11 @@ def _split(tensors: dict[str, Tensor]) -> dict[str, int]:
 def _empty_states(
     snapshot: Path, weights: dict[str, nn.Parameter], optimizers: Sequence[Optimizer], kinds: list[str]
 ) -> list[dict[Tensor, dict[str, Tensor]]]:
-    """What the snapshot holds of each optimizer, still zero but sharded as the weights are; checks the model too."""
+    """Return zero tensors for the stored optimizer states, sharded like the weights, after checking the model."""
     if _kinds(optimizers) != kinds:
-        raise CheckpointError(f"it is of the optimizers {kinds}, not {_kinds(optimizers)}. Build those of the run.")
+        raise CheckpointError(
+            f"it belongs to the optimizers {kinds}, not {_kinds(optimizers)}. Build those of that run."
+        )
     stored = HuggingFaceStorageReader(str(snapshot)).read_metadata().state_dict_metadata
     _check_same_weights({name: stored.pop(name) for name in list(stored) if name.startswith("model.")}, weights)
     groups = [{p: group for group in optimizer.param_groups for p in group["params"]} for optimizer in optimizers]
@@ -190,7 +195,7 @@ def _empty_states(
         index, _, rest = name.removeprefix("optimizer.").partition(".")
         owner, _, key = rest.rpartition(".")
         if owner not in weights or weights[owner] not in groups[int(index)]:
-            raise _another(name, f"is in the snapshot, but optimizer {index} does not train {owner!r} here")
+            raise _another(name, f"is in the snapshot, but optimizer {index} does not train {owner!r}")
         empty = _empty(key, found, weights[owner], groups[int(index)][weights[owner]])
         _check_same(name, found, empty)
         states[int(index)].setdefault(weights[owner], {})[key] = empty
@@ -198,7 +203,7 @@ def _empty_states(
 
 
 def _empty(key: str, found: Any, weight: nn.Parameter, group: dict[str, Any]) -> Tensor:
-    """What the optimizer would make: a step counter, on the CPU unless fused; all else like the weight."""
+    """Return zeros like the optimizer makes: like the weight, but a step counter is on the CPU unless fused."""
     if key == "step":
         on_device = group.get("fused") or group.get("capturable")
         return torch.zeros((), dtype=found.properties.dtype, device=weight.device if on_device else "cpu")
@@ -208,23 +213,25 @@ def _empty(key: str, found: Any, weight: nn.Parameter, group: dict[str, Any]) ->
 def _check_same_weights(stored: dict[str, Any], weights: dict[str, nn.Parameter]) -> None:
     named = {f"model.{name}": weight for name, weight in weights.items()}
     if missing := sorted(named.keys() - stored.keys()):
-        raise _another(missing[0], "is trainable here, but not in the snapshot")
+        raise _another(missing[0], "is trainable, but missing from the snapshot")
     if foreign := sorted(stored.keys() - named.keys()):
-        raise _another(foreign[0], "is in the snapshot, but not trainable here")
+        raise _another(foreign[0], "is in the snapshot, but not trainable")
     for name, weight in named.items():
         _check_same(name, stored[name], weight)
 
 
-def _check_same(name: str, found: Any, here: Tensor) -> None:
-    """DCP would convert another dtype without a word."""
-    if found.size != here.shape:
-        raise _another(name, f"has the shape {tuple(found.size)} in the snapshot, {tuple(here.shape)} here")
-    if found.properties.dtype != here.dtype:
-        raise _another(name, f"is {found.properties.dtype} in the snapshot, {here.dtype} here")
+def _check_same(name: str, stored: Any, expected: Tensor) -> None:
+    """Check shape and dtype, because DCP would convert another dtype silently."""
+    if stored.size != expected.shape:
+        raise _another(name, f"is {tuple(stored.size)} in the snapshot, {tuple(expected.shape)} in the model")
+    if stored.properties.dtype != expected.dtype:
+        raise _another(name, f"is {stored.properties.dtype} in the snapshot, {expected.dtype} in the model")
 
 
 def _another(name: str, problem: str) -> CheckpointError:
-    return CheckpointError(f"it is of another model: {name!r} {problem}. Pass the model and optimizers of the run.")
+    return CheckpointError(
+        f"it belongs to another model: {name!r} {problem}. Pass the model and optimizers of that run."
+    )
 
 
 # Folders and files
@@ -235,7 +242,7 @@ def _hidden(snapshot: Path) -> Path:
 
 
 def _complete(runs: Path) -> Iterator[Path]:
-    """Folders of complete snapshots, the newest first."""
+    """Yield the folders of complete snapshots, newest first."""
     folders = [path for path in runs.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
     for path in sorted(folders, key=_step_of, reverse=True):
         try:
@@ -250,11 +257,11 @@ def _step_of(snapshot: Path) -> int:
 
 
 def _make_way(target: Path, state: dict[str, Any]) -> None:
-    """Check what can be checked before any work, clear what killed runs left, and make the hidden folder."""
+    """Check `state` and step, delete leftovers of killed runs, and create the hidden folder."""
     json.dumps(state)
     newest = latest_snapshot(target.parent)
     if newest is not None and _step_of(newest) >= _step_of(target):
-        raise CheckpointError(f"{newest} is not older. Take up the run from it, delete it, or name another folder.")
+        raise CheckpointError(f"{newest} is not older. Resume from it, delete it, or name another folder.")
     for leftover in (target, *target.parent.glob(".step-*.partial")):
         if leftover.exists():
             shutil.rmtree(leftover)
@@ -262,7 +269,7 @@ def _make_way(target: Path, state: dict[str, Any]) -> None:
 
 
 def _finish(partial: Path, target: Path, record: dict[str, Any]) -> None:
-    """Write `state.json` and give the folder its name, all of it on the disk, since older ones are deleted next."""
+    """Write `state.json` and rename the folder; sync to disk, because older snapshots are deleted next."""
     write_text(partial / STATE_FILE, json.dumps(record))
     _sync(partial / STATE_FILE)
     _sync(partial)
@@ -281,7 +288,7 @@ def _sync(path: Path) -> None:
 
 def _delete_old(runs: Path, keep_last: int) -> None:
     for path in list(_complete(runs))[keep_last:]:
-        shutil.rmtree(path.rename(_hidden(path)))  # at no time half deleted under its own name
+        shutil.rmtree(path.rename(_hidden(path)))  # renamed first, so that a half-deleted one is never read
 
 
 def _read_record(snapshot: Path) -> dict[str, Any]:
@@ -290,12 +297,12 @@ def _read_record(snapshot: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{STATE_FILE} cannot be read ({error}). {_DELETE}") from error
     if not isinstance(record, dict) or "version" not in record:
-        raise CheckpointError(f"{STATE_FILE} is not that of a snapshot. {_DELETE}")
+        raise CheckpointError(f"{STATE_FILE} does not describe a snapshot. {_DELETE}")
     return record
 
 
 def _checked_record(snapshot: Path) -> dict[str, Any]:
-    """`state.json`, once all files are there and this rank's share of them is as it was written."""
+    """Return `state.json`, after checking that all files exist and that this rank's share of them is undamaged."""
     record = _read_record(snapshot)
     try:
         check_version(record["version"], VERSION)
@@ -312,15 +319,15 @@ def _checked_record(snapshot: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path.name} has {size_bytes} of {written[path.name]['bytes']} bytes. {_DELETE}")
     for name, found in _checksums(_my_share(paths.values())).items():
         if found != written[name]:
-            raise CheckpointError(f"{name} is not as it was written (CRC-32). {_DELETE}")
+            raise CheckpointError(f"{name} is damaged: its CRC-32 checksum differs. {_DELETE}")
     return record
 
 
-_DELETE = "Delete it to take up the run from an earlier one."
+_DELETE = "Delete the snapshot to resume from an earlier one."
 
 
 def _checksums(paths: Sequence[Path]) -> dict[str, dict[str, int]]:
-    """Size and CRC-32 by name; DCP alone would skip a shard that is missing and take any bytes of the right number."""
+    """Return size and CRC-32 by name: DCP itself skips missing shards and accepts damaged bytes of the right size."""
     found = {}
     for path in paths:
         checksum = 0
@@ -335,7 +342,7 @@ def _checksums(paths: Sequence[Path]) -> dict[str, dict[str, int]]:
 
 
 def _ranks() -> tuple[int, int]:
-    """This rank and how many there are."""
+    """Return this rank and the number of ranks."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -350,15 +357,15 @@ def _on_first(work: Callable[..., object], *args: Any, **kwargs: Any) -> None:
 
 
 def _gathered(mine: T) -> list[T]:
-    """What each rank has, on all ranks; waits for all."""
-    everyones = [mine] * _ranks()[1]
+    """Return the values of all ranks, on each rank; wait for all."""
+    values = [mine] * _ranks()[1]
     if dist.is_initialized():
-        dist.all_gather_object(everyones, mine)
-    return everyones
+        dist.all_gather_object(values, mine)
+    return values
 
 
 def _together(doing: str, work: Callable[[], T]) -> T:
-    """Do `work` on all ranks and wait for each other; where one fails, all raise, so that none waits for ever."""
+    """Run `work` on all ranks and wait for all. If one fails, all raise, so that none waits forever."""
     error: Exception | None = None
     try:
         result = work()
@@ -375,7 +382,10 @@ def _together(doing: str, work: Callable[[], T]) -> T:
 
 @contextmanager
 def _clear_errors(doing: str) -> Iterator[None]:
-    """The first error of any rank, which DCP raises on all, wrapped; even Ctrl-C. And no remark on a single process."""
+    """Raise the first error of any rank as a CheckpointError, and silence DCP's warning about a single process.
+
+    DCP wraps the errors of all ranks, even Ctrl-C, and raises them on all ranks.
+    """
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings(

@@ -1,4 +1,4 @@
-"""What a person sees and asks while a training run goes on: the bar, classes of size, trackers' numbers, Ctrl-C."""
+"""Progress of a training run: the bar, losses by size class, values for trackers, and stopping with Ctrl-C."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 from tqdm import tqdm
 
 CLASSES = (("full", 1.0), ("large", 0.8), ("medium", 0.6), ("small", 0.0))
-"""Classes of size for the bar, and the least share of the layers' weights of each."""
+"""Size classes of the bar, each with its lowest share of the layers' weights."""
 
 
 def numbers(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """What trackers take: numbers and text by name; the visits of a step become one loss per class of size."""
+    """Return a flat record for trackers: numbers and text by name, and one loss per size class from `visits`."""
     flat: dict[str, Any] = {}
     for key, value in record.items():
         if key == "visits" and value and isinstance(value[0], dict):
@@ -29,12 +29,12 @@ def numbers(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def size_class(share: float) -> str:
-    """The name of the class of size that a share of the layers' weights is in."""
+    """Return the name of the size class for a share of the layers' weights, 0 to 1."""
     return next(name for name, least in CLASSES if share >= least)
 
 
 class Bar:
-    """A bar with a running loss per class of size, tokens per second, and the time left."""
+    """A progress bar with a running loss per size class, tokens per second and the time left."""
 
     def __init__(self, *, steps: int, done: int, show: bool) -> None:
         interval = 0.2 if sys.stderr.isatty() else 15.0
@@ -51,7 +51,7 @@ class Bar:
         self._bar.close()
 
     def show(self, record: dict[str, Any]) -> None:
-        """Advance by a step."""
+        """Advance by one step, given its record."""
         for visit in record["visits"]:
             name = size_class(visit["share"])
             before = self._losses.get(name, visit["loss"])
@@ -62,25 +62,26 @@ class Bar:
 
 
 class Stop:
-    """Whether someone asked to stop."""
+    """A request to stop."""
 
     asked = False
+    """Whether Ctrl-C or SIGTERM has been received."""
 
 
 @contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """Ctrl-C and SIGTERM only ask to stop, so that a step ends whole; asked twice, they act at once."""
+    """Turn the first Ctrl-C or SIGTERM into a request to stop after the step; the second one stops at once."""
     stop = Stop()
 
     def ask(_number: int, _frame: Any) -> None:
         if stop.asked:
             raise KeyboardInterrupt
         stop.asked = True
-        tqdm.write("stopping after this step and a checkpoint; once more stops at once.", file=sys.stderr)
+        tqdm.write("stopping after this step and a checkpoint; press Ctrl-C again to stop at once.", file=sys.stderr)
 
     try:
         before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: its owner handles signals
+    except ValueError:  # outside the main thread, signals are the caller's business
         before = {}
     try:
         yield stop

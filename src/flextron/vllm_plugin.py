@@ -1,6 +1,6 @@
-"""What vLLM calls when it starts (entry point `vllm.general_plugins`): exported sub-networks of unequal layers.
+"""Plugin that lets vLLM load exported sub-networks with unequal layers (entry point `vllm.general_plugins`).
 
-vLLM's Transformers backend runs them: the classes of `per_layer`, with vLLM's own attention kernels and KV cache.
+vLLM's Transformers backend runs the classes of `per_layer` with vLLM's own attention kernels and KV cache.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ BACKEND = "vllm.model_executor.models.transformers:TransformersForCausalLM"
 
 
 def register() -> None:
-    """Make transformers and vLLM know the per-layer architectures; without vLLM, transformers alone."""
+    """Register the per-layer architectures with transformers, and with vLLM if it is installed."""
     per_layer.register()
     try:
         from vllm import ModelRegistry

@@ -1,4 +1,4 @@
-"""GGUF export: what the file says, what llama.cpp computes from it, and what is refused before anything is written."""
+"""GGUF export: the file's contents, llama.cpp's results, and errors before anything is written."""
 
 import shutil
 from dataclasses import dataclass, replace
@@ -179,9 +179,7 @@ def test_sources_of_16_bits(dtype, tmp_path):
 def test_every_quantisation(quantize, tmp_path):
     pytest.importorskip("xllamacpp")
     model = wide(hidden_size=768, intermediate_size=512, head_dim=128)
-    with (
-        torch.no_grad()
-    ):  # of the size that such widths have in a trained model; else rounding grows from layer to layer
+    with torch.no_grad():  # sized as in a trained model; otherwise rounding grows from layer to layer
         for projection in model.lm.model.layers.parameters():
             projection *= 0.25 if projection.ndim == 2 else 1
     model.search_space = model.search_space.of_model(layers=3, neurons=512, kv_groups=3, neuron_step=256)
@@ -201,7 +199,8 @@ def test_k_quants_fall_back_as_llama_cpp_does_and_say_so(tmp_path):
     pytest.importorskip("xllamacpp")
     model = wide(intermediate_size=512)
     report = export_gguf(model, widths(512, 3), tmp_path / "small.gguf", quantize="q4_k_m")
-    assert "rows that no block of 256 divides; they are in Q5_0 or Q8_0" in report.notes[0]
+    assert "blocks of 256 do not divide the rows of" in report.notes[0]
+    assert "these are stored as Q5_0 or Q8_0" in report.notes[0]
     kinds = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(tmp_path / "small.gguf").tensors}
     wanted = {
         "blk.0.ffn_up": "Q5_0",
@@ -218,12 +217,12 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("model_type", "subnet", "quantize", "reason"),
         [
-            ("gemma2", widths(40, 3), "f16", r"no GGUF export of gemma2.*--to hf.*convert_hf_to_gguf"),
-            ("qwen3", UNEVEN, "f16", r"qwen3 architecture has one width for all layers.*--equal-widths"),
-            ("gpt2", Subnet((24, 40, 16), (6, 6, 6)), "f16", r"gpt2 architecture has one width.*--equal-widths"),
-            ("gpt2", widths(24, 0), "f16", r"gpt2 architecture has one width.*not 0"),
-            ("gpt2", widths(24, 2), "f16", r"2 of 6 attention heads, which gpt2 cannot state"),
-            ("llama", widths(24, 2), "q3", r"unknown quantisation 'q3'; known are f32"),
+            ("gemma2", widths(40, 3), "f16", r"gemma2 has no GGUF export.*--to hf.*convert_hf_to_gguf"),
+            ("qwen3", UNEVEN, "f16", r"qwen3 architecture needs equal widths above 0.*--equal-widths"),
+            ("gpt2", Subnet((24, 40, 16), (6, 6, 6)), "f16", r"gpt2 architecture needs equal widths.*--equal-widths"),
+            ("gpt2", widths(24, 0), "f16", r"gpt2 architecture needs equal widths above 0"),
+            ("gpt2", widths(24, 2), "f16", r"2 of 6 attention heads, but gpt2 cannot express that"),
+            ("llama", widths(24, 2), "q3", r"unknown quantisation 'q3'; choose one of f32"),
             ("llama", widths(24, 2), "q8_0", r"rows of 48 numbers, which Q8_0's blocks of 32 do not divide"),
         ],
     )
@@ -271,8 +270,8 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("core", "split", "reason"),
         [
-            (models.WordLevel({"a": 0}, "a"), pre_tokenizers.Whitespace(), "of kind WordLevel is not a byte-level BPE"),
-            (models.BPE({"a": 0}, []), pre_tokenizers.Whitespace(), "splits text by 'Whitespace' is not known"),
+            (models.WordLevel({"a": 0}, "a"), pre_tokenizers.Whitespace(), "a byte-level BPE .* of the type WordLevel"),
+            (models.BPE({"a": 0}, []), pre_tokenizers.Whitespace(), "text by 'Whitespace', which matches none of"),
         ],
     )
     def test_other_tokenizers(self, core, split, reason, tmp_path):
@@ -361,7 +360,7 @@ def test_where_llama_cpp_is_missing_the_report_says_so(tmp_path, monkeypatch):
 
 def test_a_sliding_window_limits_the_context(tmp_path):
     report = export_gguf(elastic("mistral", sliding_window=50), UNEVEN, tmp_path / "small.gguf", verify=False)
-    assert "contexts of at most 50 tokens" in report.notes[0]
+    assert "contexts have at most 50 tokens" in report.notes[0]
     assert GGUFReader(tmp_path / "small.gguf").fields["deci.context_length"].contents() == 50
 
 
@@ -415,7 +414,7 @@ class TestCommand:
 
 @pytest.fixture(scope="module")
 def timed(tmp_path_factory):
-    """A checkpoint whose widths cost something, with a table of this process."""
+    """A checkpoint large enough that widths change its time, with a table of this process."""
     folder = tmp_path_factory.mktemp("deep") / "elastic"
     model = elastic("llama", intermediate_size=64)
     model.save_pretrained(folder)
@@ -467,7 +466,7 @@ class TestTimes:
     @pytest.mark.parametrize("family", ["qwen3", "gpt2"])
     def test_families_of_one_width_for_all_layers_are_refused_at_once(self, family):
         with (
-            pytest.raises(ExportError, match=f"one width for all layers of {family}.*--from-csv"),
+            pytest.raises(ExportError, match=f"needs one width for all layers of {family}.*--from-csv"),
             in_llamacpp(elastic(family), phase="decode", tokens=8),
         ):
             pass

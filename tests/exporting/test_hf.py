@@ -1,4 +1,4 @@
-"""Export: what was asked for is what transformers loads, in every family, and nothing else appears."""
+"""Export: transformers loads what was asked for, in every family, and nothing else appears."""
 
 import json
 import os
@@ -58,7 +58,7 @@ PROMPT = torch.tensor([[5, 17, 3, 88, 41]])
 
 
 def tiny(model_type, **changes):
-    """A random elastic model whose every weight, biases and norms too, differs from its neighbours."""
+    """A random elastic model in which every weight, also in biases and norms, differs from its neighbours."""
     sizes = {**SIZES, **OWN_SIZES.get(model_type, {}), **changes}
     if not FEWER_HEADS[model_type] or model_type == "phi":
         del sizes["head_dim"]
@@ -71,7 +71,7 @@ def tiny(model_type, **changes):
 
 
 def uneven(model):
-    """Widths that differ between layers, with a skipped attention first, where transformers likes to ask the cache."""
+    """Widths that differ between layers; the first attention is skipped, because transformers asks its cache."""
     groups = model.search_space.kv_groups[-1]
     fewer = (2, groups, 1) if model.family.exports_fewer_heads else (groups,) * 3
     return Subnet((16, 0, 40, 24), (0, *fewer))
@@ -112,7 +112,7 @@ class TestEveryFamily:
         with exported.model.use(exported.subnet):
             wanted = logits(exported.model)
         torch.testing.assert_close(logits(exported.reloaded), wanted, atol=1e-5, rtol=0)
-        assert not torch.allclose(wanted, logits(exported.model), atol=1e-2)  # or this would show nothing
+        assert not torch.allclose(wanted, logits(exported.model), atol=1e-2)  # otherwise this would show nothing
 
     def test_generates_the_same_without_cache_and_with_each(self, exported):
         with exported.model.use(exported.subnet):
@@ -339,7 +339,7 @@ def test_loads_where_flextron_is_missing(llama, tmp_path):
     equal, per_layer_ = llama.search_space.uniform(24, 2), uneven(llama)
     export(llama, equal, tmp_path / "plain", remote_code=True)
     export(llama, per_layer_, tmp_path / "remote", remote_code=True)
-    assert not (tmp_path / "plain" / "modeling_flextron.py").exists()  # nobody needs it there
+    assert not (tmp_path / "plain" / "modeling_flextron.py").exists()  # not needed there
     modules, found = load_elsewhere(
         tmp_path / "plain",
         tmp_path / "remote",
@@ -358,7 +358,7 @@ def test_import_flextron_is_all_it_takes(llama, tmp_path):
     export(llama, uneven(llama), tmp_path / "out")
     modules, (there,) = load_elsewhere(tmp_path / "out", before="import flextron", trust=False, cache=tmp_path)
     assert modules == ["flextron.elastic.per_layer"]
-    assert not (tmp_path / "out" / "modeling_flextron.py").exists()  # only where it is asked for
+    assert not (tmp_path / "out" / "modeling_flextron.py").exists()  # only on request
     with llama.use(uneven(llama)):
         torch.testing.assert_close(there, logits(llama), atol=1e-5, rtol=0)
 
@@ -366,14 +366,14 @@ def test_import_flextron_is_all_it_takes(llama, tmp_path):
 @pytest.mark.parametrize("model_type", [name for name, fewer in FEWER_HEADS.items() if not fewer])
 def test_fewer_heads_are_refused_where_the_config_cannot_state_them(model_type, tmp_path):
     model = tiny(model_type)
-    reason = rf"layer 0 keeps 2 of 6 attention heads, which {model_type} cannot state.*Keep 6 or 0 heads"
+    reason = rf"layer 0 keeps 2 of 6 attention heads, but {model_type} cannot express that.*Keep 6 or 0 heads"
     with pytest.raises(ExportError, match=reason):
         export(model, model.search_space.uniform(kv_groups=2), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
 def test_weights_that_the_architecture_cannot_hold_are_refused(tmp_path):
-    model = tiny("phi", qk_layernorm=True)  # whose size PhiAttention takes to be hidden size / heads
+    model = tiny("phi", qk_layernorm=True)  # PhiAttention assumes its size is hidden size / heads
     with pytest.raises(ExportError, match=r"phi cannot hold .* 2 KV groups\. Keep the full width[^q]*q_layernorm"):
         export(model, model.search_space.uniform(kv_groups=2), tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -394,7 +394,7 @@ def test_an_elastic_checkpoint_is_never_replaced(llama, tmp_path):
     folder = tmp_path / "elastic"
     llama.save_pretrained(folder)
     before = sorted(file.name for file in folder.iterdir())
-    with pytest.raises(CheckpointError, match="is an elastic checkpoint, which an export does not replace"):
+    with pytest.raises(CheckpointError, match="is an elastic checkpoint, which an export never replaces"):
         export(llama, uneven(llama), folder, overwrite=True)
     assert sorted(file.name for file in folder.iterdir()) == before
     ElasticModel.from_pretrained(folder)

@@ -1,1 +1,1 @@
-"""One sub-network as a model of its own for another engine, which appears only if it computes what it should."""
+"""Export one sub-network as a standalone model for another engine; every export is verified before it appears."""

@@ -1,4 +1,4 @@
-"""The model card of an export: what it came from, how it was made, and what is known of its latency and quality."""
+"""The model card of an export: its origin, how it was made, and its known latency and quality."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CARD = "README.md"
 
 
 def command() -> str:
-    """The command that runs, as it was typed; in a program of its own, that it is one."""
+    """Return the running flextron command as typed, or the name of the Python program that runs instead."""
     program = Path(sys.argv[0]) if sys.argv else Path()
     if program.stem == "flextron" or program.parts[-2:] == ("flextron", "cli.py"):
         return shlex.join(["flextron", *sys.argv[1:]])
@@ -31,19 +31,19 @@ def command() -> str:
 
 
 def base_model(model: ElasticModel) -> str:
-    """The hub id or the folder's name of the elastic checkpoint."""
+    """Return the hub id of the elastic checkpoint, or the name of its folder."""
     return model.folder.resolve().name if model.folder is not None else str(model.config.name_or_path)
 
 
 def model_card(model: ElasticModel, subnet: Subnet, parameters: int) -> str:
-    """The text of README.md."""
+    """Return the text of README.md."""
     front = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [flextron]", "---"]
     base = base_model(model) or model.config.model_type
     sections = [
         "\n".join(front),
         f"# A sub-network of {base}",
-        f"{subnet}: {model.share(subnet):.1%} of the layers' weights, {parameters:,} parameters. Its units are those "
-        "that rank highest in the full model; its weights are the full model's, cut.",
+        f"{subnet}: {model.share(subnet):.1%} of the layers' weights, {parameters:,} parameters. It keeps the "
+        "highest-ranked units of the full model, with the full model's weights.",
         "## How it was made",
         "\n".join(f"- {line}" for line in _history(model)),
         *_latency(model, subnet),
@@ -66,8 +66,8 @@ def _history(model: ElasticModel) -> Iterator[str]:
         text, optimizer = run["text"], run["optimizer"]
         names = ", ".join(map(_name, text["data"]))
         yield (
-            "Method: elastic continued training by distillation from the full model, all sub-networks sharing the "
-            f"weights, {text['tokens']:,} tokens of {names}; learning rate {optimizer['learning_rate']:g}, "
+            "Method: elastic continued training by distillation from the full model; all sub-networks share the "
+            f"weights; {text['tokens']:,} tokens of {names}; learning rate {optimizer['learning_rate']:g}, "
             f"{run['arithmetic']}, seed {run['seed']}"
         )
     else:
@@ -106,18 +106,18 @@ _SHOWN = ("device", "dtype", "engine", "batch", "prompt_tokens", "context_tokens
 
 
 def _quality(model: ElasticModel) -> list[str]:
-    """What the routers' answers to budgets lose."""
+    """Return a table of loss by budget for each router."""
     sections = []
     for metric in [] if model.folder is None else metrics_with_router(model.folder):
         try:
             about = Router.load(str(model.folder), metric, model).about
         except FlextronError:
-            continue  # of other weights than these
+            continue  # the router belongs to other weights
         rows = [f"| {check.budget:g}x | {check.loss:.3f} |" for check in about.checks]
         sections += [
             f"## Latency against quality, budgets of {metric}",
-            f"Nats per token on {about.tokens:,} tokens of {_name(about.text)}, with the sub-network that the router "
-            "chooses for each part of the full model's time:",
+            f"Nats per token on {about.tokens:,} tokens of {_name(about.text)}, for the router's sub-network at each "
+            "fraction of the full model's time:",
             "\n".join([f"| {metric} | nats per token |\n|---|---:|", *rows]),
         ]
     return sections
@@ -129,5 +129,5 @@ def _read_json(folder: Path | None, name: str) -> Any:
 
 
 def _name(text: str) -> str:
-    """A text's name without the folders of the machine where it was read."""
+    """Return a text's name without this machine's folders."""
     return text if text.startswith("sample/") else Path(text).name

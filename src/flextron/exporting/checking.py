@@ -1,4 +1,4 @@
-"""What every engine's export is checked with: a real text, and a model without dropout."""
+"""Shared parts of export checks: a real text, and a model without dropout."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from transformers import PreTrainedTokenizerBase
 from flextron.data.blocks import documents
 
 _CHARACTERS_PER_TOKEN = 16
-"""More than any tokenizer's average, so that a text has enough of them."""
+"""Above the average of any tokenizer, so that the text has enough tokens."""
 
 
 def real_text(tokenizer: PreTrainedTokenizerBase, count: int) -> tuple[str, list[int]]:
-    """The beginning of the sample's text, and its first `count` tokens."""
+    """Return the beginning of the sample's text, and its first `count` tokens."""
     text = ""
     for document in documents("sample/validation"):
         text += document
@@ -27,7 +27,7 @@ def real_text(tokenizer: PreTrainedTokenizerBase, count: int) -> tuple[str, list
 
 @contextmanager
 def evaluating(lm: nn.Module) -> Iterator[None]:
-    """Without dropout inside the block."""
+    """Turn dropout off inside the block."""
     training = lm.training
     lm.eval()
     try:

@@ -1,4 +1,4 @@
-"""A sub-network's part of the full model's weights, and its sizes."""
+"""Cut a sub-network's weights out of the full model's, and state its sizes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from flextron.errors import ExportError
 from flextron.subnet import Subnet
 
 Sizes = dict[str, int]
-"""Config field -> value, of one layer."""
+"""Config field -> value, for one layer."""
 
 
 def layer_sizes(model: ElasticModel, subnet: Subnet) -> list[Sizes]:
-    """Config fields of every layer at the widths of `subnet`."""
+    """Return the config fields of every layer at the widths of `subnet`."""
     sizes: list[Sizes] = [{} for _ in model.layers]
     for layer, axis, sub_layer in model.sub_layers():
         sizes[layer] |= axis_sizes(sub_layer, subnet[axis][layer])
@@ -22,13 +22,13 @@ def layer_sizes(model: ElasticModel, subnet: Subnet) -> list[Sizes]:
 
 
 def axis_sizes(sub_layer: SubLayer, units: int) -> Sizes:
-    """Config fields of one sub-layer that keeps `units` units."""
+    """Return the config fields of one sub-layer that keeps `units` units."""
     counts, *shrinks = sub_layer.axis.config_keys
     return {counts: units, **dict.fromkeys(shrinks, units * sub_layer.heads_per_unit)}
 
 
 def cut_state(model: ElasticModel, subnet: Subnet) -> dict[str, torch.Tensor]:
-    """The state dict of the full model, cut to `subnet`."""
+    """Return the full model's state dict, cut to `subnet`."""
     state: dict[str, torch.Tensor] = model.lm.state_dict()
     with model.use(subnet):
         for layer, _, sub_layer in model.sub_layers():
@@ -51,17 +51,17 @@ def _cut(state: dict[str, torch.Tensor], prefix: str, sub_layer: SubLayer) -> No
 
 
 def _first(weight: torch.Tensor, sub_layer: SubLayer, *, dim: int) -> torch.Tensor:
-    """What the kept units own; of GPT-2's stacked Q, K, V that is the whole, for it exports all heads or none."""
+    """Return the slice of the kept units; GPT-2's stacked Q, K, V stay whole, because it exports all heads or none."""
     return weight.narrow(dim, 0, sub_layer.width.of(weight.shape[dim]))
 
 
 def _rows(projection: nn.Module) -> int:
-    """The dimension of a weight that counts outputs; GPT-2's Conv1D is [in, out]."""
+    """Return the output dimension of a weight: 0, but 1 for GPT-2's Conv1D, which is [in, out]."""
     return 0 if isinstance(projection, nn.Linear) else 1
 
 
 def parameters_asked(model: ElasticModel, subnet: Subnet) -> int:
-    """The full model's parameters less the units left out; a sub-layer of width 0 leaves out all it has."""
+    """Return the full model's parameters minus those of dropped units; a sub-layer of width 0 drops all it has."""
     dropped = model.layer_weights(model.search_space.full) - model.layer_weights(subnet)
     for layer, axis, sub_layer in model.sub_layers():
         if not subnet[axis][layer]:
@@ -72,16 +72,16 @@ def parameters_asked(model: ElasticModel, subnet: Subnet) -> int:
 
 
 def refuse_odd_heads(model: ElasticModel, subnet: Subnet) -> None:
-    """Pass unless a layer keeps some heads of an architecture whose head size is always hidden size / heads.
+    """Refuse layers with some of the heads if the architecture fixes the head size to hidden size / heads.
 
     Raises:
-        ExportError: it does.
+        ExportError: a layer keeps some but not all heads of such an architecture.
     """
     full = model.search_space.kv_groups[-1]
     for layer, heads in enumerate(subnet.kv_groups):
         if 0 < heads < full and not model.family.exports_fewer_heads:
             raise ExportError(
-                f"layer {layer} keeps {heads} of {full} attention heads, which {model.config.model_type} cannot state: "
-                f"its head size is always hidden size / heads. Keep {full} or 0 heads in each layer; "
-                "the MLP widths are free."
+                f"layer {layer} keeps {heads} of {full} attention heads, but {model.config.model_type} cannot express "
+                f"that: its head size is always hidden size / heads. Keep {full} or 0 heads in each layer; "
+                "MLP widths are free."
             )

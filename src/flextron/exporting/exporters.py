@@ -1,4 +1,4 @@
-"""One object for each engine that a sub-network can be exported to: a new engine is a class and an entry here."""
+"""One exporter for each target engine. To add an engine, write a class and add it to EXPORTERS."""
 
 from __future__ import annotations
 
@@ -19,37 +19,37 @@ from flextron.subnet import AXES, Subnet
 
 
 class Exporter(ABC):
-    """What an engine can hold, and how a sub-network is written for it."""
+    """Writes sub-networks for one engine, and knows which ones the engine can run."""
 
     @property
     @abstractmethod
     def table_engine(self) -> Mapping[str, str]:
-        """Options with which `flextron.route` takes the latency tables that were measured in this engine."""
+        """Options that make `flextron.route` use latency tables measured in this engine."""
 
     @abstractmethod
     def check_free(self, out: Path, *, overwrite: bool) -> None:
-        """Pass if `out` is free for an export; call it before a model is loaded.
+        """Check that an export may be written to `out`; call this before loading a model.
 
         Raises:
-            CheckpointError: something is there already, and `overwrite` is false or it is of another kind.
+            CheckpointError: `out` exists, and `overwrite` is false or it is not an older export of this kind.
         """
 
     @abstractmethod
     def check_states(self, model: ElasticModel, subnet: Subnet) -> None:
-        """Pass if the engine has a place for these widths.
+        """Check that the engine can run these widths.
 
         Raises:
-            ExportError: it has none; the message says why.
+            ExportError: it cannot; the message says why.
         """
 
     @abstractmethod
     def write(
         self, model: ElasticModel, subnet: Subnet, out: Path, *, overwrite: bool = False, verify: bool = True
     ) -> ExportReport | GgufReport:
-        """Write the sub-network, load it where it is to run, and compare."""
+        """Write the sub-network, load it in the engine, and compare the results."""
 
     def can_state(self, model: ElasticModel, subnet: Subnet) -> bool:
-        """Whether the engine has a place for these widths, none of them 0."""
+        """Return whether the engine can run these widths and none of them is 0."""
         try:
             self.check_states(model, subnet)
         except ExportError:
@@ -59,54 +59,54 @@ class Exporter(ABC):
 
 @dataclass(frozen=True)
 class HfExporter(Exporter):
-    """A checkpoint for transformers."""
+    """Writes a checkpoint for transformers."""
 
     remote_code: bool = False
 
     @property
     def table_engine(self) -> Mapping[str, str]:
-        """None: times of this process stand for it."""
+        """No options: latency tables measured in this process apply."""
         return {}
 
     def check_free(self, out: Path, *, overwrite: bool) -> None:
-        """Free, or an older export; never an elastic checkpoint."""
+        """Check that `out` is free or an older export; an elastic checkpoint is never replaced."""
         check_not_elastic(out)
         check_new(out, overwrite=overwrite)
 
     def check_states(self, model: ElasticModel, subnet: Subnet) -> None:
-        """Pass unless a layer keeps some heads of an architecture that cannot state them."""
+        """Refuse layers with some of the heads if the architecture cannot express them."""
         refuse_odd_heads(model, subnet)
 
     def write(
         self, model: ElasticModel, subnet: Subnet, out: Path, *, overwrite: bool = False, verify: bool = True
     ) -> ExportReport:
-        """A folder that AutoModelForCausalLM loads."""
+        """Write a folder that AutoModelForCausalLM loads."""
         return export(model, subnet, out, remote_code=self.remote_code, overwrite=overwrite, verify=verify)
 
 
 @dataclass(frozen=True)
 class GgufExporter(Exporter):
-    """One file for llama.cpp."""
+    """Writes a GGUF file for llama.cpp."""
 
     quantize: str = "f16"
 
     @property
     def table_engine(self) -> Mapping[str, str]:
-        """Tables of llama.cpp, with weights of this type."""
+        """Use tables measured in llama.cpp with weights of this type."""
         return {"engine": LLAMA_CPP, "quantization": self.quantize}
 
     def check_free(self, out: Path, *, overwrite: bool) -> None:
-        """Free, or an older GGUF file."""
+        """Check that `out` is free or an older GGUF file."""
         check_new_file(out, overwrite=overwrite, magic=MAGIC)
 
     def check_states(self, model: ElasticModel, subnet: Subnet) -> None:
-        """Pass if llama.cpp has an architecture of these widths, and the quantisation fits them."""
+        """Check that llama.cpp has an architecture for these widths, and that the quantisation fits them."""
         check_states_in_gguf(model, subnet, self.quantize)
 
     def write(
         self, model: ElasticModel, subnet: Subnet, out: Path, *, overwrite: bool = False, verify: bool = True
     ) -> GgufReport:
-        """One file that llama.cpp loads."""
+        """Write a file that llama.cpp loads."""
         return export_gguf(model, subnet, out, quantize=self.quantize, overwrite=overwrite, verify=verify)
 
 
@@ -114,4 +114,4 @@ EXPORTERS: dict[str, Callable[[ExportConfig], Exporter]] = {
     "hf": lambda config: HfExporter(config.remote_code),
     "gguf": lambda config: GgufExporter(config.quantize),
 }
-"""What `--to` names."""
+"""The values of `--to`, each with the function that makes its exporter."""

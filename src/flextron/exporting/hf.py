@@ -1,4 +1,4 @@
-"""One sub-network -> a checkpoint of its own, which appears only if it computes what the sub-network computes."""
+"""Export one sub-network as a transformers checkpoint, and check that it computes the same."""
 
 from __future__ import annotations
 
@@ -26,58 +26,58 @@ from flextron.subnet import Subnet
 
 REMOTE_CODE_FILE = "modeling_flextron.py"
 LARGEST_FILE = "5GB"
-"""Weights beyond it go to further files."""
-_CHECK_TOKENS = 128  # of a real text, on which both models are compared
-_CHECK_SHAPE = (2, 16)  # of random tokens, where there is no tokenizer
+"""Largest size of one weight file; larger weights are split."""
+_CHECK_TOKENS = 128  # tokens of a real text, on which both models are compared
+_CHECK_SHAPE = (2, 16)  # shape of random tokens, used without a tokenizer
 _CHECK_SEED = 0
-_TOLERANCES = {torch.float16: 0.05, torch.bfloat16: 0.05}  # of the largest logit
-_TOLERANCE = 1e-3  # the same, of wider types
+_TOLERANCES = {torch.float16: 0.05, torch.bfloat16: 0.05}  # relative to the largest logit
+_TOLERANCE = 1e-3  # the same, for wider dtypes
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was asked of an export, and what the reloaded checkpoint gave."""
+    """What an export was asked for, and what the reloaded checkpoint holds."""
 
     folder: str
     architecture: str
-    """The `model_type` written: the original's own, or flextron_<original> where layers differ."""
+    """The exported `model_type`: the original's, or flextron_<original> if layers differ in width."""
     subnet: Subnet
     share: float
     """Share of the layers' weights that `subnet` keeps, 0 to 1."""
     parameters_asked: int
-    """The full model's parameters less the units left out; a sub-layer of width 0 leaves out all it has."""
+    """The full model's parameters minus those of dropped units; a sub-layer of width 0 drops all it has."""
     parameters_got: int
-    """Parameters of the reloaded checkpoint, tied ones once."""
+    """Number of parameters of the reloaded checkpoint, tied ones once."""
     bytes_got: int
-    """Size of the weight files."""
+    """Size of the weight files in bytes."""
     largest_logit_difference: float | None
-    """Between the elastic model as `subnet` and the reloaded checkpoint, on a real text; None where not verified."""
+    """Between the elastic model as `subnet` and the reloaded checkpoint, on a real text; None if not verified."""
 
     def __str__(self) -> str:
         needs = ""
         if self.architecture.startswith(per_layer.PREFIX):
-            needs = "\n  loads by AutoModelForCausalLM after `import flextron`"
-            needs += ", or with its code beside it by trust_remote_code=True"
+            needs = "\n  load it with AutoModelForCausalLM after `import flextron`"
+            needs += ", or with trust_remote_code=True if exported with its code"
         checked = "not verified"
         if self.largest_logit_difference is not None:
-            checked = f"loaded again: logits differ by at most {self.largest_logit_difference:.2g}"
+            checked = f"reloaded: logits differ by at most {self.largest_logit_difference:.2g}"
         return (
             f"wrote {self.folder}: {self.architecture}, {self.subnet}\n"
-            f"  {self.share:.1%} of the layers' weights; parameters asked {self.parameters_asked:,}, "
-            f"got {self.parameters_got:,} ({self.bytes_got / 1e6:.1f} MB)\n"
+            f"  {self.share:.1%} of the layers' weights; {self.parameters_asked:,} parameters expected, "
+            f"{self.parameters_got:,} written ({self.bytes_got / 1e6:.1f} MB)\n"
             f"  {checked}{needs}"
         )
 
 
 def check_not_elastic(folder: str | Path) -> None:
-    """Pass unless an elastic checkpoint lies there, which no export replaces.
+    """Check that `folder` is not an elastic checkpoint, because no export replaces one.
 
     Raises:
-        CheckpointError: one does.
+        CheckpointError: it is one.
     """
     if (Path(folder) / METADATA_FILE).is_file():
         raise CheckpointError(
-            f"{folder} is an elastic checkpoint, which an export does not replace. Name another folder."
+            f"{folder} is an elastic checkpoint, which an export never replaces. Name another folder."
         )
 
 
@@ -90,17 +90,17 @@ def export(
     remote_code: bool = False,
     verify: bool = True,
 ) -> ExportReport:
-    """Write `subnet` as a checkpoint of its own, reload it, and compare; nothing appears unless both agree.
+    """Write `subnet` as a standalone checkpoint, reload it, and compare; if they differ, nothing is kept.
 
-    Equal widths without 0 give the original's own architecture where its config can state them. Other widths give
+    Equal widths without 0 give the original's own architecture if its config can express them. Other widths give
     `flextron_<original>` with the standard `per_layer_config`, which `AutoModelForCausalLM` loads after
-    `import flextron`; `remote_code=True` lays its code beside it, for `trust_remote_code=True` without flextron.
-    `verify=False` leaves out the comparison.
+    `import flextron`. `remote_code=True` adds the code to the folder, so that it loads without flextron by
+    `trust_remote_code=True`. `verify=False` skips the comparison.
 
     Raises:
-        SubnetError: not in the search space of this model.
-        ExportError: the architecture cannot state these sizes, or the reloaded checkpoint computes something else.
-        CheckpointError: the folder exists and `overwrite` is false, no space, or a write that failed.
+        SubnetError: `subnet` is not in the search space of this model.
+        ExportError: the architecture cannot express these sizes, or the reloaded checkpoint computes something else.
+        CheckpointError: the folder exists and `overwrite` is false, the disk is full, or a write failed.
     """
     check_not_elastic(folder)
     check_new(folder, overwrite=overwrite)
@@ -125,7 +125,7 @@ def export(
 
 
 def _build(model: ElasticModel, subnet: Subnet) -> PreTrainedModel:
-    """The exported model; its weights are views of the elastic model's."""
+    """Return the exported model; its weights are views of the elastic model's."""
     sizes = layer_sizes(model, subnet)
     state = cut_state(model, subnet)
     config = _plain_config(model, sizes) if subnet.is_uniform and all(sizes[0].values()) else None
@@ -138,7 +138,7 @@ def _build(model: ElasticModel, subnet: Subnet) -> PreTrainedModel:
         exported.load_state_dict(state, assign=True)
     except (RuntimeError, ValueError) as error:
         raise ExportError(
-            f"{config.model_type} cannot hold {subnet}. Keep the full width of the sub-layers named here: {error}"
+            f"{config.model_type} cannot hold {subnet}. Keep the full width of the sub-layers in this message: {error}"
         ) from error
     exported.tie_weights()
     exported.generation_config = copy.deepcopy(model.lm.generation_config)
@@ -146,7 +146,7 @@ def _build(model: ElasticModel, subnet: Subnet) -> PreTrainedModel:
 
 
 def _plain_config(model: ElasticModel, sizes: list[Sizes]) -> Any:
-    """A config of the original's own class, or None where that class refuses these sizes."""
+    """Return a config of the original's own class, or None if that class refuses these sizes."""
     stated = {**_stated(model, sizes), **sizes[0]}
     try:
         return type(model.config).from_dict(stated)
@@ -155,7 +155,7 @@ def _plain_config(model: ElasticModel, sizes: list[Sizes]) -> Any:
 
 
 def _per_layer_config(model: ElasticModel, sizes: list[Sizes]) -> Any:
-    """Each field is the largest of any layer, and `per_layer_config` lists the layers that differ."""
+    """Return a config whose fields are the largest of any layer; `per_layer_config` lists the layers that differ."""
     config = model.config
     top = {key: max(layer[key] for layer in sizes) or getattr(config, key) for key in sizes[0]}
     axes = {"attention": model.family.attention, "mlp": model.family.mlp}
@@ -175,9 +175,9 @@ def _overrides(layer: Sizes, top: Sizes, axes: dict[str, Axis]) -> dict[str, Any
 
 
 def _stated(model: ElasticModel, sizes: list[Sizes]) -> dict[str, Any]:
-    """What the original's config states, and the head size where it no longer follows from the number of heads."""
+    """Return the original's config, with the head size if it no longer follows from the number of heads."""
     stated: dict[str, Any] = model.config.to_dict()
-    del stated["model_type"]  # of the config class; as a value it would hide that
+    del stated["model_type"]  # an attribute of the config class; a value would hide it
     attention = model.layers[0].attention
     full = axis_sizes(attention, attention.width.full)
     if any(layer[key] not in (0, full[key]) for layer in sizes for key in full):
@@ -207,22 +207,22 @@ def _reload(folder: Path, model: ElasticModel) -> Any:
             attn_implementation=model.config._attn_implementation,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ExportError(f"the exported checkpoint does not load again: {error}") from error
+        raise ExportError(f"the exported checkpoint does not load: {error}. Please report this.") from error
     return reloaded.to(model.device).eval()
 
 
 @torch.inference_mode()
 def _compare(model: ElasticModel, subnet: Subnet, reloaded: PreTrainedModel) -> float:
-    """The largest difference of any logit.
+    """Return the largest difference of any logit.
 
     Raises:
-        ExportError: it is too large to be rounding.
+        ExportError: it is larger than rounding explains.
     """
     tokens = _check_tokens(model).to(model.device)
     with model.use(subnet), evaluating(model.lm):
-        wanted = model(tokens).logits.float()
-    difference = float((reloaded(tokens).logits.float() - wanted).abs().max())
-    limit = _TOLERANCES.get(model.dtype, _TOLERANCE) * float(wanted.abs().max())
+        expected = model(tokens).logits.float()
+    difference = float((reloaded(tokens).logits.float() - expected).abs().max())
+    limit = _TOLERANCES.get(model.dtype, _TOLERANCE) * float(expected.abs().max())
     if not difference <= limit:
         raise ExportError(
             f"the exported checkpoint computes something else: its logits differ by up to {difference:.3g}, "
@@ -232,11 +232,11 @@ def _compare(model: ElasticModel, subnet: Subnet, reloaded: PreTrainedModel) -> 
 
 
 def _check_tokens(model: ElasticModel) -> torch.Tensor:
-    """Tokens on which both models are compared, [B, T]."""
+    """Return the tokens on which both models are compared, [B, T]."""
     generator = torch.Generator().manual_seed(_CHECK_SEED)
     random = torch.randint(model.config.vocab_size, _CHECK_SHAPE, generator=generator)
     if model.tokenizer is None:
         return random
-    most = min(_CHECK_TOKENS, getattr(model.config, "max_position_embeddings", None) or _CHECK_TOKENS)
-    tokens = torch.tensor([real_text(model.tokenizer, most)[1]])
+    count = min(_CHECK_TOKENS, getattr(model.config, "max_position_embeddings", None) or _CHECK_TOKENS)
+    tokens = torch.tensor([real_text(model.tokenizer, count)[1]])
     return tokens if int(tokens.max()) < model.config.vocab_size else random

@@ -1,1 +1,1 @@
-"""A sub-network as a GGUF file for llama.cpp."""
+"""Export a sub-network as a GGUF file for llama.cpp."""

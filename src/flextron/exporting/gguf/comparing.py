@@ -1,4 +1,4 @@
-"""Whether another engine computes what the elastic model does: tokens, next tokens and greedy text of a real text.
+"""Compare llama.cpp with the elastic model on a real text: its tokens, next tokens and greedy text.
 
 Shapes: T time, V vocabulary.
 """
@@ -19,28 +19,30 @@ from flextron.exporting.gguf.engine import LlamaCpp
 from flextron.subnet import Subnet
 
 POSITIONS = 64
-"""Next tokens that an export compares."""
+"""Number of next tokens that an export compares."""
 GREEDY_TOKENS = 16
 _PROMPT_TOKENS = 16
 _LEAST_AGREEMENT = 0.5
-"""Of quantised weights, whose next tokens differ here and there."""
+"""Lowest share of equal next tokens that quantised weights must reach; quantisation changes a few."""
 _TOLERANCES = {"F32": 1e-2, "F16": 0.2, "BF16": 1.0}
-"""Nats by which another next token may be less likely by the elastic model: a tie, by the type of the weights."""
+"""By weight type: largest gap in nats, for the elastic model, between its best token and llama.cpp's."""
 _TYPES = {torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 @dataclass(frozen=True)
 class EngineCheck:
-    """How an engine's answers compare with the elastic model's."""
+    """How llama.cpp's results compare with the elastic model's."""
 
     positions: int
+    """Number of next tokens compared."""
     agreement: float
-    """Share of the positions with the same likeliest next token."""
+    """Share of positions with the same most likely next token, 0 to 1."""
     largest_difference: float
-    """Of the likeliest token's log-probability, in nats."""
+    """Largest difference of the most likely token's log-probability, in nats."""
     greedy_tokens: int
-    """Tokens of greedy text that are the same, of those that were written."""
+    """Number of greedy tokens before the first difference."""
     greedy_written: int
+    """Number of greedy tokens that llama.cpp wrote."""
 
     def __str__(self) -> str:
         return (
@@ -62,7 +64,7 @@ def check_in_llamacpp(
     """Compare a GGUF file in llama.cpp with `model` as `subnet`.
 
     Args:
-        context: most tokens that the file is good for.
+        context: longest context of the file, in tokens.
         kind: type of the weights in the file, as `gguf` names it.
 
     Raises:
@@ -72,24 +74,30 @@ def check_in_llamacpp(
     try:
         with LlamaCpp(file, context=len(tokens) + GREEDY_TOKENS + 1, exact=kind == "F32") as engine:
             _check_tokenizer(tokenizer, engine, text)
-            found = [engine.next_token(tokens[: place + 1]) for place in range(len(tokens))]
+            answers = [engine.next_token(tokens[:end]) for end in range(1, len(tokens) + 1)]
             written = engine.greedy(tokens[:_PROMPT_TOKENS], GREEDY_TOKENS)
     except ExportError:
         raise
     except FlextronError as error:
         raise ExportError(f"the exported file does not run: {error}. Nothing was kept; please report it.") from error
-    return _compare(model, subnet, tokens, found, written, kind)
+    return _compare(model, subnet, tokens, answers, written, kind)
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, engine: LlamaCpp, text: str) -> None:
-    wanted = tokenizer(text, add_special_tokens=False).input_ids
-    found = engine.tokenize(text)
-    if wanted != found:
-        at = next((place for place, (a, b) in enumerate(zip(wanted, found, strict=False)) if a != b), len(wanted))
+    expected = tokenizer(text, add_special_tokens=False).input_ids
+    actual = engine.tokenize(text)
+    if expected != actual:
+        at = _equal_tokens(expected, actual)
         raise ExportError(
-            f"llama.cpp reads a text as other tokens from number {at} on: {found[at : at + 4]} in place of "
-            f"{wanted[at : at + 4]}. Nothing was kept; please report it, or use --to hf."
+            f"llama.cpp splits a text into other tokens, from token {at} on: {actual[at : at + 4]} instead of "
+            f"{expected[at : at + 4]}. Nothing was kept; please report it, or use --to hf."
         )
+
+
+def _equal_tokens(first: list[int], second: list[int]) -> int:
+    """Return the number of tokens before the first difference."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((index for index, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 @torch.inference_mode()
@@ -97,7 +105,7 @@ def _compare(
     model: ElasticModel,
     subnet: Subnet,
     tokens: list[int],
-    found: list[tuple[int, float | None]],
+    answers: list[tuple[int, float | None]],
     written: list[int],
     kind: str,
 ) -> EngineCheck:
@@ -108,17 +116,16 @@ def _compare(
         ids = {"attention_mask": torch.ones_like(prompt), "pad_token_id": 0}
         texts = model.generate(prompt, do_sample=False, max_new_tokens=max(1, len(written)), eos_token_id=None, **ids)
     best_T = nats_TV.max(-1)
-    ids_T = torch.tensor([token for token, _ in found])
+    ids_T = torch.tensor([token for token, _ in answers])
     lost = (best_T.values - nats_TV.gather(1, ids_T[:, None])[:, 0]).max().item()
-    wanted = texts[0, prompt.shape[1] :].tolist()
-    same = next((place for place, (a, b) in enumerate(zip(written, wanted, strict=False)) if a != b), len(written))
+    same = _equal_tokens(written, texts[0, prompt.shape[1] :].tolist())
     check = EngineCheck(
-        positions=len(found),
+        positions=len(answers),
         agreement=(ids_T == best_T.indices).float().mean().item(),
         largest_difference=max(
             (
                 abs(nats - row[token].item())
-                for (token, nats), row in zip(found, nats_TV, strict=True)
+                for (token, nats), row in zip(answers, nats_TV, strict=True)
                 if nats is not None
             ),
             default=math.nan,
@@ -132,7 +139,7 @@ def _compare(
         agrees = check.agreement >= _LEAST_AGREEMENT
     if not agrees:
         raise ExportError(
-            f"the exported file computes something else: {check}, and its choices are up to {lost:.3g} nats less "
-            "likely. Nothing was kept; please report it."
+            f"the exported file computes something else: {check}, and the elastic model finds its next tokens up to "
+            f"{lost:.3g} nats less likely. Nothing was kept; please report it."
         )
     return check

@@ -1,6 +1,6 @@
-"""How llama.cpp states a sub-network: its architecture, its metadata, and its tensors under their GGUF names.
+"""Express a sub-network for llama.cpp: its architecture, its metadata, and its tensors under GGUF names.
 
-Equal widths use the model's own architecture; others `deci`, whose layers have sizes of their own.
+Equal widths use the model's own architecture. Other widths use `deci`, which has sizes per layer.
 Shapes: H heads, D model.
 """
 
@@ -24,11 +24,11 @@ class Dialect:
 
     arch: str
     pairs_neighbours: bool
-    """Whether it rotates neighbouring rows of Q and K together, where transformers rotates the two halves of a head."""
+    """Whether it rotates neighbouring rows of Q and K; transformers rotates the two halves of a head."""
     fewer_heads: bool = True
-    """Whether its heads may together be narrower than the hidden size."""
+    """Whether all heads together may be narrower than the hidden size."""
     scales_rope: bool = False
-    """Whether it reads factors of the rotary frequencies."""
+    """Whether it reads factors for the rotary frequencies."""
 
 
 DECI = Dialect("deci", pairs_neighbours=True, scales_rope=True)
@@ -41,16 +41,16 @@ _OWN = {
     "gpt2": Dialect("gpt2", pairs_neighbours=False, fewer_heads=False),
 }
 _AS_DECI = ("llama", "mistral", "qwen2")
-"""Model types whose layers `deci` computes."""
+"""Model types whose layers `deci` can compute."""
 
 
 def states_unequal_layers(model: ElasticModel) -> bool:
-    """Whether llama.cpp has an architecture for this family with widths that differ from layer to layer."""
+    """Return whether llama.cpp has an architecture for this family with different widths per layer."""
     return model.config.model_type in _AS_DECI
 
 
 def dialect_for(model: ElasticModel, subnet: Subnet) -> Dialect:
-    """The architecture that states `subnet`.
+    """Return the architecture that can express `subnet`.
 
     Raises:
         ExportError: there is none, or the model has a feature that llama.cpp does not compute.
@@ -58,7 +58,7 @@ def dialect_for(model: ElasticModel, subnet: Subnet) -> Dialect:
     kind = model.config.model_type
     if kind not in _OWN:
         raise ExportError(
-            f"no GGUF export of {kind}; there is one of {', '.join(_OWN)}. Export equal widths with --to hf, "
+            f"{kind} has no GGUF export; these have one: {', '.join(_OWN)}. Export equal widths with --to hf, "
             "and convert that folder with llama.cpp's convert_hf_to_gguf.py."
         )
     refuse_odd_heads(model, subnet)
@@ -75,31 +75,31 @@ def _dialect(model: ElasticModel, subnet: Subnet) -> Dialect:
         return own
     if not states_unequal_layers(model):
         raise ExportError(
-            f"llama.cpp's {own.arch} architecture has one width for all layers, and not 0; this is {subnet}. "
-            "Take equal widths (--equal-widths picks those of at most this cost), or --to hf."
+            f"llama.cpp's {own.arch} architecture needs equal widths above 0 in all layers; got {subnet}. "
+            "Pass --equal-widths, which picks equal widths of at most this cost, or --to hf."
         )
     return DECI
 
 
 def _foreign_features(model: ElasticModel, dialect: Dialect) -> list[str]:
-    """What the architecture in llama.cpp would leave out of this model's forward pass."""
-    config, found = model.config, []
+    """Return the features of this model that its architecture in llama.cpp does not compute."""
+    config, missing = model.config, []
     if config.model_type == "gpt2":
         if config.activation_function not in ("gelu_new", "gelu_pytorch_tanh"):
-            found.append(f"activation_function={config.activation_function}")
+            missing.append(f"activation_function={config.activation_function}")
         if not config.scale_attn_weights or config.scale_attn_by_inverse_layer_idx:
-            found.append("attention scores scaled in another way than by the root of the head size")
-        return found
+            missing.append("attention scores that are not scaled by the root of the head size")
+        return missing
     if config.model_type == "qwen3" and config.attention_bias:
-        found.append("attention_bias")
+        missing.append("attention_bias")
     if config.hidden_act != "silu":
-        found.append(f"hidden_act={config.hidden_act}")
+        missing.append(f"hidden_act={config.hidden_act}")
     rope = config.rope_parameters
     if rope.get("partial_rotary_factor", 1) != 1:
-        found.append(f"partial_rotary_factor={rope['partial_rotary_factor']}")
+        missing.append(f"partial_rotary_factor={rope['partial_rotary_factor']}")
     if _rotary(model).attention_scaling != 1 or (rope_factors(model) is not None and not dialect.scales_rope):
-        found.append(f"rope_type={rope['rope_type']}")
-    return found
+        missing.append(f"rope_type={rope['rope_type']}")
+    return missing
 
 
 def _rotary(model: ElasticModel) -> Any:
@@ -107,39 +107,41 @@ def _rotary(model: ElasticModel) -> Any:
 
 
 def rope_factors(model: ElasticModel) -> torch.Tensor | None:
-    """What the plain rotary frequencies are divided by, [head size / 2], or None where they are plain."""
+    """Return the divisors of the plain rotary frequencies, [head size / 2], or None if frequencies are plain."""
     plain = model.config.rope_parameters["rope_theta"] ** -torch.linspace(0, 1, head_size(model) // 2 + 1)[:-1]
     factors = plain / _rotary(model).inv_freq.cpu()
     return None if torch.allclose(factors, torch.ones_like(factors), rtol=1e-4) else factors
 
 
 def head_size(model: ElasticModel) -> int:
-    """Numbers in a head."""
+    """Return the size of one attention head."""
     attention = model.layers[0].attention
     return attention.closing_size // (attention.width.full * attention.heads_per_unit)
 
 
 @dataclass(frozen=True)
 class LayerWritten:
-    """Sizes of a layer in the file; a sub-layer that the sub-network does not have may be there with zeros."""
+    """Sizes of a layer in the file, where zeros may stand in for a sub-layer that the sub-network lacks."""
 
     neurons: int
     heads: int
     kv_heads: int
     zero_mlp: bool
+    """Whether the MLP is all zeros."""
     zero_attention: bool
+    """Whether the attention is all zeros."""
 
     @property
     def pads(self) -> bool:
-        """Whether it has a sub-layer of zeros."""
+        """Whether the layer has a sub-layer of zeros."""
         return self.zero_mlp or self.zero_attention
 
 
 def layers_written(model: ElasticModel, subnet: Subnet, dialect: Dialect, block: int) -> list[LayerWritten]:
-    """The layers in the file, with zeros where llama.cpp's `deci` needs a sub-layer that is not there.
+    """Return the layers in the file, with sub-layers of zeros where llama.cpp's `deci` needs one.
 
-    It leaves a layer without MLP out as a whole, its attention too, and must not leave out the last; it takes the head
-    size from the first layer. So there is an MLP of `block` neurons, and one head.
+    `deci` skips the attention too if a layer has no MLP, cannot skip the last layer, and takes the head size from the
+    first layer. Such layers get an MLP of `block` zero neurons, and the first layer gets one zero head.
     """
     per_group, last, written = model.layers[0].attention.heads_per_unit, subnet.layers - 1, []
     for layer, (neurons, groups) in enumerate(zip(subnet.neurons, subnet.kv_groups, strict=True)):
@@ -152,7 +154,7 @@ def layers_written(model: ElasticModel, subnet: Subnet, dialect: Dialect, block:
 
 
 def context_length(model: ElasticModel) -> int:
-    """Tokens up to which the file computes what the model does; no architecture here knows sliding windows."""
+    """Return the longest context in tokens for which the file is exact; it has no sliding windows."""
     config = model.config
     windows = [config.max_position_embeddings]
     if "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"]):
@@ -161,12 +163,12 @@ def context_length(model: ElasticModel) -> int:
 
 
 def add_sizes(writer: Any, model: ElasticModel, dialect: Dialect, layers: list[LayerWritten]) -> None:
-    """Write the sizes to a `GGUFWriter`: one for all layers, or one for each in `deci`."""
+    """Write the sizes to a `GGUFWriter`: one value for all layers, or for `deci` one per layer."""
     config = model.config
 
     def sizes(axis: str) -> Any:
-        every = [getattr(layer, axis) for layer in layers]
-        return every if dialect is DECI else every[0]
+        per_layer = [getattr(layer, axis) for layer in layers]
+        return per_layer if dialect is DECI else per_layer[0]
 
     writer.add_context_length(context_length(model))
     writer.add_embedding_length(config.hidden_size)
@@ -188,10 +190,12 @@ def add_sizes(writer: Any, model: ElasticModel, dialect: Dialect, layers: list[L
 def gguf_tensors(
     model: ElasticModel, subnet: Subnet, dialect: Dialect, layers: list[LayerWritten]
 ) -> dict[str, torch.Tensor]:
-    """GGUF name -> weight of `subnet`, [out, in]; views of the model's own, but for Q and K where their rows move.
+    """Return GGUF name -> weight of `subnet`, [out, in].
+
+    Weights are views of the model's, except Q and K if their rows are reordered.
 
     Raises:
-        ExportError: a weight that the architecture has no name for.
+        ExportError: the architecture has no name for a weight.
     """
     import gguf
 
@@ -200,17 +204,17 @@ def gguf_tensors(
     state = cut_state(model, subnet)
     if model.config.tie_word_embeddings:
         del state["lm_head.weight"]
-    found = {}
+    tensors = {}
     for key, weight in state.items():
         name = names.get_name(key, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise ExportError(f"llama.cpp's {dialect.arch} architecture has no place for {key}. Use --to hf.")
-        found[name] = _in_gguf_layout(model, key, weight, dialect)
+        tensors[name] = _in_gguf_layout(model, key, weight, dialect)
     if dialect is DECI:
-        _fit_to_deci(found, layers, head_size(model))
+        _fit_to_deci(tensors, layers, head_size(model))
     if dialect.scales_rope and (factors := rope_factors(model)) is not None:
-        found["rope_freqs.weight"] = factors
-    return found
+        tensors["rope_freqs.weight"] = factors
+    return tensors
 
 
 def _in_gguf_layout(model: ElasticModel, key: str, weight: torch.Tensor, dialect: Dialect) -> torch.Tensor:
@@ -223,7 +227,7 @@ def _in_gguf_layout(model: ElasticModel, key: str, weight: torch.Tensor, dialect
 
 
 def _fit_to_deci(tensors: dict[str, torch.Tensor], layers: list[LayerWritten], head_size: int) -> None:
-    """Drop the norms of sub-layers that are not there, and add the zeros of `layers_written`."""
+    """Delete the norms of missing sub-layers, and add the zeros that `layers_written` asks for."""
     embedding = tensors["token_embd.weight"]
 
     def add_zeros(layer: int, rows: int, opens: tuple[str, ...], closes: str) -> None:

@@ -1,4 +1,4 @@
-"""llama.cpp, as the package `xllamacpp` brings it: next tokens, greedy text and times of a GGUF file."""
+"""Run a GGUF file in llama.cpp (package `xllamacpp`): next tokens, greedy text and times."""
 
 from __future__ import annotations
 
@@ -17,34 +17,35 @@ _SILENT = -1
 
 
 def is_installed() -> bool:
-    """Whether llama.cpp can be run here."""
+    """Return whether xllamacpp is installed."""
     return find_spec("xllamacpp") is not None
 
 
 @dataclass(frozen=True)
 class EngineTimes:
-    """Times of one request, as the engine reports them."""
+    """Times of one request, as llama.cpp reports them."""
 
     prompt_ms: float
     per_token_ms: float
-    """Of the new tokens but the first, which comes with the prompt."""
+    """Mean time of the new tokens, without the first, which comes with the prompt."""
 
 
 class LlamaCpp:
-    """A GGUF file in llama.cpp, for one sequence on a CPU; `close` it, or use it in a `with` block."""
+    """A GGUF file loaded in llama.cpp, for one sequence on a CPU. Call `close`, or use a `with` block."""
 
     def __init__(self, file: str | Path, *, context: int, threads: int = 1, exact: bool = False) -> None:
         """Load a file.
 
         Args:
-            context: most tokens of a request, prompt and answer together.
-            exact: keep keys and values in fp32 and use plain attention, to compare numbers.
+            context: largest number of tokens in a request, prompt and answer together.
+            threads: number of CPU threads.
+            exact: keep keys and values in fp32 and use plain attention, so that results can be compared.
 
         Raises:
-            FlextronError: xllamacpp is missing, or llama.cpp does not load the file.
+            FlextronError: xllamacpp is not installed, or llama.cpp does not load the file.
         """
         if not is_installed():
-            raise FlextronError('llama.cpp is not installed: pip install "flextron[llamacpp]".')
+            raise FlextronError('llama.cpp is not installed. Run: pip install "flextron[llamacpp]"')
         import xllamacpp
 
         params = xllamacpp.CommonParams()
@@ -67,11 +68,11 @@ class LlamaCpp:
         self.close()
 
     def close(self) -> None:
-        """Give its memory back."""
+        """Release the engine's memory."""
         self._server = None
 
     def tokenize(self, text: str) -> list[int]:
-        """The tokens of a text by the file's tokenizer, special ones included in the text only."""
+        """Return the tokens of a text by the file's tokenizer, without adding special tokens."""
         request = urllib.request.Request(  # noqa: S310  # the server listens on this machine
             f"{self._server.listening_address}/tokenize",
             json.dumps({"content": text, "add_special": False}).encode(),
@@ -85,33 +86,36 @@ class LlamaCpp:
             raise FlextronError(f"llama.cpp does not answer: {error}") from None
 
     def next_token(self, tokens: Sequence[int]) -> tuple[int, float | None]:
-        """The likeliest token after `tokens`, and its log-probability; None where its bytes are not yet a character."""
-        found = self._complete(tokens, 1, n_probs=1)
-        likely = found.get("completion_probabilities")
-        return int(found["tokens"][0]), float(likely[0]["top_logprobs"][0]["logprob"]) if likely else None
+        """Return the most likely token after `tokens` and its log-probability.
+
+        The log-probability is None if the token's bytes are not yet a whole character.
+        """
+        answer = self._complete(tokens, 1, n_probs=1)
+        likely = answer.get("completion_probabilities")
+        return int(answer["tokens"][0]), float(likely[0]["top_logprobs"][0]["logprob"]) if likely else None
 
     def greedy(self, tokens: Sequence[int], count: int) -> list[int]:
-        """The likeliest tokens after `tokens`, one after the other; fewer than `count` where the text ends."""
+        """Return up to `count` greedy tokens after `tokens`; fewer if the text ends."""
         return [int(token) for token in self._complete(tokens, count)["tokens"]]
 
     def times(self, tokens: Sequence[int], count: int) -> EngineTimes:
-        """How long it takes to read `tokens`, none of them cached, and to write `count` more, 2 at least."""
+        """Return the times to read `tokens`, without a cache, and to write `count` more, which must be at least 2."""
         timings = self._complete(tokens, count, cache_prompt=False, ignore_eos=True)["timings"]
         return EngineTimes(timings["prompt_ms"], timings["predicted_ms"] / (timings["predicted_n"] - 1))
 
     def prompt_ms(self, tokens: Sequence[int]) -> float:
-        """Time to read `tokens`, none of them cached."""
+        """Return the time to read `tokens` without a cache, in ms."""
         return float(self._complete(tokens, 1, cache_prompt=False)["timings"]["prompt_ms"])
 
     def token_ms(self, tokens: Sequence[int], count: int) -> float:
-        """Time of each of `count` tokens after `tokens`, which are cached from the second call on."""
+        """Return the mean time in ms of `count` tokens after `tokens`, which are cached from the second call on."""
         timings = self._complete(tokens, count + 1, ignore_eos=True)["timings"]
-        return float(timings["predicted_ms"]) / count  # the first comes with the prompt
+        return float(timings["predicted_ms"]) / count  # the first token comes with the prompt
 
     def _complete(self, tokens: Sequence[int], count: int, **options: Any) -> Any:
-        asked = {"prompt": list(map(int, tokens)), "max_tokens": count, "temperature": 0, "top_k": 1}
-        asked |= {"cache_prompt": True, "return_tokens": True, "verbose": True, **options}
-        found = self._server.handle_completions(asked)
-        if "__verbose" not in found:
-            raise FlextronError(f"llama.cpp answered with an error: {found}")
-        return {"timings": found["timings"], **found["__verbose"]}
+        request = {"prompt": list(map(int, tokens)), "max_tokens": count, "temperature": 0, "top_k": 1}
+        request |= {"cache_prompt": True, "return_tokens": True, "verbose": True, **options}
+        answer = self._server.handle_completions(request)
+        if "__verbose" not in answer:
+            raise FlextronError(f"llama.cpp answered with an error: {answer}")
+        return {"timings": answer["timings"], **answer["__verbose"]}

@@ -1,4 +1,4 @@
-"""One sub-network -> a GGUF file for llama.cpp, which appears only if llama.cpp computes what the sub-network does."""
+"""Export one sub-network as a GGUF file for llama.cpp, and check that llama.cpp computes the same."""
 
 from __future__ import annotations
 
@@ -34,32 +34,32 @@ MAGIC = b"GGUF"
 
 @dataclass(frozen=True)
 class GgufReport:
-    """What was asked of an export, and what was written and checked."""
+    """What an export was asked for, and what was written and checked."""
 
     file: str
     architecture: str
-    """As llama.cpp names it."""
+    """The architecture's name in llama.cpp."""
     quantization: str
     subnet: Subnet
     share: float
     """Share of the layers' weights that `subnet` keeps, 0 to 1."""
     parameters_asked: int
-    """The full model's parameters less the units left out."""
+    """The full model's parameters minus those of dropped units."""
     parameters_got: int
-    """Numbers in the file's tensors."""
+    """Number of parameters in the file's tensors."""
     weight_bytes: int
-    """Of the tensors, without metadata and tokenizer."""
+    """Size of the tensors in bytes, without metadata and tokenizer."""
     bytes_got: int
-    """Size of the file."""
+    """Size of the file in bytes."""
     check: EngineCheck | None
-    """None where it was not checked."""
+    """The comparison in llama.cpp, or None if it was not run."""
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
         lines = [
             f"wrote {self.file}: {self.architecture}, {self.quantization}, {self.subnet}",
-            f"  {self.share:.1%} of the layers' weights; parameters asked {self.parameters_asked:,}, "
-            f"got {self.parameters_got:,} ({self.bytes_got / 1e6:.1f} MB)",
+            f"  {self.share:.1%} of the layers' weights; {self.parameters_asked:,} parameters expected, "
+            f"{self.parameters_got:,} written ({self.bytes_got / 1e6:.1f} MB)",
             f"  {self.check}" if self.check else "  not verified",
             *(f"  note: {note}" for note in self.notes),
         ]
@@ -75,19 +75,19 @@ def export_gguf(
     overwrite: bool = False,
     verify: bool = True,
 ) -> GgufReport:
-    """Write `subnet` as a GGUF file, load it in llama.cpp, and compare; nothing appears unless both agree.
+    """Write `subnet` as a GGUF file, load it in llama.cpp, and compare; if they differ, nothing is kept.
 
-    Equal widths give the model's own architecture in llama.cpp, others `deci`, whose layers have their own sizes.
+    Equal widths use the model's own architecture in llama.cpp. Other widths use `deci`, which has sizes per layer.
 
     Args:
         quantize: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, or with xllamacpp q6_k, q5_k_m, q4_k_m.
-        verify: compare tokens, next tokens and greedy text; without xllamacpp the report says that nobody did.
+        verify: compare tokens, next tokens and greedy text; if xllamacpp is not installed, the report says so.
 
     Raises:
-        SubnetError: not in the search space of this model.
-        ExportError: llama.cpp cannot state these sizes, the quantisation does not fit them, the package `gguf` is
-            missing, or llama.cpp computes something else.
-        CheckpointError: the file exists and `overwrite` is false, no space, or a write that failed.
+        SubnetError: `subnet` is not in the search space of this model.
+        ExportError: llama.cpp cannot express these sizes, the quantisation does not fit them, the package `gguf` is
+            not installed, or llama.cpp computes something else.
+        CheckpointError: the file exists and `overwrite` is false, the disk is full, or a write failed.
     """
     check_new_file(file, overwrite=overwrite, magic=MAGIC)
     model.search_space.check(subnet)
@@ -103,7 +103,7 @@ def export_gguf(
                 model, model.tokenizer, subnet, partial, context=context_length(model), kind=plan.scheme.most
             )
         elif verify:
-            notes.append('to verify it in llama.cpp: pip install "flextron[llamacpp]", and export it again')
+            notes.append('to verify the file in llama.cpp, run: pip install "flextron[llamacpp]", and export again')
         return GgufReport(
             file=str(file),
             architecture=plan.dialect.arch,
@@ -120,7 +120,7 @@ def export_gguf(
 
 
 def check_states_in_gguf(model: ElasticModel, subnet: Subnet, quantize: str) -> None:
-    """Pass if a GGUF file can state `subnet` in this quantisation.
+    """Check that a GGUF file can express `subnet` in this quantisation.
 
     Raises:
         ExportError: it cannot.
@@ -130,7 +130,7 @@ def check_states_in_gguf(model: ElasticModel, subnet: Subnet, quantize: str) -> 
 
 @dataclass(frozen=True)
 class _Plan:
-    """All that is decided before anything is written."""
+    """The contents of the file, decided before anything is written."""
 
     scheme: Scheme
     dialect: Dialect
@@ -142,7 +142,7 @@ class _Plan:
 
 def _plan(model: ElasticModel, subnet: Subnet, quantize: str) -> _Plan:
     if find_spec("gguf") is None:
-        raise ExportError('a GGUF file needs the package gguf: pip install "flextron[gguf]".')
+        raise ExportError('a GGUF file needs the package gguf. Run: pip install "flextron[gguf]"')
     scheme, dialect = scheme_of(quantize), dialect_for(model, subnet)
     layers = layers_written(model, subnet, dialect, smallest_block(scheme))
     tensors = gguf_tensors(model, subnet, dialect, layers)
@@ -150,17 +150,17 @@ def _plan(model: ElasticModel, subnet: Subnet, quantize: str) -> _Plan:
 
 
 def _notes(model: ElasticModel, plan: _Plan) -> list[str]:
-    """What a user should know of the file."""
+    """Return notes for the user about the file."""
     notes = list(plan.notes)
     if padded := sum(layer.pads for layer in plan.layers):
-        notes.append(f"sub-layers of zeros in {padded} layers, which llama.cpp does not do without")
+        notes.append(f"{padded} layers have a sub-layer of zeros, because llama.cpp needs one there")
     if context_length(model) < model.config.max_position_embeddings:
-        notes.append(f"contexts of at most {context_length(model)} tokens: llama.cpp reads no sliding window here")
+        notes.append(f"contexts have at most {context_length(model)} tokens, because the file has no sliding window")
     return notes
 
 
 def _writer(model: ElasticModel, subnet: Subnet, plan: _Plan) -> Any:
-    """A `GGUFWriter` with all metadata."""
+    """Return a `GGUFWriter` with all metadata."""
     import gguf
 
     writer = gguf.GGUFWriter(path=None, arch=plan.dialect.arch)
@@ -187,7 +187,7 @@ def _add_about(writer: Any, model: ElasticModel, subnet: Subnet, scheme: Scheme)
 
 
 def _write(writer: Any, file: Path, tensors: dict[str, torch.Tensor], types: dict[str, str]) -> None:
-    """One tensor after the other, so that one at a time is in memory twice."""
+    """Write one tensor after the other, so that only one at a time is in memory twice."""
     import gguf
     import numpy as np
 

@@ -1,6 +1,6 @@
-"""How each weight of a GGUF file is stored: types by name, what fits which sizes, and the conversion itself.
+"""Choose the type of each weight in a GGUF file, check that it fits, and convert the weight.
 
-Legacy types are converted by the package `gguf`; K-quants by llama.cpp's own code, which comes with `xllamacpp`.
+The package `gguf` converts legacy types; llama.cpp's own code, which comes with `xllamacpp`, converts K-quants.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from numpy.typing import NDArray
 from flextron.errors import ExportError
 
 _K_FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
-"""What llama.cpp stores rows in that no K-quant's block of 256 divides."""
+"""K-quant -> the type that llama.cpp uses instead if blocks of 256 do not divide a row."""
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """What `--quantize` names."""
+    """The types that one value of `--quantize` stands for."""
 
     file_type: str
-    """Its name among `gguf.LlamaFileType`."""
+    """Its name in `gguf.LlamaFileType`."""
     most: str
     """Type of most weights, as `gguf.GGMLQuantizationType` names it."""
     output: str
-    """Type of the output projection, or of the embeddings where those are tied."""
+    """Type of the output projection, or of the embeddings if they are tied."""
     some: str | None = None
-    """Type of V and of the closing MLP projection in half of the layers, as llama.cpp's mixes have it."""
+    """Type of V and of the closing MLP projection in half of the layers, as in llama.cpp's mixes, or None."""
 
 
 SCHEMES = {
@@ -51,44 +51,44 @@ SCHEMES = {
 
 
 def scheme_of(name: str) -> Scheme:
-    """The scheme that `name` names.
+    """Return the scheme called `name`.
 
     Raises:
-        ExportError: there is none, or it needs a package that is missing.
+        ExportError: there is none, or it needs a package that is not installed.
     """
     if name not in SCHEMES:
-        raise ExportError(f"unknown quantisation {name!r}; known are {', '.join(SCHEMES)}.")
+        raise ExportError(f"unknown quantisation {name!r}; choose one of {', '.join(SCHEMES)}.")
     if SCHEMES[name].most in _K_FALLBACK:
         _ggml()
     return SCHEMES[name]
 
 
 def smallest_block(scheme: Scheme) -> int:
-    """Numbers in a block of the scheme's main type: a row is a whole number of blocks."""
+    """Return the block size of the scheme's main type, at least 32; every row is a whole number of blocks."""
     return max(32, _block(scheme.most))
 
 
 def types_of(tensors: Mapping[str, torch.Tensor], scheme: Scheme, layers: int) -> tuple[dict[str, str], list[str]]:
-    """The type of each tensor by name, and notes on those that are not what the scheme says.
+    """Return the type of each tensor by name, and notes on tensors that differ from the scheme.
 
     Raises:
-        ExportError: rows that no block of the scheme divides.
+        ExportError: the blocks of the scheme do not divide a row.
     """
-    types, other = {}, 0
+    types, replaced = {}, 0
     for name, tensor in tensors.items():
-        wanted = _wanted(name, tensor, scheme, layers, tied="output.weight" not in tensors)
-        types[name] = _fitting(name, tensor.shape[-1], wanted)
-        other += types[name] != wanted
+        preferred = _preferred(name, tensor, scheme, layers, tied="output.weight" not in tensors)
+        types[name] = _fitting(name, tensor.shape[-1], preferred)
+        replaced += types[name] != preferred
     matrices = sum(tensor.ndim == 2 for tensor in tensors.values())
-    if not other:
+    if not replaced:
         return types, []
     return types, [
-        f"{other} of {matrices} matrices have rows that no block of 256 divides; they are in "
-        f"{' or '.join(sorted({types[name] for name in types} & set(_K_FALLBACK.values())))}, as llama.cpp does it"
+        f"blocks of 256 do not divide the rows of {replaced} of {matrices} matrices; as in llama.cpp, these are stored "
+        f"as {' or '.join(sorted({types[name] for name in types} & set(_K_FALLBACK.values())))}"
     ]
 
 
-def _wanted(name: str, tensor: torch.Tensor, scheme: Scheme, layers: int, *, tied: bool) -> str:
+def _preferred(name: str, tensor: torch.Tensor, scheme: Scheme, layers: int, *, tied: bool) -> str:
     if tensor.ndim < 2 or name == "position_embd.weight":
         return "F32"
     if name == "output.weight" or (tied and name == "token_embd.weight"):
@@ -99,23 +99,23 @@ def _wanted(name: str, tensor: torch.Tensor, scheme: Scheme, layers: int, *, tie
 
 
 def _gets_more_bits(layer: int, layers: int) -> bool:
-    """llama.cpp's choice for its mixes: the first and last eighth of the layers, and every third between."""
+    """Return llama.cpp's choice for its mixes: the first and last eighth of the layers, and every third between."""
     eighth = layers // 8
     return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
 
 
-def _fitting(name: str, row: int, wanted: str) -> str:
-    if row % _block(wanted) and wanted in _K_FALLBACK:
-        wanted = _K_FALLBACK[wanted]
-    block = _block(wanted)
+def _fitting(name: str, row: int, kind: str) -> str:
+    if row % _block(kind) and kind in _K_FALLBACK:
+        kind = _K_FALLBACK[kind]
+    block = _block(kind)
     if row % block:
         below = row // block * block
         nearest = f"{below} and {below + block}" if below else str(block)
         raise ExportError(
-            f"{name} has rows of {row} numbers, which {wanted}'s blocks of {block} do not divide; the nearest that fit "
-            f"are {nearest}. Choose widths that are multiples of {block}, or --quantize f16."
+            f"{name} has rows of {row} numbers, which {kind}'s blocks of {block} do not divide; the nearest that fit "
+            f"are {nearest}. Choose widths that are multiples of {block}, or pass --quantize f16."
         )
-    return wanted
+    return kind
 
 
 def _block(kind: str) -> int:
@@ -123,13 +123,13 @@ def _block(kind: str) -> int:
 
 
 def bytes_of(tensor: torch.Tensor, kind: str) -> int:
-    """Size of a tensor in this type."""
+    """Return the bytes of a tensor in this type."""
     block, size = _sizes(kind)
     return int(tensor.numel() // block * size)
 
 
 def _sizes(kind: str) -> tuple[int, int]:
-    """Numbers in a block, and its bytes."""
+    """Return the number of values in a block, and its bytes."""
     import gguf
 
     block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
@@ -137,7 +137,7 @@ def _sizes(kind: str) -> tuple[int, int]:
 
 
 def converted(tensor: torch.Tensor, kind: str) -> NDArray[Any]:
-    """A weight in this type, as the file holds it."""
+    """Return a weight converted to this type, as the file stores it."""
     import gguf
 
     if kind == "F16":
@@ -161,13 +161,17 @@ def _by_ggml(numbers: NDArray[np.float32], kind: int, size: int) -> NDArray[np.u
 
 @cache
 def _ggml() -> Any:
-    """llama.cpp's library of tensor operations."""
+    """Return llama.cpp's library of tensor operations.
+
+    Raises:
+        ExportError: xllamacpp is not installed.
+    """
     try:
         import xllamacpp.xllamacpp as library
     except ImportError:
         raise ExportError(
-            'K-quants need llama.cpp\'s own quantiser: pip install "flextron[llamacpp]". '
-            "Without it there are q8_0, q5_1, q5_0, q4_1 and q4_0."
+            'K-quants need llama.cpp\'s own quantiser. Run: pip install "flextron[llamacpp]", '
+            "or use q8_0, q5_1, q5_0, q4_1 or q4_0."
         ) from None
     quantize = ctypes.CDLL(library.__file__)
     quantize.ggml_quantize_chunk.restype = ctypes.c_size_t

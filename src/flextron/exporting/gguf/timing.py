@@ -1,4 +1,4 @@
-"""Times of sub-networks where they will run: each is exported to a temporary GGUF file and timed in llama.cpp."""
+"""Time sub-networks in llama.cpp, each exported to a temporary GGUF file."""
 
 from __future__ import annotations
 
@@ -23,26 +23,27 @@ from flextron.exporting.gguf.file import export_gguf
 from flextron.subnet import Subnet
 
 NEW_TOKENS = 8
-"""Tokens that one run writes after the cached context."""
+"""Number of tokens that one run writes after the cached context."""
 _REPEATS = {"prefill": 1, "decode": 3}
 
 
 @contextmanager
 def in_llamacpp(model: ElasticModel, *, phase: str, tokens: int, quantize: str = "f16") -> Iterator[Runner]:
-    """What `measure_latency` times in llama.cpp, batch 1, with as many threads as torch has.
+    """Yield the runner with which `measure_latency` times llama.cpp, at batch 1 with torch's number of threads.
 
     Args:
-        phase: "prefill", a prompt of `tokens` tokens; or "decode", one more token after them.
-        quantize: as `export_gguf` has it.
+        phase: "prefill" times a prompt of `tokens` tokens; "decode" times one more token after them.
+        quantize: type of the weights, as for `export_gguf`.
 
     Raises:
-        ExportError: sub-networks that a GGUF file cannot state, no tokenizer, or a text too long for the file.
+        ExportError: a GGUF file cannot express unequal layers of this model, there is no tokenizer, or `tokens` is too
+            long for the model.
         FlextronError: llama.cpp is not installed.
     """
     if not states_unequal_layers(model):
         raise ExportError(
-            f"llama.cpp has one width for all layers of {model.config.model_type}, and a table is fitted to unequal "
-            "ones. Time equal widths yourself and pass them with --from-csv FILE --engine llamacpp."
+            f"llama.cpp needs one width for all layers of {model.config.model_type}, but a latency table is fitted to "
+            "unequal widths. Time equal widths yourself and pass them with --from-csv FILE --engine llamacpp."
         )
     needed = tokens + NEW_TOKENS + 1
     if model.tokenizer is None or needed > context_length(model):
@@ -56,7 +57,7 @@ def in_llamacpp(model: ElasticModel, *, phase: str, tokens: int, quantize: str =
             file = Path(folder) / f"{next(numbers)}.gguf"
             export_gguf(model, subnet, file, quantize=quantize, verify=False)
             engine = LlamaCpp(file, context=needed, threads=threads)
-            file.unlink()  # llama.cpp has it in memory
+            file.unlink()  # llama.cpp has loaded it
             if phase == "prefill":
                 return lambda: engine.prompt_ms(text)
             return lambda: engine.token_ms(text, NEW_TOKENS)

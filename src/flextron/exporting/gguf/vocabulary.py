@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer in a GGUF file's metadata, as llama.cpp reads it."""
+"""Write a byte-level BPE tokenizer into a GGUF file's metadata, as llama.cpp reads it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PRE_TOKENIZERS = {
     (_QWEN2_SPLIT,): "qwen2",
     (_LLAMA3_SPLIT,): "llama-bpe",
 }
-"""What a tokenizer splits text by before its merges -> llama.cpp's name for it."""
+"""The stages that split text before BPE merges -> llama.cpp's name for them."""
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 
 
@@ -29,14 +29,15 @@ def add_vocabulary(writer: Any, tokenizer: PreTrainedTokenizerBase | None, size:
     """Write a tokenizer's tokens, merges, special tokens and chat template to a `GGUFWriter`.
 
     Args:
-        size: rows of the model's embedding; those without a token are written as unused.
-        end: the model's token that ends a text, where the tokenizer has none.
+        size: number of rows in the model's embedding; rows without a token are written as unused.
+        end: id of the model's end-of-text token, used if the tokenizer has none.
 
     Raises:
-        ExportError: no tokenizer, or one that is not a byte-level BPE with a split that llama.cpp knows.
+        ExportError: there is no tokenizer, it is not a byte-level BPE whose split llama.cpp knows, or there is no
+            end-of-text token.
     """
     if tokenizer is None:
-        raise ExportError("a GGUF file needs a tokenizer, and this checkpoint has none. Use --to hf.")
+        raise ExportError("a GGUF file needs a tokenizer, but this checkpoint has none. Use --to hf.")
     data = _bpe(tokenizer)
     texts, types = _tokens(data, size)
     writer.add_tokenizer_model("gpt2")
@@ -47,7 +48,7 @@ def add_vocabulary(writer: Any, tokenizer: PreTrainedTokenizerBase | None, size:
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
     ends = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else end
     if ends is None:
-        raise ExportError("neither tokenizer nor config name the token that ends a text. Set tokenizer.eos_token.")
+        raise ExportError("neither tokenizer nor config names the end-of-text token. Set tokenizer.eos_token.")
     starts = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else ends
     writer.add_eos_token_id(ends)
     writer.add_bos_token_id(starts)
@@ -60,14 +61,14 @@ def add_vocabulary(writer: Any, tokenizer: PreTrainedTokenizerBase | None, size:
 
 
 def _bpe(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What a tokenizer.json says, of a byte-level BPE."""
+    """Return the contents of tokenizer.json, after checking that it is a byte-level BPE."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     data: dict[str, Any] = {} if backend is None else json.loads(backend.to_str())
     model = data.get("model", {})
     if model.get("type") != "BPE" or model.get("byte_fallback"):
         raise ExportError(
-            f"a {type(tokenizer).__name__} of kind {model.get('type')} is not a byte-level BPE, "
-            "the only tokenizer that can be written to a GGUF file. Use --to hf."
+            f"a GGUF file needs a byte-level BPE tokenizer; this one is a {type(tokenizer).__name__} of the type "
+            f"{model.get('type')}. Use --to hf."
         )
     return data
 
@@ -78,8 +79,8 @@ def _pre_tokenizer(data: dict[str, Any]) -> str:
     parts = tuple(_part(stage) for stage in stages if stage.get("use_regex", True))
     if parts not in PRE_TOKENIZERS:
         raise ExportError(
-            f"llama.cpp's name for a tokenizer that splits text by {' and '.join(map(repr, parts))} is not known here; "
-            f"known are {', '.join(PRE_TOKENIZERS.values())}. Use --to hf."
+            f"the tokenizer splits text by {' and '.join(map(repr, parts))}, which matches none of llama.cpp's "
+            f"pre-tokenizers {', '.join(PRE_TOKENIZERS.values())}. Use --to hf."
         )
     return PRE_TOKENIZERS[parts]
 
@@ -92,15 +93,18 @@ def _part(stage: dict[str, Any]) -> str:
 
 
 def _tokens(data: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
-    """The text and type of each of `size` tokens."""
-    texts, types = [f"[PAD{place}]" for place in range(size)], [_UNUSED] * size
-    known = [(place, text, _NORMAL) for text, place in data["model"]["vocab"].items()]
+    """Return the texts and types of `size` tokens."""
+    texts, types = [f"[PAD{index}]" for index in range(size)], [_UNUSED] * size
+    known = [(index, text, _NORMAL) for text, index in data["model"]["vocab"].items()]
     known += [
         (token["id"], token["content"], _CONTROL if token["special"] else _USER_DEFINED)
         for token in data["added_tokens"]
     ]
-    for place, text, kind in known:
-        if place >= size:
-            raise ExportError(f"token {text!r} is number {place}, but the model's embedding has {size} rows.")
-        texts[place], types[place] = text, kind
+    for index, text, kind in known:
+        if index >= size:
+            raise ExportError(
+                f"token {text!r} has the id {index}, but the model's embedding has {size} rows. "
+                "Use the model's own tokenizer."
+            )
+        texts[index], types[index] = text, kind
     return texts, types

@@ -1,6 +1,6 @@
-"""Loss of sub-networks on a text: nats per token and bits per byte, paired on the same tokens.
+"""Measure the loss of sub-networks on a text, in nats per token and bits per byte, paired on the same tokens.
 
-Shapes: S sub-networks, N blocks, T tokens a block, B blocks in a batch, V vocabulary.
+Shapes: S sub-networks, N blocks, T tokens per block, B blocks in a batch, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,44 +21,46 @@ from flextron.subnet import Subnet
 
 
 class TokenRun(Protocol):
-    """What chooses a sub-network for every token, such as `routers.token_routing.TokenRouting`."""
+    """A run with a sub-network for every token, for example `routers.token.batch.TokenRouting`."""
 
     def use(self) -> AbstractContextManager[Any]:
-        """Run the model so inside the block."""
+        """Return a context in which the model chooses a sub-network for every token."""
 
     @property
     def share(self) -> float:
-        """Share of the layers' weights that a token has used on average."""
+        """Mean share of the layers' weights that tokens have used, 0 to 1."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Loss of one sub-network on one text; standard errors take blocks as independent, not tokens."""
+    """Loss of one sub-network on one text; standard errors treat blocks, not tokens, as independent."""
 
     subnet: Subnet | None
-    """None where every token had its own."""
+    """The sub-network, or None if every token had its own."""
     share: float
-    """Share of the layers' weights that it keeps, or that its tokens used on average."""
+    """Share of the layers' weights that it keeps, or that its tokens used on average, 0 to 1."""
     nats_per_token: float
     standard_error: float
     bits_per_byte: float
     difference: float
-    """Nats per token above the first sub-network of the same call, paired block by block."""
+    """Nats per token above the first run of the same call, paired by block."""
     difference_standard_error: float
     tokens: int
-    """Tokens predicted."""
+    """Number of predicted tokens."""
     text: str
     blocks: tuple[float, ...]
-    """Nats per token of every block, to pair with those of another checkpoint on the same text."""
+    """Nats per token of every block, for pairing with another checkpoint on the same text."""
 
 
 def evaluate(
     model: ElasticModel, runs: Sequence[Subnet | TokenRun], blocks: TokenBlocks, *, show: bool = False
 ) -> list[Evaluation]:
-    """Loss of each sub-network, or run with one for every token, on the same tokens, compared with the first of them.
+    """Return the loss of each run on the same tokens, compared with the first run.
+
+    A run is a sub-network, or a `TokenRun` with one for every token. `show` prints a progress bar.
 
     Raises:
-        SubnetError: a sub-network that is not in the model's search space; before anything is computed.
+        SubnetError: a sub-network is not in the model's search space; raised before anything is computed.
     """
     for run in runs:
         if isinstance(run, Subnet):
@@ -86,7 +88,7 @@ def evaluate(
 
 @torch.inference_mode()
 def _losses(model: ElasticModel, run: Subnet | TokenRun, tokens_BT: torch.Tensor) -> torch.Tensor:
-    """Mean loss of every row in nats per token, [B] in float64."""
+    """Return the mean loss of every row in nats per token, [B] in float64."""
     tokens_BT = tokens_BT.to(model.device)
     with model.use(run) if isinstance(run, Subnet) else run.use():
         logits_BTV = model(tokens_BT, use_cache=False).logits

@@ -1,4 +1,4 @@
-"""Progress on standard error: a bar where a person looks on, a line now and then in a log."""
+"""Show progress on standard error: a live bar in a terminal, a line every 15 seconds in a log."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def progress(items: Iterable[T], description: str) -> Iterable[T]:
-    """`items` as they are, with a bar and the time left."""
+    """Return `items` unchanged, and show a bar with the time left while they are iterated."""
     return tqdm(items, description, mininterval=_interval(), dynamic_ncols=True)
 
 

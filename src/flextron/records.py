@@ -1,4 +1,4 @@
-"""Reading back what flextron wrote: JSON records of one version, and journals that only grow. No torch here."""
+"""Read and write JSON records that have a version, and journals with one JSON object per line; imports no torch."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from flextron.atomic import write_text
 
 
 class RecordError(ValueError):
-    """Why a record cannot be used, as half a sentence: the caller names the file and the way out."""
+    """A record cannot be used. The message gives the reason; the caller adds the file and the way out."""
 
 
 def check_version(found: Any, version: int | str) -> None:
-    """Pass if a record is of the version that this flextron reads.
+    """Check that a record has the version that this flextron reads.
 
     Raises:
-        RecordError: another version, or none.
+        RecordError: it has another version, or none.
     """
     if found != version:
         raise RecordError(f"it has version {found!r}; this flextron reads {version}")
 
 
 def parse_record(text: str, *, version: int, keys: Collection[str] | None = None) -> dict[str, Any]:
-    """A JSON object, without its version.
+    """Return a JSON object without its version.
 
     Args:
-        keys: exactly those that it must have beside the version; None for any.
+        keys: the exact keys that it must have besides the version; None allows any.
 
     Raises:
-        RecordError: not JSON, not an object, of another version, or with other keys.
+        RecordError: it is not JSON, not an object, or has another version or other keys.
     """
     try:
         data: Any = json.loads(text)
@@ -46,10 +46,10 @@ def parse_record(text: str, *, version: int, keys: Collection[str] | None = None
 
 
 def read_record(file: str | Path, *, version: int, keys: Collection[str] | None = None) -> dict[str, Any]:
-    """The JSON object that a file holds, without its version.
+    """Return the JSON object in a file, without its version.
 
     Raises:
-        RecordError: as `parse_record`, or not UTF-8.
+        RecordError: as `parse_record`, or the file is not UTF-8.
         OSError: the file cannot be read.
     """
     try:
@@ -60,19 +60,20 @@ def read_record(file: str | Path, *, version: int, keys: Collection[str] | None 
 
 
 class Journal:
-    """JSON objects, one a line, in a file that grows: after a crash, all lines but the last one are whole."""
+    """A growing file with one JSON object per line. After a crash, only the last line can be incomplete."""
 
     def __init__(self, file: str | Path) -> None:
         self.file = Path(file)
 
     def read(self, *, strict: bool = True) -> list[dict[str, Any]]:
-        """All whole lines; a last line that a crash cut off is dropped from the file, too.
+        """Return the records of all complete lines; delete an incomplete last line from the file.
 
         Args:
-            strict: raise for a whole line that is no JSON object, instead of leaving it out.
+            strict: raise if a complete line is not a JSON object, instead of skipping it.
 
         Raises:
-            RecordError: such a line; the message has its number.
+            RecordError: with `strict`, a line is not a JSON object (the message gives its number); or the file is not
+                UTF-8.
             OSError: the file cannot be read.
         """
         if not self.file.is_file():
@@ -94,13 +95,13 @@ class Journal:
         return records
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Add one line; the file and its folder are made where they are missing."""
+        """Append one record; create the file and its folder if they do not exist."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a", encoding="utf8") as file:
             file.write(json.dumps(record) + "\n")
 
     def replace(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Write the file anew, whole or not at all."""
+        """Replace the whole file, completely or not at all."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         write_text(self.file, "".join(json.dumps(record) + "\n" for record in records))
 

@@ -44,7 +44,7 @@ def table_of(space):
 
 
 def sensitivity_of(space, seed=0):
-    """Curves that fall with the width, not all of them convex."""
+    """Return curves that fall with the width, some of them not convex."""
     draw = np.random.default_rng(seed)
 
     def rows(choices):
@@ -69,7 +69,7 @@ def increase(sensitivity, subnet) -> float:
 
 
 class Meter:
-    """A made-up loss: the sum of sensitivities, and how much neighbouring sub-layers differ, which no sum knows."""
+    """A made-up loss: the sum of sensitivities plus a penalty on differing neighbours, which no sum expresses."""
 
     def __init__(self, sensitivity):
         self.sensitivity = sensitivity
@@ -87,7 +87,7 @@ def every_subnet(space):
 
 
 def methods(space, limit):
-    """The choice of every method."""
+    """Return the choice of every method."""
     table, sensitivity = table_of(space), sensitivity_of(space)
     search = {"evaluations": 20, "seed": 0}
     return {
@@ -114,7 +114,7 @@ def test_every_method_keeps_the_limit(method, space):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_ends(method):
-    """At the smallest model's cost there is one answer, from the full model's on another."""
+    """At the smallest model's cost the answer is that model; from the full model's cost on, it is the full model."""
     table = table_of(LARGE)
     assert methods(LARGE, table.smallest)[method]() == LARGE.smallest
     for limit in (table.full, 2 * table.full):
@@ -203,7 +203,7 @@ def test_the_least_influential_layers_are_dropped_whole():
         assert subnet.neurons == tuple(0 if layer in gone else 8 for layer in range(6))
         assert subnet.kv_groups == tuple(0 if layer in gone else 2 for layer in range(6))
         dropped += sorted(gone - set(dropped))
-        if gone:  # none more than it takes
+        if gone:  # and no more layers than necessary
             back = next(layer for layer in reversed(dropped) if layer in gone)
             wider = [tuple(full if at == back else w for at, w in enumerate(widths)) for widths, full in _wide(subnet)]
             assert table.price(replace(subnet, neurons=wider[0], kv_groups=wider[1])) > limit

@@ -1,4 +1,4 @@
-"""`choose` reads every form that the help names, and refuses others by name."""
+"""`choose` reads every form in the help, and explains why it refuses others."""
 
 import pytest
 
@@ -35,11 +35,11 @@ def test_share_is_the_greedy_choice_of_the_folder(llama, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("wish", "message"),
+    ("name", "message"),
     [
         ("60%", "needs the sensitivities"),
-        ("many%", "write a number and %"),
-        ("small", "it is one of: full, a share"),
+        ("many%", "Write a number and %"),
+        ("small", "Pass full, a share"),
         ("neurons=many", "cannot read the widths"),
         ("heads=2", "cannot read the widths"),
         ("neurons=21", r"not a choice of the search space; the nearest are 20 and 22"),
@@ -47,6 +47,6 @@ def test_share_is_the_greedy_choice_of_the_folder(llama, tmp_path):
         ("nowhere.json", r"cannot read a Subnet from nowhere\.json"),
     ],
 )
-def test_what_cannot_be_read_says_why(llama, tmp_path, wish, message):
+def test_what_cannot_be_read_says_why(llama, tmp_path, name, message):
     with pytest.raises(SubnetError, match=message):
-        choose(llama, wish, tmp_path)
+        choose(llama, name, tmp_path)

@@ -1,4 +1,4 @@
-"""Other ways to choose a sub-network within one limit: what the router is compared with, at as many measured losses.
+"""Baselines for the router: other ways to choose a sub-network within one limit, with equally many measured losses.
 
 Shapes: S sub-layers, K choices, L layers; B blocks in a batch, T tokens, D model.
 """
@@ -40,64 +40,66 @@ from flextron.routers.static.answering import TOLERANCE
 from flextron.subnet import AXES, Subnet
 
 SOLVER_SECONDS = 30.0
-"""After which the knapsack is given up; 60 sub-layers of 25 choices take well under one."""
+"""Time limit of the knapsack solver; 60 sub-layers of 25 choices take well under one second."""
 SCALE = 1000.0
-"""Of costs and losses in the knapsack: the solver's tolerances are absolute, 1e-6."""
+"""Factor on costs and losses in the knapsack, because the solver's tolerances are absolute, 1e-6."""
 SLACK = 1e-5
-"""Part of the full model's cost to stay below the limit where the solver's tolerance let it be exceeded."""
+"""Margin below the limit, as a fraction of the full model's cost, if the solver's tolerance exceeded the limit."""
 POPULATION = 16
+"""Number of best sub-networks from which evolution draws parents."""
 MOVES = 4
-"""Most sub-layers that a mutation moves at first; more where it finds nothing new."""
+"""Largest number of sub-layers that a mutation moves; it grows while proposals are not new."""
 CROSSED = 0.5
-"""Share of children that have two parents."""
+"""Share of children with two parents."""
 ATTEMPTS = 200
-"""Proposals in a row that were all measured before, after which a search ends."""
+"""A search ends after this many proposals in a row that were measured before."""
 
 Meter = Callable[[Subnet], float]
-"""Loss of a sub-network, such as `routers.pairs.LossMeter`."""
+"""Returns the loss of a sub-network, for example `routers.static.pairs.LossMeter`."""
 
 
 def equal_widths(table: CostTable, limit: float) -> Subnet:
-    """The same widths in every layer, and about the same part of both axes: as much as fits of the one kept least.
+    """Return the largest equal widths within the limit, keeping about the same fraction of every axis.
 
-    MatFormer (Devvrit et al., 2023, arXiv 2310.07707), whose named sub-models have one width in all layers.
+    It maximises the fraction kept of the axis that keeps least, then that of the next. The named sub-models of
+    MatFormer (Devvrit et al., 2023, arXiv 2310.07707) have one width in all layers too.
 
     Args:
-        limit: what the sub-network may cost at most, in the table's unit; so for all functions here.
+        limit: highest cost of the sub-network in the table's unit, in all functions of this module.
 
     Raises:
-        BudgetError: a limit below the smallest sub-network; so for all functions here.
+        BudgetError: the limit is below the smallest sub-network, in all functions of this module.
     """
-    return equal_widths_within([_possible(table, limit)])
+    return equal_widths_within([_ceiling(table, limit)])
 
 
 def equal_widths_within(ceilings: Sequence[Ceiling], fits: Callable[[Subnet], bool] = lambda _: True) -> Subnet:
-    """The same widths in every layer as `equal_widths` has them, within several limits.
+    """Return the largest equal widths within several limits, ordered as in `equal_widths`.
 
     Args:
-        fits: which of them may be taken, such as those that an export format can state.
+        fits: whether a sub-network may be chosen, for example because an export format can express it.
 
     Raises:
-        BudgetError: none of those that may be taken keeps all limits.
+        BudgetError: no allowed sub-network is within all limits.
     """
     space = ceilings[0].table.search_space
 
-    def parts(widths: tuple[int, ...]) -> list[float]:
+    def fractions(widths: tuple[int, ...]) -> list[float]:
         return sorted(width / space[axis][-1] for axis, width in zip(AXES, widths, strict=True))
 
-    sizes = sorted(product(*(space[axis] for axis in AXES)), key=parts, reverse=True)
+    sizes = sorted(product(*(space[axis] for axis in AXES)), key=fractions, reverse=True)
     for subnet in (space.uniform(**dict(zip(AXES, size, strict=True))) for size in sizes):
         if meets(ceilings, subnet) and fits(subnet):
             return subnet
     limits = ", ".join(ceiling.text for ceiling in ceilings)
-    raise BudgetError(f"no equal widths that can be used are within {limits}. Raise the budget.")
+    raise BudgetError(f"no usable equal widths are within {limits}. Raise the budget.")
 
 
 @torch.inference_mode()
 def block_influence(model: ElasticModel, blocks: TokenBlocks) -> Floats:
-    """How much each layer of the full model changes the hidden states, [L]: 1 - their mean cosine similarity.
+    """Return how much each layer of the full model changes the hidden states, [L]: 1 - mean cosine similarity.
 
-    ShortGPT (Men et al., 2024, arXiv 2403.03853), Block Influence; one forward pass over the text.
+    This is Block Influence of ShortGPT (Men et al., 2024, arXiv 2403.03853). It takes one forward pass over the text.
     """
     sums_L = np.zeros(len(model.layers))
 
@@ -121,17 +123,18 @@ def block_influence(model: ElasticModel, blocks: TokenBlocks) -> Floats:
 
 
 def drop_layers(influence: Floats, table: CostTable, limit: float) -> Subnet:
-    """The full model without its least influential layers, as many as it takes; of equal ones the lower goes first.
+    """Return the full model without as many of its least influential layers as needed to meet the limit.
 
-    ShortGPT (Men et al., 2024, arXiv 2403.03853). What is left of the limit stays unused.
+    Follows ShortGPT (Men et al., 2024, arXiv 2403.03853). Of layers with equal influence, the lower one is dropped
+    first. The rest of the limit stays unused.
 
     Args:
-        influence: of each layer, such as `block_influence`.
+        influence: influence of each layer, [L], for example from `block_influence`.
 
     Raises:
-        SubnetError: a search space without width 0, or influences of another number of layers.
+        SubnetError: the search space has no width 0, or `influence` has another number of layers.
     """
-    ceiling, space = _possible(table, limit), table.search_space
+    ceiling, space = _ceiling(table, limit), table.search_space
     if any(space[axis][0] for axis in AXES):
         raise SubnetError("whole layers cannot be dropped in a search space without width 0 on every axis.")
     if len(influence) != space.layers:
@@ -145,41 +148,41 @@ def drop_layers(influence: Floats, table: CostTable, limit: float) -> Subnet:
 
 
 def _of_layers(table: CostTable, kept_L: NDArray[np.bool_]) -> Subnet:
-    """Some layers full, the others left out."""
+    """Return the sub-network that keeps the layers of `kept_L` at full width and drops the others."""
     space = table.search_space
     return Subnet(**{axis: tuple(space[axis][-1] * int(kept) for kept in kept_L) for axis in AXES})
 
 
 def greedy(sensitivity: Sensitivity, table: CostTable, limit: float) -> Subnet:
-    """The untrained router's answer, as `flextron.route` gives it where there is no router: least increase per cost."""
-    return greedy_answer(sensitivity, [_possible(table, limit)])
+    """Return the greedy choice by least loss increase per cost, which `flextron.route` gives without a router."""
+    return greedy_answer(sensitivity, [_ceiling(table, limit)])
 
 
 def knapsack(sensitivity: Sensitivity, table: CostTable, limit: float) -> Subnet:
-    """The least sum of loss increases within the limit, exactly: a multiple-choice knapsack as an integer program.
+    """Return the exact minimum of summed loss increases within the limit, from a multiple-choice knapsack.
 
-    HALP (Shen et al., 2021, arXiv 2110.10811) prunes by a knapsack over a latency table. Solved by HiGHS, in
-    `scipy.optimize.milp`, to a relative gap of 1e-6.
+    HALP (Shen et al., 2021, arXiv 2110.10811) prunes by a knapsack over a latency table. Here HiGHS
+    (`scipy.optimize.milp`) solves an integer program to a relative gap of 1e-6.
 
     Raises:
-        FlextronError: the solver proves no optimum in SOLVER_SECONDS.
+        FlextronError: the solver proves no optimum in SOLVER_SECONDS, or its answer exceeds the limit by rounding.
     """
-    ceiling, space = _possible(table, limit), table.search_space
+    ceiling, space = _ceiling(table, limit), table.search_space
     sub_layers, choices = np.nonzero(allowed(space))
     increases = increase_matrix(sensitivity)[sub_layers, choices]
     costs = cost_matrix(table)[sub_layers, choices]
-    for less in (0.0, SLACK):
-        taken = _solve(sub_layers, increases, costs / table.full, (limit - table.fixed) / table.full - less)
+    for margin in (0.0, SLACK):
+        taken = _solve(sub_layers, increases, costs / table.full, (limit - table.fixed) / table.full - margin)
         indices_S = np.zeros(len(AXES) * space.layers, dtype=np.int64)
         indices_S[sub_layers[taken]] = choices[taken]
         subnet = to_subnet(space, indices_S)
         if meets([ceiling], subnet):
             return subnet
-    raise FlextronError(f"the knapsack's solver exceeds {ceiling.text} by rounding. Use another limit, or greedy.")
+    raise FlextronError(f"the knapsack solver exceeds {ceiling.text} by rounding. Use another limit, or greedy.")
 
 
 def _solve(sub_layers: Indices, increases: Floats, costs: Floats, most: float) -> Indices:
-    """Which items are taken, one for each sub-layer: at a cost of `most` or less, with the least sum of increases."""
+    """Return the chosen items, one per sub-layer, with the least sum of increases at a cost of `most` or less."""
     items = np.arange(len(sub_layers))
     one_each = csr_array((np.ones(len(items)), (sub_layers, items)))
     result = milp(
@@ -198,16 +201,16 @@ def _solve(sub_layers: Indices, increases: Floats, costs: Floats, most: float) -
 
 
 def random_search(table: CostTable, limit: float, meter: Meter, *, evaluations: int, seed: int) -> Subnet:
-    """The best measured of `evaluations` random sub-networks that use the limit up.
+    """Return the best of `evaluations` measured random sub-networks, each widened until the limit is used up.
 
-    The control of every architecture search (Li and Talwalkar, 2019, arXiv 1902.07638). Fewer are measured only where
-    ATTEMPTS draws in a row bring nothing new.
+    Random search is the control of architecture search (Li and Talwalkar, 2019, arXiv 1902.07638). It measures fewer
+    only if ATTEMPTS draws in a row are not new.
     """
-    ceiling, draw = _possible(table, limit), np.random.default_rng(seed)
-    within = _Within.of(ceiling)
+    draw = np.random.default_rng(seed)
+    bound = _Limit.of(_ceiling(table, limit))
 
     def propose(_measured: dict[Subnet, float], _attempt: int) -> Subnet:
-        return to_subnet(table.search_space, within.repaired(draw.integers(0, within.last_S + 1), draw))
+        return to_subnet(table.search_space, bound.repaired(draw.integers(0, bound.last_S + 1), draw))
 
     return _best(propose, meter, evaluations)
 
@@ -215,33 +218,33 @@ def random_search(table: CostTable, limit: float, meter: Meter, *, evaluations: 
 def evolve(
     sensitivity: Sensitivity, table: CostTable, limit: float, meter: Meter, *, evaluations: int, seed: int
 ) -> Subnet:
-    """The best measured of `evaluations` sub-networks that evolve from the greedy choice; none is measured twice.
+    """Return the best of `evaluations` measured sub-networks that evolve from the greedy choice.
 
-    Once-for-all (Cai et al., 2020, arXiv 1908.09791) evolves with a predictor; here each is measured.
-    Parents are drawn from the POPULATION best so far, by tournaments of two; a child crosses two of them or copies
-    one, moves a few sub-layers up or down, and is repaired to use the limit up. Where children bring nothing new any
-    more, random sub-networks stand in; fewer are measured only where ATTEMPTS in a row bring nothing new.
+    Once-for-all (Cai et al., 2020, arXiv 1908.09791) evolves with a predictor; here every sub-network is measured, and
+    none twice. Tournaments of two choose parents among the POPULATION best so far. A child crosses two parents or
+    copies one, moves a few sub-layers up or down, and is repaired to use the limit up. If half of ATTEMPTS in a row are
+    not new, random sub-networks are tried; if all are not new, the search ends early.
     """
     first, space = greedy(sensitivity, table, limit), table.search_space
-    within, draw = _Within.of(_possible(table, limit)), np.random.default_rng(seed)
+    bound, draw = _Limit.of(_ceiling(table, limit)), np.random.default_rng(seed)
 
     def propose(measured: dict[Subnet, float], attempt: int) -> Subnet:
         if not measured:
             return first
         if attempt > ATTEMPTS // 2:
-            return to_subnet(space, within.repaired(draw.integers(0, within.last_S + 1), draw))
-        # The first generation are the greedy choice's own children.
+            return to_subnet(space, bound.repaired(draw.integers(0, bound.last_S + 1), draw))
+        # The first generation descends from the greedy choice.
         best = sorted(measured, key=measured.__getitem__)[:POPULATION] if len(measured) >= POPULATION else [first]
         mother_S, father_S = to_indices(space, [best[draw.integers(len(best), size=2).min()] for _ in range(2)])
         if draw.random() < CROSSED:
             mother_S = np.where(draw.random(len(mother_S)) < 0.5, mother_S, father_S)
-        return to_subnet(space, within.repaired(_moved(mother_S, within.last_S, MOVES + attempt, draw), draw))
+        return to_subnet(space, bound.repaired(_moved(mother_S, bound.last_S, MOVES + attempt, draw), draw))
 
     return _best(propose, meter, evaluations)
 
 
 def _moved(indices_S: Indices, last_S: Indices, most: int, draw: np.random.Generator) -> Indices:
-    """One to `most` random sub-layers moved up or down, by at most a quarter of their choices."""
+    """Move one to `most` random sub-layers up or down, by at most a quarter of their choices."""
     count = min(int(draw.integers(1, most + 1)), len(indices_S))
     which = draw.choice(len(indices_S), count, replace=False)
     steps = draw.integers(1, np.maximum(1, last_S[which] // 4) + 1) * draw.choice([-1, 1], count)
@@ -251,9 +254,12 @@ def _moved(indices_S: Indices, last_S: Indices, most: int, draw: np.random.Gener
 
 
 def _best(propose: Callable[[dict[Subnet, float], int], Subnet], meter: Meter, evaluations: int) -> Subnet:
-    """The best of `evaluations` proposals, which are told what was measured and how many of the last were not new."""
+    """Measure `evaluations` new proposals and return the best.
+
+    `propose` gets the measured losses, and the number of proposals in a row that were not new.
+    """
     if evaluations < 1:
-        raise ValueError(f"evaluations is {evaluations}; a search measures at least 1 sub-network.")
+        raise ValueError(f"evaluations is {evaluations}; a search measures at least 1 sub-network. Pass 1 or more.")
     measured: dict[Subnet, float] = {}
     attempt = 0
     while len(measured) < evaluations and attempt < ATTEMPTS:
@@ -266,17 +272,18 @@ def _best(propose: Callable[[dict[Subnet, float], int], Subnet], meter: Meter, e
 
 
 @dataclass(frozen=True)
-class _Within:
-    """A limit over choices as arrays."""
+class _Limit:
+    """A limit on the cost of choices, as arrays."""
 
     costs_SK: Floats
     fixed: float
     last_S: Indices
-    """The widest choice of each sub-layer."""
+    """Index of the widest choice of each sub-layer."""
     limit: float
+    """Highest allowed cost, in the table's unit."""
 
     @classmethod
-    def of(cls, ceiling: Ceiling) -> _Within:
+    def of(cls, ceiling: Ceiling) -> _Limit:
         table = ceiling.table
         last_S = choice_counts(table.search_space) - 1
         return cls(cost_matrix(table), table.fixed, last_S, ceiling.limit * (1 + TOLERANCE))
@@ -285,7 +292,7 @@ class _Within:
         return bool(prices(self.costs_SK, self.fixed, indices_S[None])[0] > self.limit)
 
     def repaired(self, indices_S: Indices, draw: np.random.Generator) -> Indices:
-        """Random sub-layers narrowed, one choice at a time, until all fits; then random ones widened until none can."""
+        """Narrow random sub-layers, one choice at a time, until the limit is met; then widen random ones that fit."""
         indices_S, every_S = indices_S.copy(), np.arange(len(indices_S))
         while self.exceeds(indices_S) and indices_S.any():
             indices_S[draw.choice(np.flatnonzero(indices_S))] -= 1
@@ -299,8 +306,8 @@ class _Within:
             indices_S[draw.choice(able)] += 1
 
 
-def _possible(table: CostTable, limit: float) -> Ceiling:
-    """The limit, once the smallest sub-network keeps it."""
+def _ceiling(table: CostTable, limit: float) -> Ceiling:
+    """Return the limit as a Ceiling, after checking that the smallest sub-network meets it."""
     ceiling = Ceiling(table, limit, format_cost(limit, table.unit))
     check_possible([ceiling])
     return ceiling

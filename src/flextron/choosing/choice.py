@@ -1,4 +1,4 @@
-"""Which sub-network a user means: the one place that reads `full`, `60%`, `neurons=768,kv_groups=2` or a file."""
+"""Read the name of a sub-network: `full`, `60%`, `neurons=768,kv_groups=2` or a JSON file."""
 
 from __future__ import annotations
 
@@ -13,54 +13,55 @@ FORMS = "full, a share such as 60%, equal widths such as neurons=768,kv_groups=2
 
 
 def choose(
-    model: ElasticModel, wish: str, folder: str | Path | None = None, *, sensitivity: Sensitivity | None = None
+    model: ElasticModel, name: str, folder: str | Path | None = None, *, sensitivity: Sensitivity | None = None
 ) -> Subnet:
-    """The sub-network of `model` that `wish` names.
+    """Return the sub-network of `model` called `name`.
 
     Args:
-        wish: "full"; "60%", the greedy choice for that share of the layers' weights; "neurons=768", "kv_groups=2" or
+        name: "full"; "60%", the greedy choice for that share of the layers' weights; "neurons=768", "kv_groups=2" or
             both, in every layer; or the path of a Subnet's JSON file.
-        folder: the elastic checkpoint, whose sensitivities a share needs.
-        sensitivity: to use instead of the folder's.
+        folder: folder of the elastic checkpoint, whose sensitivities a share needs.
+        sensitivity: sensitivities to use instead of the folder's.
 
     Raises:
-        SubnetError: none of these forms, widths outside the search space, or a share without sensitivities.
+        SubnetError: `name` has none of these forms, its widths are outside the search space, or it is a share and there
+            are no sensitivities.
     """
-    if wish == "full":
+    if name == "full":
         return model.search_space.full
-    if wish.endswith("%"):
-        share = _share(wish)
-        return (sensitivity or _sensitivity(wish, folder)).allocate(share)
-    if "=" in wish:
-        return _of_widths(model, wish)
-    if not wish.endswith(".json"):
-        raise SubnetError(f"cannot read the sub-network {wish!r}; it is one of: {FORMS}.")
-    subnet = Subnet.load(wish)
+    if name.endswith("%"):
+        share = _share(name)
+        return (sensitivity or _sensitivity(name, folder)).allocate(share)
+    if "=" in name:
+        return _of_widths(model, name)
+    if not name.endswith(".json"):
+        raise SubnetError(f"cannot read the sub-network {name!r}. Pass {FORMS}.")
+    subnet = Subnet.load(name)
     model.search_space.check(subnet)
     return subnet
 
 
-def _share(wish: str) -> float:
+def _share(name: str) -> float:
     try:
-        return float(wish[:-1]) / 100
+        return float(name[:-1]) / 100
     except ValueError:
-        raise SubnetError(f"cannot read the share {wish!r}; write a number and %, such as 60%.") from None
+        raise SubnetError(f"cannot read the share {name!r}. Write a number and %, such as 60%.") from None
 
 
-def _sensitivity(wish: str, folder: str | Path | None) -> Sensitivity:
+def _sensitivity(name: str, folder: str | Path | None) -> Sensitivity:
     if folder is None or not Sensitivity.is_in(folder):
         raise SubnetError(
-            f"{wish} needs the sensitivities of an elastic checkpoint, and {folder} has none. "
-            "Make one with `flextron rank MODEL OUT`, or name widths, such as neurons=768."
+            f"{name} needs the sensitivities of an elastic checkpoint, but {folder} has none. "
+            "Run `flextron rank MODEL OUT` to measure them, or pass widths, such as neurons=768."
         )
     return Sensitivity.load(folder)
 
 
-def _of_widths(model: ElasticModel, wish: str) -> Subnet:
+def _of_widths(model: ElasticModel, name: str) -> Subnet:
     widths: dict[str, int] = {}
-    for part in wish.split(","):
+    for part in name.split(","):
         axis, _, width = part.strip().partition("=")
         if axis not in AXES or axis in widths or not width.isdigit():
-            raise SubnetError(f"cannot read the widths {wish!r} at {part!r}; write such as neurons=768,kv_groups=2.")
+            raise SubnetError(f"cannot read the widths {name!r} at {part!r}. Write them like neurons=768,kv_groups=2.")
         widths[axis] = int(width)
     return model.search_space.uniform(**widths)

@@ -1,4 +1,4 @@
-"""Loss of SmolLM2 over the share of the layers' weights kept: greedy by sensitivity, and equal MLP widths.
+"""Compare greedy and equal MLP widths: loss of SmolLM2 over the share of the layers' weights kept.
 
 python benchmarks/allocation.py --rank-on TRAIN.jsonl.xz --texts VALIDATION.jsonl.xz WIKITEXT2.jsonl.xz
 """
@@ -24,15 +24,15 @@ class Settings:
     """Measure greedy and equal sub-networks of one ranked model."""
 
     rank_on: str = "sample/train"
-    """Text to rank on; sensitivities are measured on its next documents."""
+    """Text to rank on; sensitivities are measured on the documents that follow."""
     rank_tokens: int = 16384
-    """Tokens to rank on."""
+    """Number of tokens to rank on."""
     sensitivity_tokens: int = 2048
-    """Tokens to measure sensitivities on."""
+    """Number of tokens to measure sensitivities on."""
     texts: tuple[str, ...] = ("sample/validation",)
     """Texts to measure on."""
     tokens: int = 8192
-    """Tokens of each to measure on."""
+    """Number of tokens of each text to measure on."""
     shares: tuple[float, ...] = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
     """Shares of the layers' weights."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -42,7 +42,7 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
-    """Rank, measure sensitivities, print one row for every share."""
+    """Rank, measure sensitivities, and print one row per share."""
     model = load_smollm2(getattr(torch, settings.dtype))
     ranked_on = load_blocks(model.tokenizer, settings.rank_on, tokens=settings.rank_tokens)
     rank(model, ranked_on)

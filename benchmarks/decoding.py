@@ -1,9 +1,9 @@
-"""Time per token of our decoding loop against transformers' eager `generate`, and what narrowing saves, for SmolLM2.
+"""Time flextron's decoding loop for SmolLM2 against `generate` of transformers, at full width and narrowed.
 
 python benchmarks/decoding.py
 
-Each round runs all in turn: `generate` of transformers at full width, ours at full width, and ours at sub-networks with
-half of the layers' weights. Greedy texts are compared.
+Each round runs in turn: transformers at full width, flextron at full width, and flextron at sub-networks with half of
+the layers' weights. It also compares the greedy texts.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Settings:
     """Time decoding."""
 
     new_tokens: int = 64
-    """Tokens to generate; the first comes with the prompt and is not timed."""
+    """Number of tokens to generate; the first comes with the prompt and is not timed."""
     rounds: int = 5
-    """Interleaved rounds; medians are printed."""
+    """Number of interleaved rounds; medians are printed."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights."""
     out: Path | None = None
@@ -39,7 +39,7 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
-    """Run and print."""
+    """Time all runs and print the results."""
     model = load_smollm2(getattr(torch, settings.dtype))
     prompt_BT = model.tokenizer(PROMPT, return_tensors="pt").input_ids  # type: ignore[misc]
     layers = model.search_space.layers
@@ -54,7 +54,7 @@ def main(settings: Settings) -> None:
         eager, eager_ms = _eager(model, prompt_BT, settings.new_tokens)
         found = {name: _ours(model, subnet, prompt_BT, settings.new_tokens) for name, subnet in subnets.items()}
         equal &= found["full"][0] == eager
-        if round_:  # the first warms up
+        if round_:  # the first round warms up
             times["transformers, full"].append(eager_ms)
             for name, (_, ms) in found.items():
                 times[name].append(ms)
@@ -62,13 +62,13 @@ def main(settings: Settings) -> None:
     for name, values in times.items():
         ratio = median(a / b for a, b in zip(values, times["full"], strict=True))
         share = f", {model.share(subnets[name]):.1%} of the layers' weights" if name in subnets else ""
-        print(f"  {name:<30}{median(values):7.1f} ms a token, {ratio:.2f} of ours at full width{share}")
-    print(f"  greedy text of {settings.new_tokens} tokens equal to transformers': {equal}")
+        print(f"  {name:<30}{median(values):7.1f} ms per token, {ratio:.2f} of flextron at full width{share}")
+    print(f"  same greedy text of {settings.new_tokens} tokens as transformers: {equal}")
     write_results(settings.out, {"ms_per_token": times, "equal": equal})
 
 
 def _eager(model: ElasticModel, prompt_BT: torch.Tensor, new_tokens: int) -> tuple[list[int], float]:
-    """Tokens, and ms for each after the first: the whole time less that of one token."""
+    """Return the tokens, and ms per token after the first: the whole time minus that of one token."""
     options = {"attention_mask": torch.ones_like(prompt_BT), "do_sample": False}
     with torch.inference_mode():
         start = time.perf_counter()
@@ -81,7 +81,7 @@ def _eager(model: ElasticModel, prompt_BT: torch.Tensor, new_tokens: int) -> tup
 
 
 def _ours(model: ElasticModel, subnet: Subnet, prompt_BT: torch.Tensor, new_tokens: int) -> tuple[list[int], float]:
-    """Tokens, and ms for each after the first."""
+    """Return the tokens, and ms per token after the first."""
     stream = stream_tokens(model, subnet, prompt_BT, max_new_tokens=new_tokens)
     tokens = [next(stream)]
     start = time.perf_counter()

@@ -1,11 +1,11 @@
-"""Sub-networks in llama.cpp: prompt and output tokens per second, against the speed-up that their bytes allow.
+"""Time sub-networks in llama.cpp, and compare the speed-up with the ideal.
 
 python benchmarks/engines.py out/trained
 
-For each budget, the router's per-layer widths and equal widths of at most the same size, exported to GGUF. Each round
-times all files, in another order, each right after the full model's. A token reads every weight once, so the ideal
-speed-up of an output token is the full file's bytes over the sub-network's; a prompt's is that of the FLOPs. Medians of
-times, and of ratios to the full model's just before, are printed.
+For each budget, it exports the router's per-layer widths, and equal widths of at most the same size, to GGUF. Each
+round times all files in random order, each right after the full model. An output token reads every weight once, so its
+ideal speed-up is the ratio of the files' bytes; the ideal of a prompt is the ratio of FLOPs. It prints medians of
+times, and of ratios to the full model timed just before.
 """
 
 from __future__ import annotations
@@ -40,26 +40,26 @@ class Settings:
     model: Annotated[Positional[str], tyro.conf.arg(metavar="MODEL")]
     """Folder of an elastic checkpoint with its latency tables."""
     budgets: tuple[str, ...] = ("0.8x", "0.6x", "0.5x")
-    """What the sub-networks may cost."""
+    """Budgets of the sub-networks."""
     quantize: tuple[str, ...] = ("f16", "q8_0")
-    """Types of the weights."""
+    """Weight types to export."""
     threads: int = 2
-    """Of the engine."""
+    """Number of threads of llama.cpp."""
     prompt_tokens: int = 512
-    """Tokens to read."""
+    """Number of tokens in the prompt."""
     new_tokens: int = 64
-    """Tokens to write."""
+    """Number of tokens to generate."""
     rounds: int = 5
-    """Interleaved rounds, after one to warm up."""
+    """Number of interleaved rounds, after one to warm up."""
     any_device: bool = False
-    """Use latency tables of another device or version."""
+    """Whether to use latency tables of another device or version."""
     out: Path | None = None
     """JSON file to write."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One file."""
+    """One exported file."""
 
     name: str
     quantize: str
@@ -67,11 +67,11 @@ class Row:
     architecture: str
     megabytes: float
     flops: float
-    """Of a prompt's token, without attention scores and output."""
+    """FLOPs per prompt token, without attention scores and output projection."""
 
 
 def main(settings: Settings) -> None:
-    """Export, time and print."""
+    """Export and time all files, and print the results."""
     quiet_transformers()
     torch.set_num_threads(settings.threads)
     model = ElasticModel.from_pretrained(settings.model)
@@ -106,23 +106,23 @@ def _subnets(model: ElasticModel, quantize: str, settings: Settings) -> dict[str
 
 
 Pairs = list[tuple[EngineTimes, EngineTimes]]
-"""Of one file, in each round: the full model's times and, right after, its own."""
+"""For one file, in each round: the full model's times and, right after, its own."""
 
 
 def _time(engines: list[LlamaCpp], tokens: list[int], settings: Settings) -> list[Pairs]:
-    """Of each engine, its times in each round; the first engine has the full model."""
+    """Return the times of each engine in each round; the first engine has the full model."""
     pairs: list[Pairs] = [[] for _ in engines]
     draw = random.Random(0)  # noqa: S311
     for round_ in range(settings.rounds + 1):
         for index in draw.sample(range(len(engines)), len(engines)):
             full, own = (engines[each].times(tokens, settings.new_tokens) for each in (0, index))
-            if round_:  # the first warms up
+            if round_:  # the first round warms up
                 pairs[index].append((full, own))
     return pairs
 
 
 def _report(rows: list[Row], times: list[Pairs], settings: Settings) -> list[dict[str, Any]]:
-    """Print a table; the same as JSON."""
+    """Print a table, and return its rows as JSON values."""
     print(f"\n{rows[0].quantize}, {settings.threads} threads, {settings.prompt_tokens} + {settings.new_tokens} tokens")
     print(
         f"{'sub-network':<16}{'MB':>8}{'prompt tok/s':>14}{'ideal':>7}{'got':>6}{'ms/token':>10}{'ideal':>7}{'got':>6}"

@@ -1,4 +1,4 @@
-"""Predicted against measured time of sub-networks that the latency table has never seen, from interleaved runs.
+"""Compare predicted with measured times of sub-networks that the latency table was not fitted to, interleaved.
 
 python benchmarks/latency.py
 """
@@ -24,26 +24,26 @@ from model import load_smollm2, write_results
 
 @dataclass(frozen=True)
 class Settings:
-    """Measure tables, then check them."""
+    """Measure latency tables, then check them."""
 
     phases: tuple[Literal["prefill", "decode"], ...] = ("prefill", "decode")
-    """What to time."""
+    """Phases to time."""
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("bfloat16", "float32")
-    """Type of the weights for each phase, in the order of --phases."""
+    """Types of the weights, one per phase, in the order of --phases."""
     tokens: int = 512
-    """Tokens of the prompt or context."""
+    """Number of tokens in the prompt or context."""
     unseen: int = 20
-    """Random sub-networks to check."""
+    """Number of random sub-networks to check."""
     rounds: int = 3
-    """Interleaved rounds of the check."""
+    """Number of interleaved rounds of the check."""
     seed: int = 1000
-    """Of the sub-networks that are checked; the tables' own are of seed 0."""
+    """Seed of the checked sub-networks; the tables are fitted to those of seed 0."""
     out: Path | None = None
     """JSON file to write."""
 
 
 def main(settings: Settings) -> None:
-    """Run and print every phase."""
+    """Measure and check every phase, and print the results."""
     results = [
         _check(phase, getattr(torch, dtype), settings)
         for phase, dtype in zip(settings.phases, settings.dtypes, strict=True)
@@ -72,7 +72,7 @@ def _check(phase: str, dtype: torch.dtype, settings: Settings) -> dict[str, Any]
     absolute = [abs(table.price(subnet) / ms - 1) for subnet, ms in zip(subnets, timing.milliseconds, strict=True)]
     print(f"\n{phase}, {dtype}, {settings.tokens} tokens: table measured in {seconds:.0f} s\n{describe(table)}")
     print(f"{settings.unseen} unseen sub-networks, {min(parts):.2f} to {max(parts):.2f} of the full model's time:")
-    print(f"  as a part of the full model's time: median error {median(relative):.1%}, worst {max(relative):.1%}")
+    print(f"  relative to the full model's time: median error {median(relative):.1%}, worst {max(relative):.1%}")
     print(
         f"  in ms: median error {median(absolute):.1%}, worst {max(absolute):.1%} "
         f"(full model {table.full:.1f} ms in the table, {timing.full_ms:.1f} ms now, noise {timing.noise:.1%})"

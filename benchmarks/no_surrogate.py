@@ -1,11 +1,11 @@
-"""The ablation without a surrogate: the static router is trained through the LLM, at the same compute.
+"""Ablation without a surrogate: train the static router through the LLM, with the same compute.
 
     python benchmarks/no_surrogate.py out/trained --phase prefill --out no-surrogate/
 
-The same router, from the same start, by the same Gumbel-softmax; but every step is a forward and a backward pass of the
-frozen LLM in which all parts run and each is multiplied by the router's choice, 1 or 0. A step costs about four
-forward passes, so it takes a quarter as many steps as the other router measured sub-networks on as many tokens. Writes
-the answer to each budget as a file for `flextron evaluate --subnet`.
+The router, its start and the Gumbel-softmax are those of the usual training. But each step is a forward and a backward
+pass of the frozen LLM, in which all parts run and each is multiplied by the router's choice, 1 or 0. A step costs about
+four forward passes, so the number of steps is a quarter of the sub-networks that the usual router measures, on as many
+tokens each. It writes the answer to each budget as a file for `flextron evaluate --subnet`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from flextron.routers.static.net import StaticRouter
 from flextron.routers.static.router import route_along
 
 PASSES_PER_STEP = 4
-"""Forward passes that a step costs: the teacher's, one forward, and a backward of two."""
+"""Cost of a step in forward passes: one of the teacher, one of the student, and two for the backward pass."""
 
 
 @dataclass(frozen=True)
@@ -51,31 +51,31 @@ class Settings:
     out: Path
     """Folder for the answers, one file for each budget."""
     phase: Literal["prefill", "decode"] = "decode"
-    """Whose time the budgets are parts of."""
+    """Phase whose time the budgets limit."""
     budgets: tuple[float, ...] = (0.8, 0.6, 0.5)
-    """Parts of the full model's time."""
+    """Budgets, as fractions of the full model's time."""
     text: str = "sample/train"
-    """Text to train on; what the model was ranked on is left out."""
+    """Text to train on, without the documents that the model was ranked on."""
     tokens: int = 512
-    """Tokens that the other router measured each sub-network on."""
+    """Number of tokens on which the usual router measures each sub-network."""
     evaluations: int = 256
-    """Sub-networks that it measured."""
+    """Number of sub-networks that the usual router measures."""
     lowest: float = 0.45
     """Lowest budget to train for."""
     learning_rate: float | None = None
-    """By default the other router's, times as many as its steps are more: the same way in all."""
+    """By default the usual router's, scaled up for the fewer steps so that their sum stays the same."""
     seed: int = 0
-    """Of the budgets and the noise."""
+    """Seed of the budgets and the noise."""
     any_device: bool = False
-    """Use a latency table of another device or version."""
+    """Whether to use a latency table of another device or version."""
     device: str = "auto"
-    """Where to run; auto takes a GPU if there is one."""
+    """Device to run on; auto uses a GPU if there is one."""
 
 
 class ThroughTheModel:
-    """Losses of choices by the LLM itself, half to the text and half to the full model's predictions.
+    """Computes losses of choices with the LLM: half against the text, half against the full model's predictions.
 
-    Shapes: B rows of text, each with choices of its own; S sub-layers, K choices, U units.
+    Shapes: B rows of text, each with its own choices; S sub-layers, K choices, U units.
     """
 
     def __init__(self, model: ElasticModel, blocks: TokenBlocks, advance: Any) -> None:
@@ -84,10 +84,10 @@ class ThroughTheModel:
         model.lm.requires_grad_(False).eval()
 
     def __call__(self, choices_BSK: torch.Tensor) -> torch.Tensor:
-        """Nats per token of each row, [B]: all rows' mean, whose gradient reaches each row's choices."""
+        """Return the mean nats per token of all rows, a scalar whose gradient reaches each row's choices."""
         lm = self.model.lm
         tokens_BT = torch.stack(list(itertools.islice(self.rows, len(choices_BSK)))).to(self.model.device)
-        needed_BSK = choices_BSK.flip(-1).cumsum(-1).flip(-1)  # a block of units runs where a choice as wide is made
+        needed_BSK = choices_BSK.flip(-1).cumsum(-1).flip(-1)  # a block of units runs if the choice is at least as wide
         layers = self.model.search_space.layers
         runs = [
             (
@@ -120,7 +120,7 @@ class ThroughTheModel:
 
 
 def main(settings: Settings) -> None:
-    """Train, and write the answers."""
+    """Train the router, and write its answers."""
     quiet_transformers()
     model = ElasticModel.from_pretrained(settings.model, device=settings.device)
     table = find_table(model, settings.model, PHASES[settings.phase], foreign=settings.any_device)

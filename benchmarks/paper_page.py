@@ -1,10 +1,10 @@
-"""The page of `paper.py`: tables and a picture from what its stages have left.
+"""Write the results page of `paper.py`: tables and a picture from the files of its stages.
 
     python benchmarks/paper_page.py out/paper docs/results.md
 
-All differences are paired by blocks of the same text, and taken at equal cost: the router's losses are interpolated
-between its answers and the full model. ± is the standard error over these blocks and, where two sub-networks were
-timed, over the rounds of timing.
+All differences are paired by blocks of the same text and taken at equal cost: the router's losses are interpolated
+between its answers and the full model. ± is the standard error over these blocks; if two sub-networks were timed, it
+includes the standard error over timing rounds.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from flextron.subnet import Subnet
 
 mpl.use("agg")
 SHAPE = "shape.json"
-"""The sub-network that costs what a model pruned by another tool does, in its folder."""
-GUESSING = "Guessing has 25, 0, 50, 50, 25 and 25 percent in these tasks, 29.2 on average.\n"
+"""File in the folder of a model pruned by another tool: the sub-network of the same cost."""
+GUESSING = "Guessing scores 25, 0, 50, 50, 25 and 25 percent on these tasks, 29.2 on average.\n"
 PUBLISHED = Path(__file__).parent / "published.json"
 OURS = "elastic, router"
 TOKENWISE = "elastic, per token"
@@ -50,7 +50,7 @@ STYLES = {
     "optipfair": ("x:", "#555555"),
     "mergekit": ("+:", "#999999"),
 }
-"""Of every method in pictures: line and colour."""
+"""Line style and colour of every method in pictures."""
 NAMES = {
     OURS: "**elastic, static router**",
     TOKENWISE: "elastic, routed per token",
@@ -60,42 +60,44 @@ NAMES = {
     "random": "same weights, random search",
     "equal widths": "(a) same weights, equal widths (Mix'n'Match)",
     "layer dropping": "(b) same weights, layer dropping",
-    "alone-share": "(e) each size trained alone, same tokens in all",
-    "alone-each": "(e) each size trained alone, same tokens each",
-    "optipfair": "(f) optipfair, trained alone, same tokens in all",
-    "mergekit": "(f) mergekit, trained alone, same tokens in all",
+    "alone-share": "(e) each size trained alone, same tokens in total",
+    "alone-each": "(e) each size trained alone, same tokens for each",
+    "optipfair": "(f) optipfair, trained alone, same tokens in total",
+    "mergekit": "(f) mergekit, trained alone, same tokens in total",
     "ranked only": "(h) no elastic training",
     "no-ranking": "(h) no ranking, trained on these widths",
     "no-distillation": "(h) no distillation",
     "no-sandwich": "(h) no sandwich: the full model is not trained",
-    "no-surrogate": "(h) no surrogate: the router trained through the LLM",
+    "no-surrogate": "(h) no surrogate: the router is trained through the LLM",
 }
 MUST_LOSE = ("equal widths", "layer dropping", "greedy", "optipfair", "mergekit", "alone-share")
-"""What the router must beat."""
+"""The methods that the router must beat."""
 
 
 @dataclass(frozen=True)
 class Loss:
-    """Of one method at one budget on one text."""
+    """Loss of one method at one budget on one text."""
 
     blocks: tuple[float, ...]
+    """Nats per token of each block."""
     cost: float
-    """As a part of the full model's time."""
+    """Cost as a fraction of the full model's time."""
     timed: bool = True
-    """Whether the cost was measured; else it is the latency table's."""
+    """Whether the cost was measured; otherwise the latency table predicts it."""
     cost_error: float = 0.0
-    """Standard error of a measured cost, over rounds of timing; 0 for the router's own widths, which cost the same."""
+    """Standard error of a measured cost over timing rounds; 0 for the router's own widths, which cost the same."""
 
     @property
     def nats(self) -> float:
-        """Nats per token."""
+        """Mean nats per token."""
         return fmean(self.blocks)
 
     def above(self, curve: Sequence[Loss]) -> tuple[float, float]:
-        """Difference to what a curve of losses, by ascending cost, has at this cost; and its standard error.
+        """Return the difference to a curve of losses at this cost, and its standard error.
 
-        Between its points the curve is a line, beyond the ends its last line goes on. The error is that of the blocks
-        and, where this cost has one, that of timing: of this cost and of both points', times the line's slope.
+        `curve` has ascending costs and is linear between its points; beyond the ends, the last line is extended. The
+        error combines that of the blocks with that of timing, if this cost has one: the errors of this cost and of
+        both points, multiplied by the slope of the line.
         """
         right = min(max(bisect_left([point.cost for point in curve], self.cost), 1), len(curve) - 1)
         low, high = curve[right - 1], curve[right]
@@ -112,16 +114,16 @@ class Loss:
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Of the mean; NaN where there is one value."""
+    """Return the standard error of the mean; NaN for a single value."""
     return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 Losses = dict[float, dict[str, Loss]]
-"""By budget and method."""
+"""Losses by budget and method."""
 
 
 class Results:
-    """What the stages have left in a folder."""
+    """The results of all stages in a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -135,27 +137,28 @@ class Results:
 
     @property
     def budgets(self) -> list[float]:
-        """Parts of the full model's time, from the largest."""
+        """Budgets as fractions of the full model's time, from the largest."""
         return list(self.answers)
 
     def evaluated(self, name: str, text: int) -> dict[str, dict[str, Any]]:
-        """Evaluations of a checkpoint by the names that they were asked by; nothing where the stage was left out."""
+        """Return a checkpoint's evaluations by requested name; empty if the stage was not run."""
         file = self.folder / "losses" / f"{name}-{text}.json"
         return {Path(row["name"]).name: row for row in _read(file)} if file.is_file() else {}
 
     def full(self, text: int) -> dict[str, Loss]:
-        """The full model, before and after elastic training."""
+        """Return the full model's loss before and after elastic training."""
         found = {"before": self.evaluated("ranked only", text), "after": self.evaluated("elastic", text)}
         return {name: Loss(tuple(rows["full"]["blocks"]), 1.0) for name, rows in found.items()}
 
     def losses(self, text: int) -> Losses:
-        """All methods."""
+        """Return the losses of all methods on a text."""
         return {budget: self._at(budget, text) for budget in self.budgets}
 
     def above(self, loss: Loss, text: int) -> tuple[float, float]:
-        """Difference to what the router has at the same cost, and its standard error.
+        """Return the difference to the router's loss at the same cost, and its standard error.
 
-        Between its answers and the full model its losses are interpolated, below its lowest budget extended.
+        The router's losses are interpolated between its answers and the full model, and extended below its lowest
+        budget.
         """
         ours = self.evaluated("elastic", text)
         curve = [replace(self.full(text)["after"], timed=loss.timed)]
@@ -170,7 +173,7 @@ class Results:
     def _at(self, budget: float, text: int) -> dict[str, Loss]:
         answer = self.answers[budget].name
         ours = self.evaluated("elastic", text)
-        cost = self._timed("router", budget)[1]  # with the same widths it has no error of its own
+        cost = self._timed("router", budget)[1]  # no cost error: compared methods have the same widths
         tokenwise = ours[f"ttft={budget}x per token"]
         found = {
             OURS: Loss(tuple(ours[f"ttft={budget}x"]["blocks"]), cost),
@@ -202,19 +205,19 @@ class Results:
         return found
 
     def _costing(self, blocks: tuple[float, ...], subnet: Subnet) -> Loss:
-        """Blocks' losses at the measured time of a sub-network, or at the table's where it was not timed."""
+        """Return a Loss at the measured time of a sub-network, or at the table's if it was not timed."""
         if subnet.to_json() not in self.choices["times"]["ratios"]:
             return Loss(blocks, self._price(subnet), timed=False)
         part, error = self._measured(subnet)
         return Loss(blocks, part, cost_error=error)
 
     def _measured(self, subnet: Subnet) -> tuple[float, float]:
-        """Measured time as a part of the full model's, and its standard error."""
+        """Return the measured time as a fraction of the full model's, and its standard error."""
         ratios = self.choices["times"]["ratios"][subnet.to_json()]
         return fmean(ratios), standard_error(ratios)
 
     def _timed(self, method: str, budget: float) -> tuple[Subnet | None, float, float]:
-        """A method's sub-network, its measured time as a part of the full model's, and the standard error of that."""
+        """Return a method's sub-network, its measured time as a fraction of the full model's, and the time's error."""
         found = self.choices[f"choice, {method}, {budget}"]["subnet"]
         if found is None:
             return None, math.nan, math.nan
@@ -222,30 +225,30 @@ class Results:
         return subnet, *self._measured(subnet)
 
     def _price(self, subnet: Subnet) -> float:
-        """What the latency table says of a sub-network, as a part of the full model's time."""
+        """Return a sub-network's time in the latency table, as a fraction of the full model's."""
         return self.table.price(subnet) / self.table.full
 
     def seeds(self, budget: float, text: int) -> list[float]:
-        """Loss of the router's answer after elastic training, for every seed."""
+        """Return the loss of the router's answer after elastic training, for every seed."""
         others = [self.evaluated(f"seed-{seed}", text).get(self.answers[budget].name) for seed in (1, 2)]
         first = self.evaluated("elastic", text)[f"ttft={budget}x"]
         return [fmean(row["blocks"]) for row in (first, *others) if row is not None]
 
 
 def table_of(folder: Path) -> CostTable:
-    """The latency table that prices every rival."""
+    """Return the latency table that prices all methods."""
     return next(CostTable.load(file) for file in sorted((folder / "ranked" / "latency").glob("ttft-*.json")))
 
 
 def write_page(folder: Path, page: Path | None = None) -> Path:
-    """Write the page, by default results.md in the folder, and its picture beside it."""
+    """Write the page, by default results.md in the folder, and its picture next to it; return the page's path."""
     page = folder / "results.md" if page is None else page
     results = Results(folder)
     picture = page.with_suffix(".png")
     save_figure(_figure(results), picture)
     lines = [*_head(results), f"![loss against measured time]({picture.name})", ""]
-    for place, text in enumerate(results.texts):
-        lines += _table(results, place, text)
+    for index, text in enumerate(results.texts):
+        lines += _table(results, index, text)
     lines += [*_verdict(results), *_tasks(results, page), *_published(), *_left_out(results), *_costs(results)]
     write_text(page, "\n".join(lines) + "\n")
     return page
@@ -260,26 +263,26 @@ def _head(results: Results) -> list[str]:
     return [
         "# Results",
         "",
-        f"Written by `benchmarks/paper_page.py` from what `python benchmarks/paper.py --size {settings['size']}` left "
+        f"`benchmarks/paper_page.py` wrote this page from a run of `benchmarks/paper.py --size {settings['size']}` "
         f"({results.about['minutes']:.0f} minutes, with {results.choices['times']['rounds']} rounds of timing). "
-        f"{Path(settings['model']).name}: ranked on {size['rank_tokens']} tokens, trained on "
-        f"{size['train_tokens']} of {', '.join(map(_short, settings['train']))}, "
-        f"seed {settings['seed']}, {results.about['dtype']}. Losses: {size['loss_tokens']} tokens of each text. "
-        f"Budgets are parts of the full model's time to the first token of {prompts}.",
+        f"{Path(settings['model']).name} was ranked on {size['rank_tokens']} tokens, trained on "
+        f"{size['train_tokens']} tokens of {', '.join(map(_short, settings['train']))}, "
+        f"with seed {settings['seed']} in {results.about['dtype']}. Losses are means over {size['loss_tokens']} tokens "
+        f"of each text. Budgets are fractions of the full model's time to the first token of {prompts}.",
         "",
         "Conditions: " + "; ".join(line.partition(" on Linux")[0] for line in results.about["environment"]) + ".",
         "",
     ]
 
 
-def _table(results: Results, place: int, text: str) -> list[str]:
-    losses = results.losses(place)
-    full = ", ".join(f"{name} elastic training {loss.nats:.3f}" for name, loss in results.full(place).items())
+def _table(results: Results, index: int, text: str) -> list[str]:
+    losses = results.losses(index)
+    full = ", ".join(f"{name} elastic training {loss.nats:.3f}" for name, loss in results.full(index).items())
     lines = [
         f"## Loss on {_short(text)}",
         "",
-        f"Full model, nats per token: {full}. In every cell: part of the full model's time, nats per token, "
-        "and the difference to the router at just that cost, ± its standard error (above 0: worse).",
+        f"Full model, nats per token: {full}. Each cell shows the fraction of the full model's time, nats per token, "
+        "and the difference to the router at the same cost ± standard error; above 0 is worse than the router.",
         "",
         "| method | " + " | ".join(f"{budget}x" for budget in losses) + " |",
         "|:---|" + "---:|" * len(losses),
@@ -291,39 +294,39 @@ def _table(results: Results, place: int, text: str) -> list[str]:
             if loss is None:
                 cells.append("–")
                 continue
-            difference, error = results.above(loss, place)
+            difference, error = results.above(loss, index)
             beside = "" if method == OURS else f" ({difference:+.3f} ± {error:.3f})"
             cells.append(f"{loss.cost:.2f}x: {loss.nats:.3f}{beside}")
         if set(cells) != {"–"}:
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
     untimed = {method for row in losses.values() for method, loss in row.items() if not loss.timed}
     by_table = [name for method, name in NAMES.items() if method in untimed]
-    several = {budget: results.seeds(budget, place) for budget in losses}
+    several = {budget: results.seeds(budget, index) for budget in losses}
     if max(map(len, several.values())) > 1:
         said = ", ".join(f"{b}x {fmean(each):.3f} ± {stdev(each):.3f}" for b, each in several.items() if len(each) > 1)
         lines += ["", f"Over seeds of training, mean ± standard deviation: {said}."]
     return [
         *lines,
         "",
-        "Times were measured in interleaved rounds, while the full model's own "
-        f"varied by {results.choices['times']['noise']:.1%}; their standard errors count, times the slope of the "
-        "router's losses, which are interpolated between its answers and the full model. A model pruned by another "
-        "tool is timed as the sub-network of its shape. Rows of (e) and (h) have the router's widths, but for that "
-        "without a "
-        f"surrogate. By the latency table, and compared with the router's costs by it: {'; '.join(by_table)}.",
+        "Times were measured in interleaved rounds, in which the full model's own time varied by "
+        f"{results.choices['times']['noise']:.1%}. ± includes timing error, converted to nats by the slope of the "
+        "router's loss curve, which is interpolated between its answers and the full model. A model pruned by another "
+        "tool is timed as the sub-network of its shape. (e) and (h) use the router's widths, except the router without "
+        "a surrogate. "
+        f"The latency table gives the costs of these methods and of the router next to them: {'; '.join(by_table)}.",
         "",
     ]
 
 
 def _verdict(results: Results) -> list[str]:
-    """Where the router is ahead and where behind, from the numbers."""
+    """Return the section that counts where the router is ahead and lists where it is behind."""
     ahead, behind, unclear = [], [], []
-    for place, text in enumerate(results.texts):
-        for budget, row in results.losses(place).items():
+    for index, text in enumerate(results.texts):
+        for budget, row in results.losses(index).items():
             for method, loss in row.items():
                 if method in (OURS, TOKENWISE):
                     continue
-                difference, error = results.above(loss, place)
+                difference, error = results.above(loss, index)
                 said = f"{NAMES[method]} at {budget}x on {_short(text)} ({difference:+.3f} ± {error:.3f})"
                 sure = abs(difference) > 2 * error
                 (unclear if not sure else ahead if difference > 0 else behind).append((method, said))
@@ -333,13 +336,13 @@ def _verdict(results: Results) -> list[str]:
     return [
         "## Where we are behind",
         "",
-        f"Of {len([*ahead, *behind, *unclear])} comparisons the static router is ahead in {len(ahead)} by over two "
-        f"standard errors, behind in {len(behind)}, and within them in {len(unclear)}.",
+        f"The static router is ahead by over two standard errors in {len(ahead)} of "
+        f"{len([*ahead, *behind, *unclear])} comparisons, behind in {len(behind)}, and within two in {len(unclear)}.",
         "",
         *(f"- behind: {said}" for _, said in behind),
         "",
-        "It has to beat (a), (b), (c), (f) and, with the same tokens in all, (e): it is behind in "
-        f"{len(lost)} of these comparisons (above), and within two standard errors in {len(must)}.",
+        "The router must beat (a), (b), (c), (f), and (e) with the same tokens in total. In these comparisons it is "
+        f"behind in {len(lost)} (listed above), and within two standard errors in {len(must)}.",
         "",
         *(f"- within: {said}" for said in must),
         *(f"- not compared: {said}" for said in missing),
@@ -348,7 +351,7 @@ def _verdict(results: Results) -> list[str]:
 
 
 def _missing(results: Results) -> list[str]:
-    """What the router must beat and was not compared with, a line for each method."""
+    """Return a line for each method that the router must beat but was not compared with."""
     rows = results.losses(0)
     gaps = {method: [budget for budget in rows if method not in rows[budget]] for method in MUST_LOSE}
     return [f"{NAMES[method]} at {', '.join(f'{b}x' for b in budgets)}" for method, budgets in gaps.items() if budgets]
@@ -357,14 +360,14 @@ def _missing(results: Results) -> list[str]:
 def _tasks(results: Results, page: Path) -> list[str]:
     found = results.folder / "tasks" / "results.md"
     if not found.is_file():
-        return ["## Tasks", "", "Not run; they need data (docs/tasks.md).", ""]
+        return ["## Tasks", "", "Not run: the tasks need data (docs/tasks.md).", ""]
     picture = page.with_name(f"{page.stem}-tasks.png")
     shutil.copyfile(found.with_suffix(".png"), picture)
     return ["## Tasks", "", found.read_text(encoding="utf8"), GUESSING, f"![accuracy against cost]({picture.name})", ""]
 
 
 def _published() -> list[str]:
-    """(g) what others have published of models trained end to end."""
+    """Return section (g): published results of models trained end to end."""
     if not PUBLISHED.is_file():
         return []
     rows = _read(PUBLISHED)
@@ -379,19 +382,19 @@ def _published() -> list[str]:
             said = [f"{r['value']} ({r['metric']}, {r['shots']}-shot) [{sources.index(r['source']) + 1}]" for r in own]
             cells.append("; ".join(said) or "–")
         lines.append(f"| {model} | {' | '.join(cells)} |")
-    return [*lines, "", *(f"{place}. {source}" for place, source in enumerate(sources, 1)), ""]
+    return [*lines, "", *(f"{index}. {source}" for index, source in enumerate(sources, 1)), ""]
 
 
 def _left_out(results: Results) -> list[str]:
-    """What a whole comparison would have and this one has not."""
+    """Return the section that lists what this run left out."""
     size = results.about["size"]
     found = {method for row in results.losses(0).values() for method in row}
     lines = [f"- {name}." for method, name in NAMES.items() if method not in found]
     if results.settings["size"] != "full":
         lines.append("- `--size full`, on a GPU: more text, training, documents and seeds.")
     if size["seeds"] == 1:
-        lines.append("- More than one seed of training: standard errors are of the text, not of training.")
-    several = "(e) with the same tokens each and ablations"
+        lines.append("- More than one training seed: standard errors cover the text, not training.")
+    several = "(e) with the same tokens for each, and ablations"
     for what, key in (("Tasks", "tasks_at"), (several, "costly_at")):
         if set(size[key]) != set(size["budgets"]):
             lines.append(f"- {what} at budgets other than {', '.join(f'{each}x' for each in size[key])}.")
@@ -401,34 +404,36 @@ def _left_out(results: Results) -> list[str]:
 
 
 def _costs(results: Results) -> list[str]:
-    """Time of all stages, those that differ in text or budget only put together."""
+    """Return the section with the time of all stages, summed over texts and budgets."""
     groups: dict[str, float] = {}
     for name, seconds in results.about["seconds"].items():
         kind = re.sub(r"-?\d.*$", "", name.partition(",")[0]).removesuffix(" to ").strip()
         kind = "losses" if kind.startswith("losses") else kind
         groups[kind] = groups.get(kind, 0) + seconds
-    together = f"{results.about['minutes']:.0f} minutes in all; stages that time nothing ran side by side."
+    together = f"{results.about['minutes']:.0f} minutes in total; stages that time nothing ran in parallel."
     lines = ["## What it took", "", together, "", "| stages | seconds |", "|:---|---:|"]
     return [*lines, *(f"| {kind} | {seconds:.0f} |" for kind, seconds in groups.items())]
 
 
 def _short(text: str) -> str:
-    """A text's name without folders, unless it comes with flextron."""
+    """Return a text's name without folders, unless it comes with flextron."""
     return text if text.startswith("sample/") else Path(text).name
 
 
 def _figure(results: Results) -> Figure:
-    labels = {"alone-share": "alone, tokens in all", "alone-each": "alone, tokens each"}
+    labels = {"alone-share": "alone, same tokens in total", "alone-each": "alone, same tokens for each"}
     figure = Figure(figsize=(1 + 6.5 * len(results.texts), 5.2), layout="constrained")
-    for place, axes in enumerate(figure.subplots(1, len(results.texts), squeeze=False)[0]):
-        rows = results.losses(place)
+    for index, axes in enumerate(figure.subplots(1, len(results.texts), squeeze=False)[0]):
+        rows = results.losses(index)
         for method, (style, color) in STYLES.items():
             points = [(row[method].cost, row[method].nats) for row in rows.values() if method in row]
             if points:
                 label = labels.get(method, method)
                 axes.plot(*zip(*sorted(points), strict=True), style, color=color, label=label, markersize=5)
-        axes.plot(1, results.full(place)["after"].nats, "k*", markersize=11, label="full model")
-        axes.set(title=_short(results.texts[place]), xlabel="part of the full model's time", ylabel="nats per token")
+        axes.plot(1, results.full(index)["after"].nats, "k*", markersize=11, label="full model")
+        axes.set(
+            title=_short(results.texts[index]), xlabel="fraction of the full model's time", ylabel="nats per token"
+        )
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)

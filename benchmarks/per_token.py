@@ -1,13 +1,16 @@
-"""Per-token routing against the static router: loss at equal average cost, and time at equal average widths.
+"""Compare per-token routing with the static router: loss at equal mean cost, and time at equal mean widths.
 
 python benchmarks/per_token.py MODEL --phase quality --texts validation.jsonl.xz wikitext.jsonl.xz
 python benchmarks/per_token.py MODEL --phase speed --dtype float32
 
 MODEL is an elastic checkpoint with a static and a token router (`flextron train-router MODEL --phase prefill
---per-token`). Quality: the static router answers to what the tokens really cost on that text; differences are paired.
-Control: the same widths given to other tokens of the batch. Speed: the whole model, routers included, beside a static
-sub-network of the same average widths, the masked definition, and the full model, in turn; and a batch of which half
-of the requests have the whole budget, beside both pure batches.
+--per-token`).
+
+- quality: losses of both routers, paired. The static router gets the mean cost of the routed tokens as its budget. A
+  control gives the same widths to other tokens of the batch.
+- speed: times in turn the routed model with its routers, a static sub-network of the same mean widths, the masked
+  definition and the full model. It also times a batch in which half of the requests have the whole budget, and both
+  pure batches.
 """
 
 from __future__ import annotations
@@ -41,39 +44,39 @@ class Settings:
     model: Annotated[str, tyro.conf.Positional]
     """Elastic checkpoint with both routers."""
     phase: Literal["quality", "speed"] = "quality"
-    """What to measure."""
+    """Which comparison to run."""
     metric: Literal["ttft", "tpot"] = "ttft"
     """Metric of the routers."""
     budgets: tuple[float, ...] = (0.8, 0.7, 0.6, 0.5)
-    """Shares of the full model's cost."""
+    """Budgets, as fractions of the full model's cost."""
     texts: tuple[str, ...] = ("sample/validation",)
     """Texts to measure losses on."""
     tokens: int = 8192
-    """Tokens of each text."""
+    """Number of tokens of each text."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the weights."""
     device: str = "auto"
-    """Where to run."""
+    """Device to run on; auto uses a GPU if there is one."""
     prompt_tokens: int = 2048
-    """Tokens of the prefill that is timed."""
+    """Number of tokens in the timed prefill."""
     rows: int = 16
-    """Requests of the decoding that is timed."""
+    """Number of requests in the timed decoding."""
     context_tokens: int = 128
-    """Tokens that each has seen."""
+    """Number of context tokens of each request."""
     rounds: int = 7
-    """Interleaved rounds of timing; medians are printed."""
+    """Number of interleaved timing rounds; medians are printed."""
     any_device: bool = False
-    """Use a latency table of another device or version."""
+    """Whether to use a latency table of another device or version."""
     out: Path | None = None
     """JSON file to write."""
 
 
 Use = Callable[[], AbstractContextManager[Any]]
-"""Lets the model run in some way inside a block."""
+"""Returns a context in which the model runs in one way."""
 
 
 class Bench:
-    """A model with both routers."""
+    """A model with both routers and their cost table."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -83,30 +86,30 @@ class Bench:
         self.table = find_table(self.model, settings.model, settings.metric, foreign=settings.any_device, warn=print)
 
     def subnet(self, budget: float) -> Subnet:
-        """The static router's answer."""
+        """Return the static router's answer to a budget."""
         return static_answers(self.static, self.table, [budget])[0]
 
     def routing(self, *budgets: float, **options: bool) -> TokenRouting:
-        """How tokens are routed within budgets."""
+        """Return the token routing for budgets."""
         return TokenRouting(
             self.model, self.router, budgets, static_answers(self.static, self.table, budgets), **options
         )
 
     def conditions(self) -> dict[str, Any]:
-        """What stands beside the numbers."""
+        """Return the conditions of the measurements."""
         settings = asdict(self.settings) | {"out": None}
         return {"device": describe_device(self.model.device), "torch": torch.__version__, "settings": settings}
 
 
 def quality(bench: Bench) -> list[dict[str, Any]]:
-    """Losses of each text and budget."""
+    """Measure and print the losses for each text and budget."""
     rows = []
     print(f"{'text':<22}{'budget':>7}{'cost':>7}{'static':>9}{'per token':>11}{'difference':>20}{'shuffled':>20}")
     for text in bench.settings.texts:
         blocks = load_blocks(bench.model.tokenizer, text, tokens=bench.settings.tokens)
         for budget in bench.settings.budgets:
             routing, shuffled = bench.routing(budget), bench.routing(budget, shuffled=True)
-            evaluate(bench.model, [routing], blocks)  # tells the cost on this text
+            evaluate(bench.model, [routing], blocks)  # measures the mean cost on this text
             cost = routing.average_cost
             static, routed, control = evaluate(bench.model, [bench.subnet(cost), routing, shuffled], blocks)
             row = {
@@ -131,12 +134,12 @@ def quality(bench: Bench) -> list[dict[str, Any]]:
 
 
 def speed(bench: Bench) -> list[dict[str, Any]]:
-    """Times of each budget, as parts of a static sub-network's."""
+    """Measure and print the times for each budget, relative to a static sub-network."""
     settings, model = bench.settings, bench.model
     words = load_blocks(model.tokenizer, settings.texts[0], tokens=settings.prompt_tokens, block_tokens=128).tokens
     prompt_BT = words.view(1, -1)[:, : settings.prompt_tokens].to(model.device)
     context_BT = words.view(-1)[: settings.context_tokens].expand(settings.rows, -1).contiguous()
-    for row in range(settings.rows):  # other texts in other rows
+    for row in range(settings.rows):  # gives each row another text
         context_BT[row] = context_BT[row].roll(7 * row)
     rows = []
     for kind, tokens_BT in (("prefill", prompt_BT), ("decode", context_BT.to(model.device))):
@@ -144,7 +147,7 @@ def speed(bench: Bench) -> list[dict[str, Any]]:
         for budget in settings.budgets:
             routing = bench.routing(budget)
             _run_once(make, routing.use)
-            average = _of_average(bench, routing)
+            average = _subnet_of_mean_widths(bench, routing)
             uses: dict[str, Use] = {
                 "static": partial(model.use, average),
                 "per token": routing.use,
@@ -166,9 +169,9 @@ def speed(bench: Bench) -> list[dict[str, Any]]:
 
 
 def _mixed(bench: Bench, kind: str, tokens_BT: torch.Tensor) -> dict[str, Any]:
-    """Half of 16 requests at the whole budget and half at 0.5x, beside both pure batches.
+    """Time a batch with half of its rows at the whole budget and half at 0.5x, and both pure batches.
 
-    The rows of 1.0x alone are the least that a mixed batch can take: all weights are read for them.
+    The rows of 1.0x alone give the shortest time of a mixed batch, because they read all weights.
     """
     rows = bench.settings.rows
     if kind == "prefill":
@@ -187,13 +190,13 @@ def _mixed(bench: Bench, kind: str, tokens_BT: torch.Tensor) -> dict[str, Any]:
         median(ms / mean for ms, mean in zip(times[name], means, strict=True)) for name in ("mixed", "half of 1.0x")
     )
     said = ", ".join(f"{name} {median(each):.1f} ms" for name, each in times.items())
-    ratios = f"of the mean of both: mixed {ratio:.2f}, its {rows // 2} rows of 1.0x alone {floor:.2f}"
+    ratios = f"relative to the mean of both: mixed {ratio:.2f}, its {rows // 2} rows of 1.0x alone {floor:.2f}"
     print(f"{kind:<8}{tuple(tokens_BT.shape)!s:<12}mixed budgets: {said}; {ratios}", flush=True)
     return {"kind": f"{kind} mixed", "ms": {n: median(t) for n, t in times.items()}, "ratio": ratio, "alone": floor}
 
 
-def _of_average(bench: Bench, routing: TokenRouting) -> Subnet:
-    """The static sub-network whose widths come nearest to what tokens had on average, layer by layer and in all."""
+def _subnet_of_mean_widths(bench: Bench, routing: TokenRouting) -> Subnet:
+    """Return the static sub-network whose widths are nearest to the tokens' mean widths, per layer and in total."""
     choices, left, neurons = bench.model.search_space.neurons, 0.0, []
     for average in routing.average_neurons:
         neurons.append(min(choices, key=lambda width, wanted=average + left: abs(width - wanted)))
@@ -210,7 +213,7 @@ def _interleaved(
     for round_ in progress(range(rounds + 1), name):
         for way, (make, use) in ways.items():
             ms = _run_once(make, use)
-            if round_:  # the first warms up
+            if round_:  # the first round warms up
                 times[way].append(ms)
     return times
 
@@ -233,7 +236,7 @@ def _prefill(model: ElasticModel, tokens_BT: torch.Tensor) -> Callable[[], None]
 
 
 def _decode(model: ElasticModel, tokens_BT: torch.Tensor) -> Callable[[], None]:
-    """Four steps after the context, which is not timed."""
+    """Read the context, and return a function that runs four steps after it."""
     cache = model(tokens_BT, use_cache=True, logits_to_keep=1).past_key_values
 
     def run() -> None:
@@ -244,7 +247,7 @@ def _decode(model: ElasticModel, tokens_BT: torch.Tensor) -> Callable[[], None]:
 
 
 def main(settings: Settings) -> None:
-    """Run and print."""
+    """Run the chosen comparison and print the results."""
     bench = Bench(settings)
     print(f"{describe_device(bench.model.device)}, {settings.dtype}; {settings.phase}")
     rows = {"quality": quality, "speed": speed}[settings.phase](bench)

@@ -1,8 +1,8 @@
-"""Which score ranks best: loss of SmolLM2 at equal widths, for every score and several texts.
+"""Compare the ranking scores: loss of SmolLM2 at equal widths, for every score on several texts.
 
     python benchmarks/ranking_scores.py --rank-on TRAIN.jsonl.xz --texts VALIDATION.jsonl.xz WIKITEXT2.jsonl.xz
 
-By default it ranks and measures on the samples that ship with flextron.
+The defaults rank and measure on the samples that come with flextron.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from model import load_smollm2, write_results
 
 @dataclass(frozen=True)
 class Settings:
-    """Compare the scores of importance."""
+    """Compare the importance scores."""
 
     rank_on: str = "sample/train"
     """Text to rank on."""
     rank_tokens: int = 16384
-    """Tokens to rank on."""
+    """Number of tokens to rank on."""
     texts: tuple[str, ...] = ("sample/validation",)
     """Texts to measure on."""
     tokens: int = 8192
-    """Tokens of each to measure on."""
+    """Number of tokens of each text to measure on."""
     widths: tuple[int, ...] = (1344, 1152, 768)
-    """Neurons of every MLP."""
+    """Numbers of neurons in every MLP."""
     kv_groups: tuple[int, ...] = (2,)
-    """KV groups of every attention, MLPs full."""
+    """Numbers of KV groups in every attention, with full MLPs."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights."""
     out: Path | None = None
@@ -43,7 +43,7 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
-    """Rank a fresh copy by each score, print one table row for each."""
+    """Rank a fresh copy of the model by each score, and print one row per score."""
     original = load_smollm2(getattr(torch, settings.dtype))
     ranking_blocks = load_blocks(original.tokenizer, settings.rank_on, tokens=settings.rank_tokens)
     texts = [load_blocks(original.tokenizer, text, tokens=settings.tokens) for text in settings.texts]

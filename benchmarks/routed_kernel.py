@@ -1,20 +1,20 @@
-r"""The routed MLP kernel, checked and timed on a GPU against other ways to give every token its own width.
+r"""Check and time the routed MLP kernel on a GPU, against other ways to give every token its own width.
 
     python benchmarks/routed_kernel.py --out routed_kernel.json
 
-Needs torch and Triton only. Widths are spread evenly from 0 to all neurons and shuffled, so that their mean is one
-half. The ways, in bf16, with silu, eagerly and within CUDA graphs:
+It needs only torch and Triton. Widths are spread evenly from 0 to all neurons and shuffled, so their mean is one half.
+These ways run in bf16 with silu, eagerly and in CUDA graphs:
 
   routed      the kernels, with sorting
-  half        dense products with half of the neurons, for all tokens: as many operations
+  half        dense products with half of the neurons for all tokens, which takes equally many operations
   full        dense products with all neurons
   masked      the definition: all neurons, then zeros
-  blocks      tokens sorted, neurons in 8 blocks, block k on the tokens that reach it; eagerly it waits for the counts
-              of tokens, in a graph it has them, which then serves these widths only
+  blocks      sorted tokens, neurons in 8 blocks, block k on the tokens that reach it; eager runs wait for the numbers
+              of tokens, a graph has them built in and serves only these widths
 
-Times are medians over interleaved rounds, by CUDA events around --calls calls in a row: weights stay in the L2 cache
-where they fit into it, and eager times include the launches where they are slower than the work. Without a GPU, tiny
-sizes run through Triton's interpreter: that checks what the kernels compute and times nothing.
+Times are medians over interleaved rounds, from CUDA events around --calls calls in a row. Weights stay in the L2 cache
+if they fit, and eager times include launches if these are slower than the work. Without a GPU, tiny sizes run in
+Triton's interpreter, which checks the results and times nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import torch
 from torch.nn import functional
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # asked for when the kernels are defined
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are defined
 from flextron.environment import describe_device, describe_environment
 from flextron.inference import routed_kernel
 from flextron.inference.routed_kernel import routed_mlp, routed_mlp_reference
@@ -47,9 +47,9 @@ def main() -> None:
     settings = _settings()
     on_gpu = torch.cuda.is_available()
     if not routed_kernel.available("cuda" if on_gpu else "cpu"):
-        raise SystemExit("Needs Triton, and on a GPU compute capability 8.0 or more: pip install triton.")
+        raise SystemExit("This needs Triton, and on a GPU compute capability 8.0 or more. Run: pip install triton")
     if not on_gpu:
-        print("No GPU: sizes are tiny, and interpreted on the CPU in fp32. Nothing is timed.\n")
+        print("No GPU: tiny sizes are interpreted on the CPU in fp32, and nothing is timed.\n")
     sizes = [tuple(map(int, size.split("x"))) for size in settings.sizes] if on_gpu else [(40, 72), (64, 128)]
     rows = []
     for model, neurons in sizes:
@@ -65,10 +65,10 @@ def main() -> None:
 
 def _settings() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="batches (default: %(default)s)")
-    parser.add_argument("--sizes", nargs="+", default=SIZES, help="model x neurons (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds (default: %(default)s)")
-    parser.add_argument("--calls", type=int, default=10, help="calls per timing (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="tokens per batch (default: %(default)s)")
+    parser.add_argument("--sizes", nargs="+", default=SIZES, help="hidden size x neurons (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=15, help="number of interleaved rounds (default: %(default)s)")
+    parser.add_argument("--calls", type=int, default=10, help="number of calls per timing (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     return parser.parse_args()
 
@@ -91,7 +91,7 @@ def _conditions(settings: argparse.Namespace, on_gpu: bool) -> dict[str, Any]:
 
 @torch.inference_mode()
 def _measure(tokens: int, model: int, neurons: int, settings: argparse.Namespace, *, timed: bool) -> dict[str, Any]:
-    """One row of the table: errors, and times where a GPU is there."""
+    """Return one row of the table: errors, and with `timed` also times."""
     torch.manual_seed(0)
     device, dtype = ("cuda", torch.bfloat16) if timed else ("cpu", torch.float32)
     shapes = ((tokens, model), (neurons, model), (neurons, model), (model, neurons))
@@ -136,7 +136,7 @@ def _starts(neurons: int) -> range:
 
 
 def _counts(widths_N: torch.Tensor, neurons: int) -> list[int]:
-    """How many tokens reach each block of neurons; waits for the device."""
+    """Return the number of tokens that reach each block of neurons; this waits for the device."""
     starts_K = torch.tensor(_starts(neurons), device=widths_N.device)
     return (widths_N[:, None] > starts_K).sum(0).tolist()
 
@@ -149,23 +149,23 @@ def _blocks(
     widths_N: torch.Tensor,
     counts: list[int] | None,
 ) -> torch.Tensor:
-    """The sum over blocks of neurons, each on the first of the sorted tokens."""
+    """Sum the outputs of blocks of neurons, each on the first of the sorted tokens."""
     neurons = gate_FD.shape[0]
     sorted_N, order_N = torch.sort(widths_N, descending=True)
     sorted_ND = x_ND[order_N]
     sum_ND = torch.zeros_like(x_ND)
-    places_F = torch.arange(neurons, device=x_ND.device)
+    index_F = torch.arange(neurons, device=x_ND.device)
     for start, count in zip(_starts(neurons), counts or _counts(widths_N, neurons), strict=True):
         part = slice(start, start + _starts(neurons).step)
         h_NK = functional.silu(functional.linear(sorted_ND[:count], gate_FD[part]))
         h_NK *= functional.linear(sorted_ND[:count], up_FD[part])
-        h_NK.masked_fill_(places_F[part] >= sorted_N[:count, None], 0)
+        h_NK.masked_fill_(index_F[part] >= sorted_N[:count, None], 0)
         sum_ND[:count] += functional.linear(h_NK, down_DF[:, part])
     return torch.empty_like(x_ND).index_copy_(0, order_N, sum_ND)
 
 
 def _error(found: torch.Tensor, exact: torch.Tensor) -> float:
-    """Distance to the definition in fp32, as a share of its length."""
+    """Return the distance to the definition in fp32, relative to the norm of the definition."""
     return ((found.float() - exact).norm() / exact.norm()).item()
 
 
@@ -177,7 +177,7 @@ def _graph(run: Callable[[], torch.Tensor]) -> torch.cuda.CUDAGraph:
 
 
 def _times(runs: dict[str, Callable[[], Any]], rounds: int, calls: int) -> dict[str, float]:
-    """Medians of ms per call; the first round warms up."""
+    """Return median ms per call; the first round warms up."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for round_ in range(rounds + 1):
         for name, run in runs.items():
@@ -201,7 +201,7 @@ def _line(row: dict[str, Any]) -> str:
         for name, ms in row.get(kind, {}).items():
             lines.append(f"  {kind[:-3]:<6}{name:<8}{ms:10.4f} ms{ms / row[kind]['half']:8.2f} of half")
     if "graph_tflops" in row:
-        lines.append(f"  routed, in a graph: {row['graph_tflops']:.0f} TFLOP/s of what the widths ask for")
+        lines.append(f"  routed, in a graph: {row['graph_tflops']:.0f} TFLOP/s, counting only needed operations")
     return "\n".join(lines)
 
 

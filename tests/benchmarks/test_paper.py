@@ -1,4 +1,4 @@
-"""`benchmarks/paper.py`: what runs once, what side by side, what a failure stops; commands that fit and follow."""
+"""`benchmarks/paper.py`: stages run once and in parallel, failures stop them, and all commands are valid."""
 
 import json
 import sys
@@ -41,7 +41,7 @@ def test_what_is_done_is_not_done_again(settings):
 @pytest.mark.parametrize("change", [{"seed": 1}, {"train_tokens": 7}, {"rank": "other.txt"}])
 def test_a_folder_of_other_settings_is_refused(settings, change):
     Paper(settings).once("stage", lambda log: None)
-    with pytest.raises(SystemExit, match="is of other settings"):
+    with pytest.raises(SystemExit, match="has results of other settings"):
         Paper(paper_script.replace(settings, **change))
 
 
@@ -114,11 +114,11 @@ def test_commands_side_by_side_share_loaded_libraries_and_print_into_files(setti
     assert found.read_text().startswith("flextron ")
     assert paper.seconds.keys() == {"version"}
     assert "error: " in (settings.out / "logs" / "mistake.txt").read_text()
-    assert "the same command goes on from here" in capfd.readouterr().err
+    assert "run the same command to continue" in capfd.readouterr().err
 
 
 class Recorder:
-    """In place of the stages' commands: each must fit its parser and find what it reads; leaves empty files."""
+    """Replaces the stages' commands: each must parse and find the files it reads, and it leaves empty files."""
 
     SPACE = SearchSpace(layers=4, neurons=(0, 4, 8, 16), kv_groups=(0, 1, 2))
     TABLE = CostTable(SPACE, "ttft", "ms", 0.2, ((0, 0.5, 1, 2),) * 4, ((0, 0.1, 0.2),) * 4)
@@ -221,7 +221,7 @@ def test_more_rounds_are_timed_and_nothing_else_runs(settings, recorder):
 
 
 def test_other_tools_prune_side_by_side_to_the_shapes_that_are_timed(tmp_path):
-    """The real tools, two budgets at once, on a tiny model; left out where the extra `rivals` is not installed."""
+    """The real tools prune a tiny model to two budgets at once; skipped if the extra `rivals` is not installed."""
     pytest.importorskip("optipfair")
     pytest.importorskip("mergekit")
     full, budgets = tmp_path / "full", (0.8, 0.5)

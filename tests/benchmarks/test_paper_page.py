@@ -1,4 +1,4 @@
-"""The page of results (benchmarks/paper_page.py): differences at equal cost, and what it says of them."""
+"""The results page (benchmarks/paper_page.py): differences at equal cost, and the text about them."""
 
 import json
 from dataclasses import asdict, replace
@@ -20,7 +20,7 @@ CURVE = [Loss((5.0, 7.0), 0.5), Loss((4.0, 6.0), 0.6), Loss((3.0, 4.0), 1.0)]
         (1.0, (3.0, 4.0)),
         (0.55, (4.5, 6.5)),
         (0.8, (3.5, 5.0)),
-        (0.4, (6.0, 8.0)),  # below the lowest along the last line
+        (0.4, (6.0, 8.0)),  # below the lowest point, the last line is extended
     ],
 )
 def test_losses_between_answers_lie_on_the_line_between_them(cost, blocks):
@@ -38,7 +38,7 @@ def test_differences_are_paired_block_by_block():
 
 
 def test_what_timing_may_be_off_by_counts_times_the_slope():
-    """Between 0.5 and 0.6 of the time the curve falls by 10 nats for all of it, so 0.01 of it is worth 0.1."""
+    """Between 0.5 and 0.6 of the time, the curve falls by 10 nats per full time, so 0.01 of it gives 0.1 nats."""
     assert Loss((4.6, 6.6), 0.55, cost_error=0.01).above(CURVE) == pytest.approx((0.1, 0.1))
     timed = [replace(CURVE[0], cost_error=0.02), CURVE[1], CURVE[2]]
     assert Loss((4.6, 6.6), 0.55, cost_error=0.01).above(timed) == pytest.approx((0.1, 0.1 * 2**0.5))
@@ -48,7 +48,7 @@ def test_what_timing_may_be_off_by_counts_times_the_slope():
 SPACE = SearchSpace(layers=2, neurons=(0, 4, 8), kv_groups=(0, 1))
 TABLE = CostTable(SPACE, "ttft", "ms", 2.0, ((0, 1, 2),) * 2, ((0, 2),) * 2)  # 10 ms in full
 HALF, MOST = Subnet((4, 4), (1, 0)), Subnet((8, 4), (1, 1))
-"""The router's answers to 0.6x and 0.9x, which take just as much."""
+"""The router's answers to 0.6x and 0.9x, which take exactly that time."""
 OTHERS = {"greedy": Subnet((8, 0), (1, 0)), "equal widths": Subnet((4, 4), (0, 1))}
 PRUNED = Subnet((8, 0), (1, 1))
 
@@ -64,7 +64,7 @@ def row(name, *blocks, cost=1.0):
 
 @pytest.fixture
 def folder(tmp_path):
-    """What the stages leave: losses of 2, 3 and 5 nats at 1.0x, 0.9x and 0.6x, in blocks that differ by 0.2."""
+    """Results of all stages: losses of 2, 3 and 5 nats at 1.0x, 0.9x and 0.6x, in blocks that differ by 0.2."""
     settings = {"size": "small", "model": "some/model", "train": ["sample/train"], "texts": ["sample/validation"]}
     size = {"prompt_tokens": 256, "batch": 1, "rank_tokens": 1, "train_tokens": 2, "loss_tokens": 3, "seeds": 1}
     size |= {"budgets": [0.9, 0.6], "tasks_at": [0.6], "costly_at": [0.6], "limit": 20}
@@ -96,7 +96,7 @@ def page(folder):
 
 
 def test_the_page_compares_at_equal_cost_with_the_errors_of_timing(folder):
-    """Where a method's time is unsure by 0.1 of the full model's, which the router's line turns into 0.67 nats."""
+    """A method's time has an error of 0.1 of the full model's, which the router's slope turns into 0.67 nats."""
     cells = [[cell.strip() for cell in line.split("|")] for line in page(folder).splitlines()]
     rows = {of_line[1]: of_line[3] for of_line in cells if len(of_line) == 5}
     assert rows["**elastic, static router**"] == "0.60x: 5.000"
@@ -110,20 +110,20 @@ def test_the_page_names_what_was_not_sure_and_not_compared(folder):
     unsure = "(a) same weights, equal widths (Mix'n'Match) at 0.6x on sample/validation (+0.500 ± 0.667)"
     assert f"- within: {unsure}" in lines
     assert "- not compared: (c) same weights, greedy at 0.9x" in lines
-    assert "- not compared: (f) mergekit, trained alone, same tokens in all at 0.9x, 0.6x" in lines
+    assert "- not compared: (f) mergekit, trained alone, same tokens in total at 0.9x, 0.6x" in lines
     assert not [line for line in lines if line.startswith("- behind")]
     assert [line for line in lines if line.startswith("- `--size full`")]
 
 
 def test_where_the_router_is_behind_the_page_says_so(folder):
     write(folder / "losses" / "alone-share-0.6x-0.json", [row("0.6x.json", 4.8, 5.0)])
-    alone = "(e) each size trained alone, same tokens in all at 0.6x on sample/validation (-0.100 ± 0.000)"
+    alone = "(e) each size trained alone, same tokens in total at 0.6x on sample/validation (-0.100 ± 0.000)"
     assert f"- behind: {alone}" in page(folder).splitlines()
 
 
 @pytest.mark.parametrize("timed", [True, False])
 def test_what_other_tools_pruned_costs_what_its_shape_does(folder, timed):
-    """8 ms of 10 by the table; 0.65 where it was timed."""
+    """It costs 8 ms of 10 by the table, and 0.65 if it was timed."""
     write(folder / "losses" / "mergekit-0.6x-0.json", [row("full", 6.9, 7.1)])
     write(folder / "mergekit-0.6x-pruned" / SHAPE, PRUNED.to_json())
     if timed:
@@ -132,5 +132,5 @@ def test_what_other_tools_pruned_costs_what_its_shape_does(folder, timed):
         write(folder / "choices.json", choices)
     found = page(folder)
     assert ("0.65x: 7.000 (+2.333" if timed else "0.80x: 7.000 (+3.333") in found
-    by_table = next(line for line in found.splitlines() if "By the latency table" in line)
+    by_table = next(line for line in found.splitlines() if "The latency table gives" in line)
     assert ("mergekit" in by_table) != timed

@@ -1,4 +1,4 @@
-"""What benchmarks/router.py keeps between its runs."""
+"""Results that benchmarks/router.py keeps between runs."""
 
 import json
 
@@ -32,5 +32,5 @@ def test_results_go_on_from_an_unfinished_run_and_from_a_finished_one(tmp_path):
     again = Kept(out, {"seed": 0})
     assert again.once("loss", lambda: [3.0]) == [1.0]
     assert "command" not in again.results
-    with pytest.raises(FlextronError, match=r"out\.json is of other settings"):
+    with pytest.raises(FlextronError, match=r"out\.json has results of other settings"):
         Kept(out, {"seed": 1})

@@ -7,13 +7,17 @@ READY := $(VENV)/.ready
 export PYTHONDONTWRITEBYTECODE :=
 PIP := $(BIN)/pip --disable-pip-version-check install --no-compile -c constraints.txt
 
-.PHONY: quickstart test check test-slow paper docs setup clean
+.PHONY: quickstart test test-fast test-slow check paper docs setup clean
 
 quickstart: setup  ## rank a real LLM, measure its sub-networks, write out/quickstart/report.md
 	$(BIN)/flextron quickstart
 
-test: check  ## what CI runs: lint, types, import contract, tests
-	$(BIN)/pytest -m "not slow"
+test: check  ## what CI runs: lint, types, import contract, all tests that take seconds
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder -m "not slow and not timing" --durations=10
+	$(BIN)/pytest -m "timing and not slow"
+
+test-fast: check  ## between two edits, under 90 seconds: lint, types, import contract, three families, one real model
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope -k "(test_contract and (llama or gpt2 or gemma2)) or (test_real and generates)"
 
 check: setup
 	$(BIN)/ruff check .

@@ -106,6 +106,7 @@ def test_a_model_that_the_system_refuses_to_write(llama, old):
 
 WRITE_AND_WAIT = """
 import sys, time
+sys.argv[0] = "flextron"  # as on the command line: `import flextron` leaves torch out
 from flextron.atomic import new_folder
 with new_folder(sys.argv[1], overwrite=True) as partial:
     (partial / "new.txt").write_text("new")

@@ -3,6 +3,7 @@
 import json
 import sys
 import threading
+import time
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -79,7 +80,7 @@ def test_a_failure_stops_what_has_not_begun_and_says_why(settings, capfd):
 
     def waits():
         while paper.failed is None:
-            pass
+            time.sleep(0.01)
         paper.once("later", ran.append)
 
     with pytest.raises(SystemExit) as stop:

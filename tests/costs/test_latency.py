@@ -242,6 +242,7 @@ def gpt2() -> ElasticModel:
     return ElasticModel(tiny.plain_model("gpt2"), search_space=SearchSpace(tiny.LAYERS, (0, 20, 40), (0, 2, 6)))
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize(
     ("kind", "phase", "batch", "engine"),
     [

@@ -93,9 +93,16 @@ def assert_close(logits, expected):
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4 * max(1.0, expected.abs().max().item()))
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_logits_are_those_of_transformers(model, threads):
-    torch.set_num_threads(threads)  # `thread_count` restores it
+def test_logits_are_those_of_transformers(model):
+    assert_logits_are_those_of_transformers(model)
+
+
+def test_logits_are_the_same_in_two_threads(llama):
+    torch.set_num_threads(2)  # `thread_count` of conftest sets it back
+    assert_logits_are_those_of_transformers(llama)
+
+
+def assert_logits_are_those_of_transformers(model):
     for subnet in subnets(model):
         decoder = Decoder(model, subnet, max_tokens=PROMPT + STEPS)
         assert_close(decoded_logits(decoder, text_tokens()), expected_logits(model, subnet, text_tokens()))

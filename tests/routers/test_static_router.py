@@ -61,6 +61,14 @@ def fewer_steps(monkeypatch):
     monkeypatch.setattr(training, "STEPS", 150)
 
 
+def any_router_will_do(patch) -> None:
+    """Few steps of training, and no router refused."""
+    patch.setattr(surrogate, "STEPS", 20)
+    patch.setattr(training, "STEPS", 20)
+    patch.setattr(training, "LARGEST_ERROR", 10.0)
+    patch.setattr(training, "LOWEST_RANK", -1.0)
+
+
 class SyntheticMeter:
     """A synthetic loss with an interaction that single sensitivities do not show."""
 
@@ -297,7 +305,8 @@ class TestTraining:
         for check in router.about.checks:
             assert table.price(check.subnet) <= check.budget * table.full * (1 + 1e-9)
 
-    def test_interrupted_it_measures_only_what_is_missing(self, sensitivity, table, pairs):
+    def test_interrupted_it_measures_only_what_is_missing(self, sensitivity, table, pairs, monkeypatch):
+        any_router_will_do(monkeypatch)
         meter = SyntheticMeter(sensitivity)
 
         def cut_short(subnet):
@@ -520,9 +529,11 @@ class TestRoute:
 class TestTogether:
     """Training weights and router in turn, the last stage of the method."""
 
-    @pytest.fixture
-    def ranked(self, checkpoint, tmp_path):
-        folder = tmp_path / "elastic"
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def with_router(checkpoint, tmp_path_factory):
+        """Folder of a checkpoint with a router."""
+        folder = tmp_path_factory.mktemp("together") / "elastic"
         shutil.copytree(checkpoint, folder)
         model = ElasticModel.from_pretrained(folder)
         sensitivity = tiny.in_nats(even_sensitivity(model))
@@ -541,13 +552,20 @@ class TestTogether:
         meter = SyntheticMeter(sensitivity)
         blocks = torch.zeros(2, 256, dtype=torch.long)
         meter.blocks = TokenBlocks(blocks, torch.ones_like(blocks), "sample/train")
-        router = train_router(sensitivity, table, meter, Pairs(tmp_path / "p.jsonl", {}), evaluations=160)
+        pairs = Pairs(folder.parent / "pairs.jsonl", {})
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(surrogate, "STEPS", 250)
+            patch.setattr(training, "STEPS", 150)
+            router = train_router(sensitivity, table, meter, pairs, evaluations=training.LEAST_EVALUATIONS)
         router.save(folder, model)
         return folder
 
+    @pytest.fixture
+    def ranked(self, with_router, tmp_path):
+        return shutil.copytree(with_router, tmp_path / "elastic")
+
     def test_the_router_is_trained_on_for_the_new_weights(self, ranked, tmp_path, monkeypatch):
-        monkeypatch.setattr(training, "LARGEST_ERROR", 10)  # a random model's loss hardly depends on its widths
-        monkeypatch.setattr(training, "LOWEST_RANK", -1)
+        any_router_will_do(monkeypatch)  # losses of a random model hardly depend on its widths
         out = tmp_path / "trained"
         config = TrainConfig(
             str(ranked),

@@ -381,9 +381,11 @@ def trained(folder, sensitivity, table, routers):
     """The router saved in the folder."""
     if not routers:
         pairs = Pairs(folder / "routers" / "pairs.jsonl", {})
-        routers["tpot"] = train_router(
-            sensitivity, table, SyntheticMeter(sensitivity), pairs, evaluations=training.LEAST_EVALUATIONS
-        )
+        with pytest.MonkeyPatch.context() as patch:
+            any_router_will_do(patch)
+            routers["tpot"] = train_router(
+                sensitivity, table, SyntheticMeter(sensitivity), pairs, evaluations=training.LEAST_EVALUATIONS
+            )
     routers["tpot"].save(folder, ElasticModel.from_pretrained(folder))
     return routers["tpot"]
 
@@ -554,8 +556,7 @@ class TestTogether:
         meter.blocks = TokenBlocks(blocks, torch.ones_like(blocks), "sample/train")
         pairs = Pairs(folder.parent / "pairs.jsonl", {})
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(surrogate, "STEPS", 250)
-            patch.setattr(training, "STEPS", 150)
+            any_router_will_do(patch)
             router = train_router(sensitivity, table, meter, pairs, evaluations=training.LEAST_EVALUATIONS)
         router.save(folder, model)
         return folder

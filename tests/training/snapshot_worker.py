@@ -1,6 +1,5 @@
-"""A tiny training run, and the work of two processes on it: `python snapshot_worker.py RANK FOLDER`."""
+"""A tiny training run, and `main`, what each of two processes does with it."""
 
-import sys
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -87,6 +86,8 @@ def failure(work) -> str:
 
 
 def main(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
     store = f"file://{folder / 'store'}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
     results = {}
@@ -117,9 +118,3 @@ def main(rank: int, folder: Path) -> None:
     if rank == 0:
         save_file(results, folder / "results.safetensors")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    warnings.simplefilter("error")
-    main(int(sys.argv[1]), Path(sys.argv[2]))

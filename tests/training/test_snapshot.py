@@ -21,7 +21,6 @@ from flextron.training import snapshot
 from flextron.training.snapshot import latest_snapshot, load_snapshot, save_snapshot
 from folders import files_of_at_most, names
 
-TESTS = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
@@ -184,6 +183,7 @@ def test_at_no_moment_without_a_complete_snapshot(tmp_path, monkeypatch):
 
 SAVE_AND_WAIT = """
 import sys, time
+sys.argv[0] = "flextron"  # as on the command line: `import flextron` leaves transformers out
 from pathlib import Path
 from flextron.training import snapshot
 from snapshot_worker import Run
@@ -374,6 +374,15 @@ class TestFailedLoads:
             load_snapshot(saved, model=other.model, optimizers=other.optimizers[::-1])
 
 
+ONE_OF_TWO = """
+import sys
+from pathlib import Path
+sys.argv[0] = "flextron"
+from snapshot_worker import main
+main(int(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """Folder and gathered tensors of a job of two processes."""
@@ -382,10 +391,9 @@ def two(tmp_path_factory):
     Run().train(2).save(folder / "one")
     shutil.copytree(folder / "one", folder / "garbled")
     flip(next((folder / "garbled").rglob("*.safetensors")))
-    command = [sys.executable, TESTS / "snapshot_worker.py"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", ONE_OF_TWO]
     ranks = [
-        subprocess.Popen([*command, str(rank), folder], stderr=subprocess.PIPE, env=environment) for rank in range(2)
+        subprocess.Popen([*command, str(rank), folder], stderr=subprocess.PIPE, env=ENVIRONMENT) for rank in range(2)
     ]
     try:
         errors = [rank.communicate(timeout=120)[1].decode() for rank in ranks]

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from functools import partial
 
 import pytest
 
@@ -397,8 +396,8 @@ def test_what_is_kept_beside_a_checkpoint_needs_its_folder(arguments, capsys, mo
     assert "flextron rank MODEL OUT" in error
 
 
-def test_measure_latency_keeps_and_describes_a_table_of_each_phase(deep, tmp_path, capsys):
-    folder = shutil.copytree(deep, tmp_path / "elastic")
+def test_measure_latency_keeps_and_describes_a_table_of_each_phase(ranked, tmp_path, capsys):
+    folder = shutil.copytree(ranked, tmp_path / "elastic")
     assert cli.main(["measure-latency", str(folder), "--tokens", "16", "--rounds", "1", "--batch", "2"]) == 0
     shown = capsys.readouterr().out
     model = ElasticModel.from_pretrained(folder)
@@ -455,7 +454,7 @@ def test_csv_widths_of_a_checkpoint_that_is_not_ranked_are_those_of_the_model(ch
 def quick_router(monkeypatch):
     """Few steps of training. A random model's losses hardly follow from widths, so any surrogate will do here."""
     monkeypatch.setattr(surrogate, "STEPS", 20)
-    monkeypatch.setattr(training, "optimise", partial(training.optimise, steps=5))
+    monkeypatch.setattr(training, "STEPS", 5)
     monkeypatch.setattr(training, "LARGEST_ERROR", 10.0)
     monkeypatch.setattr(training, "LOWEST_RANK", -1.0)
     monkeypatch.setattr(training, "SPREADS", (1.0,))  # so small a model has few sub-networks near the greedy ones

@@ -386,8 +386,7 @@ class TestWhatIsKept:
 class TestTakenUp:
     """A run that was ended in any way continues with the same command as if nothing had happened."""
 
-    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-    @pytest.mark.parametrize("step", [1, 4])
+    @pytest.mark.parametrize(("number", "step"), [(signal.SIGINT, 1), (signal.SIGTERM, 4)])
     def test_stopped_by_a_signal(self, ranked, text, whole, tmp_path, capsys, number, step):
         with stopped_in(step, number):
             run(ranked, text, tmp_path / "out")

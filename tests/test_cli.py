@@ -343,7 +343,7 @@ def test_ctrl_c_keeps_what_was_finished_and_nothing_else(checkpoint, text, tmp_p
     while stage not in seen and (character := process.stderr.read(1)):
         seen += character
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=240)
     assert process.returncode == 130, errors
     assert "interrupted" in errors
     assert "Traceback" not in errors

@@ -89,7 +89,7 @@ def main(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     store = f"file://{folder / 'store'}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=300))
     results = {}
 
     def keep(name: str, run: Run) -> None:

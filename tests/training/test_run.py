@@ -546,7 +546,7 @@ class TestProcess:
                 lambda: process.poll() is not None or (metrics.exists() and len(metrics.read_text().splitlines()) > 3)
             )
             process.send_signal(number)
-            _, errors = process.communicate(timeout=60)
+            _, errors = process.communicate(timeout=240)
         assert "Traceback" not in errors
         kept = latest_snapshot(tmp_path / "out" / "checkpoints")
         if number == signal.SIGINT:

@@ -49,11 +49,11 @@ def two(one) -> Path:
             (one / "go on").touch()
             wait_for(lambda: job.poll() is not None or lines(one / "stopped" / "metrics.jsonl") > 3)
             job.send_signal(signal.SIGINT)
-        (one / "output").write_text(job.communicate(timeout=60)[0])
+        (one / "output").write_text(job.communicate(timeout=240)[0])
     finally:
         if job.poll() is None:
             job.terminate()
-            job.wait(60)
+            job.wait(240)
     return one
 
 

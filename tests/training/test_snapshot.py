@@ -396,7 +396,7 @@ def two(tmp_path_factory):
         subprocess.Popen([*command, str(rank), folder], stderr=subprocess.PIPE, env=ENVIRONMENT) for rank in range(2)
     ]
     try:
-        errors = [rank.communicate(timeout=120)[1].decode() for rank in ranks]
+        errors = [rank.communicate(timeout=300)[1].decode() for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()

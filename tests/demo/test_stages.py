@@ -53,6 +53,8 @@ def test_ctrl_c_names_the_stage_and_leaves_the_rest(capsys):
     assert "Stopped in stage 1 of 2: Cook" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("seconds", "words"), [(0.2, "1 s"), (59.6, "60 s"), (99, "99 s"), (130, "2 min 10 s")])
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.2, "1 s"), (59.6, "60 s"), (99, "99 s"), (130, "2 min 10 s"), (899, "15 min")]
+)
 def test_durations_in_words(seconds, words):
     assert in_words(seconds) == words

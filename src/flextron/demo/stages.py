@@ -67,6 +67,8 @@ def time_left(stages: list[Stage], pace: Pace) -> float:
 
 
 def in_words(seconds: float) -> str:
-    """A duration as a person says it: 8 s, 2 min 10 s."""
+    """A duration as a person says it: 8 s, 2 min 10 s, 15 min."""
     whole = max(1, round(seconds))
-    return f"{whole} s" if whole < 100 else f"{whole // 60} min {whole % 60} s"
+    if whole < 100:
+        return f"{whole} s"
+    return f"{whole // 60} min {whole % 60} s" if whole < 600 else f"{round(whole / 60)} min"

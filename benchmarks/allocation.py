@@ -14,7 +14,7 @@ import torch
 import tyro
 
 from flextron import evaluate, load_blocks, measure_sensitivity, rank
-from flextron.demo.quickstart import equal_widths
+from flextron.choosing.baselines import equal_widths
 from flextron.ranking.sensitivity import sensitivity_blocks
 from model import load_smollm2, write_results
 

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from statistics import median
 from typing import Any
 
 import numpy as np
 
 from flextron.choosing.baselines import equal_widths, greedy
-from flextron.costs.latency import REPEATS, SPREAD, Timing, time_interleaved, timed_run
 from flextron.costs.pricing import Ceiling
 from flextron.costs.table import CostTable
+from flextron.costs.timing import REPEATS, Timing, time_interleaved, timed_run, trust_warning
 from flextron.data.blocks import TokenBlocks
 from flextron.demo.plan import BUDGETS, TIMING_ROUNDS
 from flextron.elastic.model import ElasticModel
-from flextron.environment import describe_device
+from flextron.environment import describe_device, dtype_name
 from flextron.evaluation import evaluate
 from flextron.ranking.sensitivity import Sensitivity
 from flextron.routers.static.router import Router
@@ -65,32 +64,15 @@ def measured(
     rows = [
         {**asdict(candidate), **asdict(evaluation), "prefill_ms": ms, "spread": spread}
         for candidate, evaluation, ms, spread in zip(
-            candidates, evaluations, timing.milliseconds, spreads(timing), strict=True
+            candidates, evaluations, timing.milliseconds, timing.spreads, strict=True
         )
     ]
     return {
         "conditions": _conditions(model, blocks, prompt_tokens),
-        "warning": warning(table, timing),
+        "warning": trust_warning(table.conditions) or timing.warning,
         "search_space": asdict(model.search_space),
         "rows": rows,
     }
-
-
-def spreads(timing: Timing) -> list[float]:
-    """How far the timings of each sub-network lie apart, as a part of their median."""
-    return [(max(ratios) - min(ratios)) / median(ratios) for ratios in timing.ratios]
-
-
-def warning(table: CostTable, timing: Timing) -> str | None:
-    """Why the times are not to be trusted; None where they are."""
-    noise = float(table.conditions.get("machine_noise", 0.0))
-    apart = median(spreads(timing))
-    if max(noise, apart) <= SPREAD:
-        return None
-    return (
-        f"The machine was busy: the full model's own time varied by {noise:.0%} while the latency table was measured, "
-        f"and timings of one sub-network lie {apart:.0%} apart. Measure again when it is idle."
-    )
 
 
 def _timed(model: ElasticModel, subnets: list[Subnet], prompt_tokens: int) -> Timing:
@@ -109,7 +91,7 @@ def _timed(model: ElasticModel, subnets: list[Subnet], prompt_tokens: int) -> Ti
 def _conditions(model: ElasticModel, blocks: TokenBlocks, prompt_tokens: int) -> dict[str, Any]:
     return {
         "device": describe_device(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(model.dtype),
         "prefill": f"batch 1, {prompt_tokens} tokens, logits of the last, median of {TIMING_ROUNDS} interleaved rounds",
         "loss": f"{blocks.predicted_tokens} tokens of {blocks.text}",
         "versions": {package: version(package) for package in ("flextron", "torch", "transformers")},

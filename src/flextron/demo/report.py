@@ -46,7 +46,7 @@ def _markdown(results: dict[str, Any]) -> list[str]:
         "",
         "*budget*: share of the full model's time. *kept*: share of the layers' weights, embeddings apart. *Before "
         f"training*: nats/token. Loss: {conditions['loss']}, ± standard error; *above full* is paired. Time: "
-        f"{conditions['prefill']}, ± half of what they lie apart. {conditions['device']}, {conditions['dtype']}; "
+        f"{conditions['prefill']}, ± their median deviation. {conditions['device']}, {conditions['dtype']}; "
         + ", ".join(f"{package} {version}" for package, version in conditions["versions"].items())
         + ".",
         "",
@@ -141,12 +141,12 @@ def _table_row(row: dict[str, Any], full: dict[str, Any]) -> str:
 def _measured_ms(row: dict[str, Any]) -> str:
     off = row["prefill_ms"] / row["predicted_ms"] - 1
     note = f", {abs(off):.0%} {'above' if off > 0 else 'below'} predicted" if abs(off) > FAR_OFF else ""
-    return f"{row['prefill_ms']:.0f} ± {_half_spread_ms(row):.0f}{note}"
+    return f"{row['prefill_ms']:.0f} ± {_spread_ms(row):.0f}{note}"
 
 
-def _half_spread_ms(row: dict[str, Any]) -> float:
-    half: float = row["prefill_ms"] * row["spread"] / 2
-    return half
+def _spread_ms(row: dict[str, Any]) -> float:
+    spread: float = row["prefill_ms"] * row["spread"]
+    return spread
 
 
 def _loss_figure(results: dict[str, Any]) -> Figure:
@@ -169,7 +169,7 @@ def _draw(axes: Axes, method: str, rows: list[dict[str, Any]]) -> None:
     axes.errorbar(
         times,
         [row["nats_per_token"] for row in rows],
-        xerr=[_half_spread_ms(row) for row in rows],
+        xerr=[_spread_ms(row) for row in rows],
         yerr=[row["difference_standard_error"] for row in rows],
         fmt=style,
         color=color,

@@ -12,9 +12,10 @@ from typing import Any
 from flextron.atomic import write_text
 from flextron.choosing.explaining import save_usage, usage_of
 from flextron.config import QuickstartConfig, TextOptions, TrainConfig, VisitOptions, WatchOptions
-from flextron.costs.latency import measure_latency, timed_run
+from flextron.costs.latency import measure_latency
 from flextron.costs.saved import find_table, save_table
 from flextron.costs.table import CostTable
+from flextron.costs.timing import timed_run
 from flextron.data.blocks import TokenBlocks, load_blocks
 from flextron.demo import report
 from flextron.demo.measuring import baselines, measured, routed
@@ -42,7 +43,7 @@ from flextron.ranking.sensitivity import Sensitivity, measure_sensitivity
 from flextron.routers.static.making import make_router
 from flextron.routers.static.router import Router, metrics_with_router
 from flextron.routers.token.batch import TokenRouting
-from flextron.routers.token.learning import answers
+from flextron.routers.token.learning import static_answers
 from flextron.routers.token.making import make_token_router
 from flextron.subnet import Subnet
 from flextron.training.run import train
@@ -313,10 +314,10 @@ class Tour:
         )
         rows = []
         for budget in PER_TOKEN_BUDGETS:
-            routing = TokenRouting(model, token_router, [budget], answers(router, table, [budget]))
+            routing = TokenRouting(model, token_router, [budget], static_answers(router, table, [budget]))
             evaluate(model, [routing], blocks, show=True)
             cost = routing.average_cost
-            static, per_token = evaluate(model, [*answers(router, table, [cost]), routing], blocks, show=True)
+            static, per_token = evaluate(model, [*static_answers(router, table, [cost]), routing], blocks, show=True)
             rows.append({"budget": budget, "cost": cost, "static": asdict(static), "per_token": asdict(per_token)})
         text = model.tokenizer.decode(blocks.tokens[0, :256])  # type: ignore[union-attr]
         usage = usage_of(model, routing, text, f"ttft={PER_TOKEN_BUDGETS[-1]}x")

@@ -32,7 +32,7 @@ import yaml
 
 from flextron.atomic import new_folder, write_text
 from flextron.demo.quickstart import smollm2_path
-from flextron.environment import default_device, describe_environment, faster_dtype
+from flextron.environment import default_device, describe_environment, dtype_name, faster_dtype
 from flextron.subnet import Subnet
 from paper_page import SHAPE, table_of, write_page
 
@@ -177,7 +177,7 @@ class Paper:
         self.seconds = found["seconds"] if found else {}
         self.minutes = found["minutes"] if found else 0.0
         device = default_device() if self.settings.device == "auto" else self.settings.device
-        self.dtype = found["dtype"] if found else str(faster_dtype(device)).removeprefix("torch.")
+        self.dtype = found["dtype"] if found else dtype_name(faster_dtype(device))
         self.about = {**asked, "dtype": self.dtype, "environment": describe_environment().splitlines()}
         self.lock = Lock()
         self.started = time.monotonic()

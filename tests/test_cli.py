@@ -557,7 +557,7 @@ def test_a_router_needs_sensitivities(folder, text, capsys):
     sensitivity["search_space"]["neurons"] = [0, 40]
     (folder / "sensitivity.json").write_text(json.dumps(sensitivity))
     assert cli.main(router_arguments(folder, text)) == 2
-    assert "of another search space" in capsys.readouterr().err
+    assert "for another search space" in capsys.readouterr().err
     (folder / "sensitivity.json").unlink()
     assert cli.main(router_arguments(folder, text)) == 2
     assert f"{folder} has no sensitivities; a router starts from them." in capsys.readouterr().err

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from flextron.data.blocks import TokenBlocks, load_blocks
     from flextron.demo.quickstart import quickstart
     from flextron.elastic.checkpoint import Ranking
+    from flextron.elastic.model import SubLayer
     from flextron.errors import FlextronError
     from flextron.evaluation import Evaluation, TokenRun, evaluate
     from flextron.exporting.gguf.file import GgufReport, export_gguf
@@ -68,6 +69,7 @@ __all__ = [
     "Runner",
     "SearchSpace",
     "Sensitivity",
+    "SubLayer",
     "Subnet",
     "TaskResult",
     "TextOptions",
@@ -108,6 +110,7 @@ _HOMES = {
     "Subnet": "subnet",
     "SearchSpace": "subnet",
     "ElasticModel": "model",
+    "SubLayer": "elastic.model",
     "TokenBlocks": "data.blocks",
     "load_blocks": "data.blocks",
     "Ranking": "elastic.checkpoint",

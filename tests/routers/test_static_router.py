@@ -623,7 +623,7 @@ class TestTogether:
         explained = explain(after, route(after, "0.6x"), out, measure=False)
         assert explained["predicted_nats_per_token"] is None  # the surrogate was fitted to the weights before training
         assert "at whose answers the weights were trained" in as_text(route(after, "0.6x"), explained, out)
-        assert "surrogate of the weights before training" in describe_router(new)
+        assert "surrogate for the weights before training" in describe_router(new)
         train(config)  # done already
 
     def test_without_a_router_there_is_none_to_train(self):

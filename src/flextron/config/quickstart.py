@@ -5,16 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from flextron.config.fields import (
-    check_at_least,
-)
+from flextron.config.fields import DeviceArgument, check_at_least
 
 
 @dataclass(frozen=True)
 class QuickstartConfig:
-    """Rank a real LLM, choose sub-networks of every size, train them together, and write a report with pictures.
+    """Go the whole way with a real LLM, and write a report with pictures.
 
-    The first picture comes after 2 to 3 minutes on two cores, the whole report after 6 to 8. Ctrl-C keeps every stage
+    It ranks the model, chooses sub-networks of several sizes, trains them together, and trains a router. The first picture comes after 2 to 3 minutes on two cores, the whole report after 6 to 8. Ctrl-C keeps every stage
     that is done; the same command goes on.
 
     Example: flextron quickstart
@@ -32,8 +30,7 @@ class QuickstartConfig:
     """Rank and train on four times as many tokens, measure everything more finely, and give every token its own widths: 10 to 18 minutes on two cores."""
     fresh: bool = False
     """Do every stage again."""
-    device: str = "auto"
-    """Where to run, such as cpu or cuda:0; auto takes a GPU if there is one."""
+    device: DeviceArgument = "auto"
 
     def __post_init__(self) -> None:
         check_at_least("tokens", self.tokens, 2048)

@@ -156,7 +156,7 @@ def _loss_figure(results: dict[str, Any]) -> Figure:
         rows = [row for row in results["rows"] if row["method"] in ("full", method)]
         if len(rows) > 1:
             _draw(axes, method, sorted(rows, key=lambda row: -row["predicted_ms"]))
-    _label(axes, "measured time to the first token, ms (bars: half of what timings lie apart)", "nats per token")
+    _label(axes, "measured time to the first token, ms (bars: median deviation)", "nats per token")
     axes.legend(frameon=False)
     figure.suptitle(_title(results), fontsize=9)
     return figure

@@ -12,8 +12,9 @@ from flextron.config.fields import DeviceArgument, check_at_least
 class QuickstartConfig:
     """Go the whole way with a real LLM, and write a report with pictures.
 
-    It ranks the model, chooses sub-networks of several sizes, trains them together, and trains a router. The first picture comes after 2 to 3 minutes on two cores, the whole report after 6 to 8. Ctrl-C keeps every stage
-    that is done; the same command goes on.
+    It ranks the model, chooses sub-networks of several sizes, trains them together, and trains a router. The first
+    picture comes after 2 to 3 minutes on two cores, the whole report after 6 to 8. Ctrl-C keeps every stage that is
+    done; the same command goes on.
 
     Example: flextron quickstart
     """

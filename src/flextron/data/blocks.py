@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
 import lzma
@@ -22,7 +23,10 @@ BATCH_TOKENS = 2048
 """Tokens in one forward pass: enough to keep a processor busy, few enough that their logits fit in memory."""
 GPU_BATCHES = 16
 """A GPU gets this many times more tokens, because small matrices leave it idle."""
-_OPENERS: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open}
+_OPENERS: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
+TEXT_ENDINGS = (".jsonl", ".txt", ".md")
+"""What is read as text; each may be compressed, too."""
+ENDINGS = f"{', '.join(TEXT_ENDINGS)} (each also {', '.join(_OPENERS)})"
 
 
 @dataclass(frozen=True)
@@ -155,12 +159,19 @@ def _path(text: str | Path) -> Path:
         return Path(str(resources.files("flextron") / f"{text}.jsonl.xz"))
     path = Path(text)
     if not path.is_file():
-        raise FlextronError(f"no such text file: {text}. Name a .txt or .jsonl file (also .xz, .gz), or {SAMPLES[0]}.")
+        raise FlextronError(f"no such text file: {text}. Name a file that ends in {ENDINGS}, or {SAMPLES[0]}.")
+    if _ending(path) not in TEXT_ENDINGS:
+        raise FlextronError(f"{text} is not read as text: its name must end in {ENDINGS}. Convert it.")
     return path
 
 
+def _ending(path: Path) -> str:
+    """The ending that says what is inside, without that of the compression."""
+    return Path(path.stem).suffix if path.suffix in _OPENERS else path.suffix
+
+
 def _read(file: TextIO, path: Path) -> Iterator[str]:
-    if ".jsonl" not in path.suffixes:
+    if _ending(path) != ".jsonl":
         yield file.read()
         return
     for number, line in enumerate(file, start=1):

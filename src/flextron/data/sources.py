@@ -13,12 +13,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from flextron.data.blocks import SAMPLES, documents
+from flextron.data.blocks import ENDINGS, SAMPLES, documents
 from flextron.errors import FlextronError
 
 _DATASET = "datasets:"
-_TEXT_FILE = re.compile(r"\.((jsonl|txt|md)(\.xz|\.gz)?|parquet)$")
-_ENDINGS = ".jsonl, .txt, .md (each also .xz, .gz) or .parquet"
+_TEXT_FILE = re.compile(r"\.((jsonl|txt|md)(\.xz|\.gz|\.bz2)?|parquet)$")
+_ENDINGS = f"{ENDINGS} or .parquet"
 
 
 @dataclass(frozen=True)

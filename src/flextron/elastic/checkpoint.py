@@ -19,6 +19,9 @@ from transformers.utils import logging as transformers_logging
 from flextron.atomic import new_folder
 from flextron.elastic import per_layer
 from flextron.environment import dtype_name
+from flextron.elastic.accounting import check_accounted, untie_if_apart
+from flextron.elastic.gguf_source import check_all_used, complete_config
+from flextron.elastic.older_transformers import add_old_names
 from flextron.errors import CheckpointError, FlextronError
 from flextron.records import check_version, read_record
 from flextron.subnet import AXES, SearchSpace
@@ -87,19 +90,28 @@ def load(path: str | Path, *, dtype: str | torch.dtype = "auto", **kwargs: Any) 
     """
     per_layer.register()
     source, gguf = source_of(path)
-    read = {**kwargs, **gguf}
+    hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
+    read = {"trust_remote_code": False, **kwargs, **gguf}  # or transformers would ask, and take a "y" for True
     try:
+        if gguf and "config" not in read:
+            read["config"] = complete_config(Path(path))
         lm, info = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, output_loading_info=True, **read
+            source,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # which are told below
+            **read,
         )
-        tokenizer = _load_tokenizer(source, {**gguf, **{key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}})
+        tokenizer = _load_tokenizer(source, {"trust_remote_code": False, **gguf, **hub})
+    except FlextronError:
+        raise
     except Exception as error:  # damaged files make transformers raise errors of many types
         raise CheckpointError(f"cannot load {path}: {first_line(error)}") from error
-    if info["missing_keys"] or info["mismatched_keys"]:
-        missing = sorted(info["missing_keys"]) or sorted(str(key) for key in info["mismatched_keys"])
-        raise CheckpointError(
-            f"{path} is incomplete: {len(missing)} weights are missing or of another size, such as {missing[0]}."
-        )
+    check_accounted(path, lm, info)
+    if gguf:
+        check_all_used(Path(path), lm)
+    untie_if_apart(lm)
     lm.eval()
     if gguf:
         _forget_quantization(lm)
@@ -126,6 +138,7 @@ def save(
     with new_folder(folder, overwrite=overwrite, needs_bytes=needs_bytes) as partial:
         checkpoint.lm.save_pretrained(partial, state_dict=weights)
         _set_dtype(partial / "config.json", stored[0].dtype)  # transformers writes the dtype of the shards
+        add_old_names(partial / "config.json")
         save_tokenizer(checkpoint.tokenizer, partial)
         if checkpoint.ranking is not None:
             _save_ranking(checkpoint.ranking, partial / RANKING_FILE)

@@ -18,6 +18,7 @@ from flextron.elastic import per_layer
 from flextron.elastic.checkpoint import METADATA_FILE, save_tokenizer
 from flextron.elastic.families import Axis
 from flextron.elastic.model import ElasticModel
+from flextron.elastic.older_transformers import add_old_names
 from flextron.errors import CheckpointError, ExportError
 from flextron.exporting.card import CARD, model_card
 from flextron.exporting.checking import evaluating, real_text
@@ -193,6 +194,7 @@ def _write(exported: PreTrainedModel, model: ElasticModel, subnet: Subnet, folde
         exported.config.auto_map = {auto: f"{module}.{cls.__name__}" for auto, cls in zip(autos, classes, strict=True)}
         shutil.copyfile(per_layer.__file__, folder / REMOTE_CODE_FILE)
     exported.save_pretrained(folder, max_shard_size=LARGEST_FILE)
+    add_old_names(folder / "config.json")
     save_tokenizer(model.tokenizer, folder)
     card = model_card(model, subnet, exported.num_parameters())
     (folder / CARD).write_text(card, encoding="utf8")

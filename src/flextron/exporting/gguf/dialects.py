@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
+from flextron.elastic.gguf_source import ROPE_TENSOR
 from flextron.elastic.model import ElasticModel
 from flextron.errors import ExportError
 from flextron.exporting.cutting import cut_state, refuse_odd_heads
@@ -213,7 +214,7 @@ def gguf_tensors(
     if dialect is DECI:
         _fit_to_deci(tensors, layers, head_size(model))
     if dialect.scales_rope and (factors := rope_factors(model)) is not None:
-        tensors["rope_freqs.weight"] = factors
+        tensors[ROPE_TENSOR] = factors
     return tensors
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from flextron.atomic import check_new_file, new_file
+from flextron.elastic.gguf_source import ROPE_KEY, ROPE_TENSOR
 from flextron.elastic.model import ElasticModel
 from flextron.errors import ExportError
 from flextron.exporting.card import base_model, command
@@ -166,6 +168,8 @@ def _writer(model: ElasticModel, subnet: Subnet, plan: _Plan) -> Any:
     writer = gguf.GGUFWriter(path=None, arch=plan.dialect.arch)
     _add_about(writer, model, subnet, plan.scheme)
     add_sizes(writer, model, plan.dialect, plan.layers)
+    if ROPE_TENSOR in plan.tensors:
+        writer.add_string(ROPE_KEY, json.dumps(model.config.rope_parameters))
     add_vocabulary(writer, model.tokenizer, model.config.vocab_size, _end(model.config))
     return writer
 

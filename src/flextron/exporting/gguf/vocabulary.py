@@ -56,8 +56,15 @@ def add_vocabulary(writer: Any, tokenizer: PreTrainedTokenizerBase | None, size:
     writer.add_add_space_prefix(False)
     if tokenizer.pad_token_id is not None:
         writer.add_pad_token_id(tokenizer.pad_token_id)
-    if isinstance(tokenizer.chat_template, str):
-        writer.add_chat_template(tokenizer.chat_template)
+    _add_chat_templates(writer, tokenizer.chat_template)
+
+
+def _add_chat_templates(writer: Any, templates: str | dict[str, str] | None) -> None:
+    """Write one chat template, or several by name, of which "default" is the one that llama.cpp takes by itself."""
+    if isinstance(templates, dict):
+        writer.add_chat_template([{"name": name, "template": text} for name, text in templates.items()])
+    elif templates:
+        writer.add_chat_template(templates)
 
 
 def _bpe(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

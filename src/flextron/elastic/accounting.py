@@ -1,0 +1,64 @@
+"""Every weight of a checkpoint has its place in the model, and every place its weight; flags follow the weights."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from flextron.errors import CheckpointError
+
+_HARMLESS = re.compile(r"(rotary_emb\.inv_freq|\.attn\.(masked_)?bias|\.attention\.(masked_)?bias)$")
+"""Rotary tables and attention masks, which old checkpoints hold and models compute by themselves."""
+
+
+def check_accounted(path: str | Path, lm: PreTrainedModel, info: dict[str, Any]) -> None:
+    """Pass if transformers found a place for every weight, and a weight of the right size for every place.
+
+    Args:
+        info: what `from_pretrained(..., output_loading_info=True)` told.
+
+    Raises:
+        CheckpointError: weights are missing, of another size, or left over; the message names one.
+    """
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise CheckpointError(f"{path} is incomplete: {len(missing)} weights are missing, such as {missing[0]}.")
+    if info["mismatched_keys"]:
+        name, found, wanted = sorted(info["mismatched_keys"])[0]
+        raise CheckpointError(
+            f"{path} has {len(info['mismatched_keys'])} weights of another size than its config.json says: {name} is "
+            f"{list(found)}, the config asks for {list(wanted)}. Correct the sizes in config.json."
+        )
+    left = sorted(key for key in info["unexpected_keys"] if not _HARMLESS.search(key) and not _is_tied(lm, key))
+    if left:
+        raise CheckpointError(
+            f"{path} has {len(left)} weights that its architecture ({lm.config.model_type}) has no place for, such as "
+            f"{left[0]}: without them it computes something else. Correct config.json, or load the model that it is of."
+        )
+
+
+def _is_tied(lm: PreTrainedModel, key: str) -> bool:
+    """Whether a weight is the output projection of a model that has its embeddings there."""
+    return key == "lm_head.weight" and are_tied(lm)
+
+
+def are_tied(lm: PreTrainedModel) -> bool:
+    """Whether the output projection is the embedding: one tensor, whatever the config says."""
+    head, embedding = lm.get_output_embeddings(), lm.get_input_embeddings()
+    return head is not None and embedding is not None and head.weight is embedding.weight
+
+
+def untie_if_apart(lm: PreTrainedModel) -> None:
+    """Let the config say that embedding and output projection are apart where they are, or saving would lose one.
+
+    Checkpoints into which an adapter of the embeddings was merged have both, and a config that says they are tied.
+    """
+    if getattr(lm.config, "tie_word_embeddings", False) and lm.get_output_embeddings() is not None and not are_tied(lm):
+        if torch.equal(lm.get_output_embeddings().weight, lm.get_input_embeddings().weight):
+            lm.tie_weights()
+        else:
+            lm.config.tie_word_embeddings = False

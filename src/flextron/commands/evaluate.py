@@ -29,6 +29,7 @@ def run(config: EvaluateConfig) -> None:
     names = [*config.subnet, *config.budget]
     routings = [shared.tokens_within(model, budget, config) for budget in config.budget if config.per_token]
     names += [f"{budget} per token" for budget in config.budget if config.per_token]
+    model.check_length(config.block_tokens, f"Pass --block-tokens {model.positions}.")
     blocks = load_blocks(model.tokenizer, config.text, tokens=config.tokens, block_tokens=config.block_tokens)
     results = evaluate(model, [*subnets, *routings], blocks, show=True)
     costs = [None] * len(subnets) + [routing.average_cost for routing in routings]

@@ -11,6 +11,7 @@ from flextron.commands import shared
 from flextron.config import RankConfig
 
 if TYPE_CHECKING:
+    from flextron.data.blocks import TokenBlocks
     from flextron.model import ElasticModel
 
 # What may change between an interrupted `rank` and the run that takes it up.
@@ -19,23 +20,33 @@ _NOT_OF_THE_RANKING = ("out", "overwrite", "sensitivity_tokens", "device")
 
 def run(config: RankConfig) -> None:
     """Rank a checkpoint, measure its sensitivities, and write it as an elastic one."""
-    from flextron.data.blocks import load_blocks
     from flextron.ranking.sensitivity import measure_sensitivity, sensitivity_blocks
 
     model = _ranked(config)
     if config.sensitivity_tokens:
-        ranked_on = load_blocks(model.tokenizer, config.text, tokens=config.tokens)
+        ranked_on = _blocks(model, config)
         blocks = sensitivity_blocks(
-            model.tokenizer, config.text, tokens=config.sensitivity_tokens, after=ranked_on.documents
+            model.tokenizer,
+            config.text,
+            tokens=config.sensitivity_tokens,
+            after=ranked_on.documents,
+            block_tokens=model.fitting(256),
         )
         measure_sensitivity(model, blocks, show=True).save(config.out)
     print(f"wrote {config.out}: {model.search_space.full}, ranked by {config.score} on {config.text}.")
 
 
+def _blocks(model: ElasticModel, config: RankConfig) -> TokenBlocks:
+    """What the model is ranked on."""
+    from flextron.data.blocks import load_blocks
+
+    block_tokens = model.fitting(min(512, config.tokens))
+    return load_blocks(model.tokenizer, config.text, tokens=config.tokens, block_tokens=block_tokens)
+
+
 def _ranked(config: RankConfig) -> ElasticModel:
     """The ranked model, saved; an interrupted run's is taken up, so that only the sensitivities are left to do."""
     from flextron.atomic import check_new, write_text
-    from flextron.data.blocks import load_blocks
     from flextron.ranking.permutation import rank
     from flextron.ranking.sensitivity import Sensitivity
     from flextron.subnet import SearchSpace
@@ -51,7 +62,7 @@ def _ranked(config: RankConfig) -> ElasticModel:
     model = shared.load(config)
     if config.neuron_step is not None:
         model.search_space = SearchSpace.of_model(**model.search_space.sizes, neuron_step=config.neuron_step)
-    rank(model, load_blocks(model.tokenizer, config.text, tokens=config.tokens), score=config.score, show=True)
+    rank(model, _blocks(model, config), score=config.score, show=True)
     model.save_pretrained(config.out, overwrite=config.overwrite)
     write_text(asked, wanted)
     return model

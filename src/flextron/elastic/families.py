@@ -41,6 +41,8 @@ class Family:
     """Path of the list of layers inside the model for causal language modelling."""
     mlp: Axis
     attention: Axis
+    positions: str = ""
+    """Path of the table of learned positions inside the model; empty where positions are computed (rotary)."""
     exports_fewer_heads: bool = True
     """Whether its config can state a head size other than hidden size / heads."""
 
@@ -67,6 +69,7 @@ GEMMA = replace(LLAMA_LIKE, mlp=replace(_GATED_MLP, norm="pre_feedforward_layern
 
 GPT2 = Family(
     layers="transformer.h",
+    positions="transformer.wpe",
     mlp=Axis(opens=("mlp.c_fc",), closes="mlp.c_proj", config_keys=("n_inner",), norm="ln_2"),
     attention=Axis(
         opens=("attn.c_attn",),

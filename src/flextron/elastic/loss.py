@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 
 CHUNK_TOKENS = 256
 """Number of tokens whose logits exist at once: 50 MB in fp32 for a vocabulary of 49,152."""
+_NEVER = -1e4
+"""Logit of a word that the teacher does not have; its probability is 0, and 0 times the difference stays 0."""
 CHUNK_TOKENS_OF_A_GPU = 2048
 """The same on a GPU, which small matrices leave idle."""
 
@@ -99,7 +101,8 @@ class _ChunkedLoss(torch.autograd.Function):
                 logits_CV = logits_of(student, hidden_CD)
             taught_CV = None
             if teacher is not None and teacher_hidden_ND is not None:
-                taught_CV = logits_of(teacher, teacher_hidden_ND[place]).float().log_softmax(-1)
+                taught_CV = _in_rows(logits_of(teacher, teacher_hidden_ND[place]), logits_CV.shape[-1])
+                taught_CV = taught_CV.float().log_softmax(-1)
             chunk_sums, slope_CV = _losses_and_slope(logits_CV.detach(), taught_CV, labels_N[place], text_weight)
             sums += chunk_sums
             if not wanted:
@@ -117,6 +120,13 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, *of_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, *head = (gradient * of_outputs[0].to(gradient.dtype) for gradient in ctx.saved_tensors)
         return (hidden, None, None, None, None, None, *head)
+
+
+def _in_rows(logits_CV: torch.Tensor, rows: int) -> torch.Tensor:
+    """Logits of as many words as the student has; what one has more is padding, which no token points at."""
+    if logits_CV.shape[-1] >= rows:
+        return logits_CV[..., :rows]
+    return F.pad(logits_CV, (0, rows - logits_CV.shape[-1]), value=_NEVER)
 
 
 def _losses_and_slope(

@@ -236,6 +236,30 @@ class ElasticModel:
         return self.lm.generate(*args, **kwargs)
 
     @property
+    def positions(self) -> int | None:
+        """Tokens that a text may have at most: rows of the table of learned positions; None where there is no table."""
+        if not self.family.positions:
+            return None
+        table: Any = self.lm.get_submodule(self.family.positions)
+        return int(table.num_embeddings)
+
+    def fitting(self, tokens: int) -> int:
+        """Block of `tokens` tokens, or as many as the model has positions for."""
+        return tokens if self.positions is None else min(tokens, self.positions)
+
+    def check_length(self, tokens: int, way_out: str) -> None:
+        """Pass if a text of so many tokens fits the model.
+
+        Args:
+            way_out: what to do where it does not, such as "Pass --block-tokens 256.".
+
+        Raises:
+            ValueError: the table of learned positions is shorter.
+        """
+        if self.positions is not None and tokens > self.positions:
+            raise ValueError(f"{tokens} tokens are more than the {self.positions} positions of this model. {way_out}")
+
+    @property
     def config(self) -> Any:
         """Config of the full model."""
         return self.lm.config

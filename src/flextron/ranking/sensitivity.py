@@ -139,7 +139,7 @@ class _Step(NamedTuple):
 
 
 def sensitivity_blocks(
-    tokenizer: PreTrainedTokenizerBase | None, text: str | Path, *, tokens: int, after: int = 0
+    tokenizer: PreTrainedTokenizerBase | None, text: str | Path, *, tokens: int, after: int = 0, block_tokens: int = 256
 ) -> TokenBlocks:
     """Return blocks of 256 tokens from many documents, each cut at 1,000 characters, so that few tokens vary much.
 
@@ -150,7 +150,7 @@ def sensitivity_blocks(
     Raises:
         FlextronError: as `load_blocks`.
     """
-    options: dict[str, Any] = {"tokens": tokens, "block_tokens": 256, "max_characters": 1000}
+    options: dict[str, Any] = {"tokens": tokens, "block_tokens": block_tokens, "max_characters": 1000}
     try:
         return load_blocks(tokenizer, text, **options, skip_documents=after)
     except TooLittleTextError:

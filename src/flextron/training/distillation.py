@@ -143,19 +143,23 @@ def _teacher(model: ElasticModel, options: OptimizerOptions, dtype: torch.dtype)
         with model.use(model.search_space.full):
             lm = copy.deepcopy(model.lm)
     else:
-        lm = ElasticModel.from_pretrained(options.teacher, device=model.device).lm
-        check_teacher(lm.config, model.config, options.teacher)
+        teacher = ElasticModel.from_pretrained(options.teacher, device=model.device)
+        check_teacher(teacher, model, options.teacher)
+        lm = teacher.lm
     return lm.to(dtype).eval().requires_grad_(False)
 
 
-def check_teacher(teacher: Any, student: Any, name: str) -> None:
-    """Check that two configs have the same vocabulary size.
+def check_teacher(teacher: ElasticModel, student: ElasticModel, name: str) -> None:
+    """Pass if two models have the same tokens; one may have more rows of padding, which no token points at.
 
     Raises:
-        FlextronError: the sizes differ.
+        FlextronError: they have other tokens, or other numbers of rows and no tokenizers that tell.
     """
-    if teacher.vocab_size != student.vocab_size:
-        raise FlextronError(
-            f"the teacher {name} has a vocabulary of {teacher.vocab_size}, the model one of {student.vocab_size}. "
-            "Name a teacher that shares the model's tokenizer."
-        )
+    rows = teacher.config.vocab_size, student.config.vocab_size
+    if rows[0] == rows[1]:
+        return
+    sizes = f"the teacher {name} has a vocabulary of {rows[0]}, the model one of {rows[1]}"
+    if teacher.tokenizer is None or student.tokenizer is None:
+        raise FlextronError(f"{sizes}, and no tokenizer tells whether their tokens are the same. Add the tokenizers.")
+    if teacher.tokenizer.get_vocab() != student.tokenizer.get_vocab():
+        raise FlextronError(f"{sizes}, and their tokens differ. A teacher must share the model's tokenizer.")

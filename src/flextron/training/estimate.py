@@ -24,7 +24,6 @@ from flextron.environment import arithmetic_dtype, default_device, dtype_name
 from flextron.errors import CheckpointError
 from flextron.ranking.sensitivity import Sensitivity
 from flextron.subnet import Subnet
-from flextron.training.distillation import check_teacher
 from flextron.training.sampling import SubnetSampler, even_sensitivity, make_sampler
 
 GPU_BYTES = 80 * 10**9
@@ -105,7 +104,7 @@ def estimate_training(config: TrainConfig, *, processes: int = 1) -> TrainEstima
         CheckpointError: the model does not exist, or its config cannot be read.
         UnknownFamilyError: the architecture has no spec.
         SubnetError: the model does not have a sub-network to train or to watch.
-        FlextronError: the teacher has another vocabulary.
+        FlextronError: the teacher does not exist.
         ValueError: the processes cannot share a visit's blocks evenly, or the visits are not valid.
     """
     check_processes(config.visit.blocks_per_visit, processes)
@@ -197,9 +196,7 @@ def _teacher(model: ElasticModel, config: TrainConfig) -> ElasticModel | None:
         return None
     if options.teacher is None:
         return model
-    teacher = _without_weights(options.teacher)
-    check_teacher(teacher.config, model.config, options.teacher)
-    return teacher
+    return _without_weights(options.teacher)
 
 
 def _compute(

@@ -357,6 +357,7 @@ class TrainingRun:
         """Open the text and check that it holds at least one block."""
         text = self.config.text
         _check_vocabulary(self.model)
+        self.model.check_length(text.block_tokens, f"Pass --block-tokens {self.model.positions}.")
         self.corpus = Corpus(
             self.model.tokenizer, text.data, block_tokens=text.block_tokens, seed=self.config.seed, cache=text.cache
         )

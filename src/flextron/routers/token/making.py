@@ -82,7 +82,9 @@ def make_token_router(
             f"{text} has {blocks.tokens.numel()} tokens that the model was not ranked on; a token router needs at "
             f"least {least}. Give a longer text."
         )
-    calibration = sensitivity_blocks(model.tokenizer, text, tokens=CALIBRATION_TOKENS, after=blocks.documents)
+    calibration = sensitivity_blocks(
+        model.tokenizer, text, tokens=CALIBRATION_TOKENS, after=blocks.documents, block_tokens=model.fitting(256)
+    )
     settings = {"text": blocks.text, "tokens": blocks.tokens.numel(), "rounds": rounds, "seed": seed}
     kept = KeptSlopes(folder, {**settings, "weights": model.fingerprint(), "router": _digest(static.net)})
     options: dict[str, Any] = {"rounds": rounds, "calibrated": calibrated, "seed": seed, "show": show}

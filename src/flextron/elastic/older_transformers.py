@@ -1,7 +1,7 @@
 """What transformers 4 reads in a config.json where transformers 5 writes other names: rotary embeddings.
 
-transformers 4 ignores `rope_parameters` without a word and takes a theta of 10,000. Both versions read a config that has
-the names of both (tools/check_transformers4.py compares logits).
+transformers 4 ignores `rope_parameters` without a word and takes a theta of 10,000. Both versions read a config that
+has the names of both (tools/check_transformers4.py compares logits).
 """
 
 from __future__ import annotations

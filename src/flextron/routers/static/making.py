@@ -109,9 +109,7 @@ def sensitivity_of(model: ElasticModel, folder: str | Path) -> Sensitivity:
 def unused_blocks(model: ElasticModel, sensitivity: Sensitivity, text: str, *, tokens: int) -> tuple[TokenBlocks, int]:
     """Return blocks of text that ranking and sensitivities did not use, and the number of documents skipped."""
     after = _documents_used(model, sensitivity, text)
-    return sensitivity_blocks(
-        model.tokenizer, text, tokens=tokens, after=after, block_tokens=model.fitting(256)
-    ), after
+    return sensitivity_blocks(model.tokenizer, text, tokens=tokens, after=after, block_tokens=model.fitting(256)), after
 
 
 def _documents_used(model: ElasticModel, sensitivity: Sensitivity, text: str) -> int:

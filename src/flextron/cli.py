@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import shutil
@@ -79,15 +78,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (FlextronError, ValueError, OSError) as error:
-        unexpected = isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG
-        if unexpected or os.environ.get("FLEXTRON_DEBUG"):
+        if os.environ.get("FLEXTRON_DEBUG"):
             raise
-        print(f"error: {shortened(str(error), arguments)}", file=sys.stderr)
+        print(f"error: {shortened(_said(error), arguments)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted; finished work is kept.", file=sys.stderr)
         return 130
+    except Exception:
+        print(
+            "this is a bug in flextron. Report it with the lines below and what `flextron env` prints.", file=sys.stderr
+        )
+        raise
     return 0
+
+
+def _said(error: Exception) -> str:
+    """What an error says; of the operating system's, the file and the reason without the number."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
+    return str(error)
 
 
 def parse(arguments: Sequence[str]) -> Any:

@@ -13,6 +13,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
 
 from flextron.choosing.routing import route
 from flextron.data.blocks import require_tokenizer
@@ -76,6 +78,7 @@ def stream(
     if draft is not None:
         draft.check(model, subnet)
     prompt_BT = _encode(model, prompt, chat=chat)
+    _check_length(model, prompt_BT.shape[1], max_new_tokens)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     tokens = _new_tokens(model, subnet, prompt_BT, routing=routing, draft=draft, fast=fast, **options)
     return _text(model, prompt_BT, tokens, seed)
@@ -173,11 +176,36 @@ def _encode(model: ElasticModel, prompt: str, *, chat: bool) -> torch.Tensor:
     if chat:
         if not tokenizer.chat_template:
             raise FlextronError("this tokenizer has no chat template; leave out chat.")
-        messages = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        prompt = _in_chat_template(tokenizer, prompt)
     encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)
     tokens_BT: torch.Tensor = encoded["input_ids"].to(model.device)
     return tokens_BT
+
+
+def _check_length(model: ElasticModel, prompt_tokens: int, max_new_tokens: int) -> None:
+    """Pass if prompt and answer fit the model's positions.
+
+    Raises:
+        ValueError: they do not.
+    """
+    most = getattr(model.config, "max_position_embeddings", None)
+    if most and prompt_tokens > most:
+        raise ValueError(f"the prompt has {prompt_tokens} tokens; this model reads at most {most}. Shorten the prompt.")
+    left = None if model.positions is None else model.positions - prompt_tokens
+    model.check_length(prompt_tokens + max_new_tokens, f"Ask for at most {left} new tokens (--max-new-tokens {left}).")
+
+
+def _in_chat_template(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """Return the prompt as a user's message in the tokenizer's chat template.
+
+    Raises:
+        FlextronError: the template is broken, or refuses a user's message alone.
+    """
+    try:
+        messages = [{"role": "user", "content": prompt}]
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except (TemplateError, ValueError, TypeError, KeyError) as error:
+        raise FlextronError(f"this tokenizer's chat template takes no such message: {error}. Leave out chat.") from None
 
 
 def _text(

@@ -18,10 +18,10 @@ from transformers.utils import logging as transformers_logging
 
 from flextron.atomic import new_folder
 from flextron.elastic import per_layer
-from flextron.environment import dtype_name
 from flextron.elastic.accounting import check_accounted, untie_if_apart
 from flextron.elastic.gguf_source import check_all_used, complete_config
 from flextron.elastic.older_transformers import add_old_names
+from flextron.environment import dtype_name
 from flextron.errors import CheckpointError, FlextronError
 from flextron.records import check_version, read_record
 from flextron.subnet import AXES, SearchSpace

@@ -1,5 +1,6 @@
 """Generation: the text of transformers' own `generate`, whole or in pieces, and clear errors."""
 
+import copy
 import json
 import shutil
 import threading
@@ -53,6 +54,39 @@ def test_sampling_follows_the_seed(model):
         torch.manual_seed(seed)
         texts.append(generate(model, "The quick", max_new_tokens=12, temperature=1.0))
     assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('a system message comes first') }}", "a system message comes first"),
+        ("{% for m in messages %}{{ m.content }", "unexpected '}'"),
+        ("{{ messages[0].content + 1 }}", "str"),
+    ],
+)
+def test_a_chat_template_that_refuses_or_is_broken_is_one_line(model, template, message):
+    model.tokenizer = copy.deepcopy(model.tokenizer)
+    model.tokenizer.chat_template = template
+    with pytest.raises(
+        FlextronError, match=rf"chat template takes no such message: .*{message}.*Leave out chat"
+    ) as error:
+        generate(model, "Hi", chat=True)
+    assert "\n" not in str(error.value)
+
+
+def test_a_text_longer_than_learned_positions_is_refused():
+    model = ElasticModel(tiny.plain_model("gpt2", vocab_size=300), tiny.tokenizer())  # of 64 positions
+    used = len(model.tokenizer("The quick").input_ids)
+    with pytest.raises(
+        ValueError, match=rf"{used + 64} tokens are more than the 64 positions .* --max-new-tokens {64 - used}\)"
+    ):
+        generate(model, "The quick", max_new_tokens=64)
+    assert generate(model, "The quick", max_new_tokens=64 - used)
+
+
+def test_a_prompt_longer_than_the_model_reads_is_refused(model):
+    with pytest.raises(ValueError, match=r"the prompt has \d+ tokens; this model reads at most 64"):
+        generate(model, tiny.TEXT * 9)
 
 
 def test_errors_name_the_way_out(model):

@@ -1,5 +1,6 @@
 """Text becomes blocks: documents in order, each ended, every byte counted once, and clear words for broken files."""
 
+import bz2
 import copy
 import gzip
 import json
@@ -49,6 +50,17 @@ class TestDocuments:
         assert list(documents(file)) == DOCUMENTS
         assert list(documents(str(file))) == DOCUMENTS
 
+    @pytest.mark.parametrize("name", ["a.csv", "a.json", "a.jsonl.zst", "a.xz", "a", "a.jsonl.txt.zip"])
+    def test_other_endings_are_refused_and_those_that_are_read_are_named(self, tmp_path, name):
+        (tmp_path / name).write_bytes(b"id,text")
+        message = r"its name must end in \.jsonl, \.txt, \.md \(each also \.xz, \.gz, \.bz2\)"
+        with pytest.raises(FlextronError, match=message):
+            list(documents(tmp_path / name))
+
+    def test_bz2(self, tmp_path):
+        (tmp_path / "a.jsonl.bz2").write_bytes(bz2.compress(json_lines(DOCUMENTS).encode()))
+        assert list(documents(tmp_path / "a.jsonl.bz2")) == DOCUMENTS
+
     @pytest.mark.parametrize("name", ["a.txt", "a.md", "a.txt.xz", "a.md.gz"])
     def test_a_text_is_one_document(self, tmp_path, name):
         assert list(documents(write(tmp_path, name, DOCUMENTS[2]))) == DOCUMENTS[2:]
@@ -60,7 +72,8 @@ class TestDocuments:
     def test_missing(self, tmp_path):
         file = tmp_path / "gone.txt"
         assert refusal(file) == (
-            f"no such text file: {file}. Name a .txt or .jsonl file (also .xz, .gz), or sample/train."
+            f"no such text file: {file}. Name a file that ends in .jsonl, .txt, .md (each also .xz, .gz, .bz2), or "
+            "sample/train."
         )
         assert refusal(tmp_path).startswith("no such text file")
 

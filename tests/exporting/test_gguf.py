@@ -1,5 +1,6 @@
 """GGUF export: the file's contents, llama.cpp's results, and errors before anything is written."""
 
+import copy
 import shutil
 from dataclasses import dataclass, replace
 from itertools import product
@@ -520,3 +521,13 @@ def test_smollm2_in_llama_cpp(quantize, least, tmp_path, monkeypatch):
     assert check.positions == 512
     assert check.agreement >= least
     assert check.greedy_tokens == check.greedy_written
+
+
+def test_several_chat_templates_are_all_written(tmp_path):
+    model = elastic("llama")
+    model.tokenizer = copy.deepcopy(model.tokenizer)
+    model.tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    export_gguf(model, model.search_space.full, tmp_path / "x.gguf", quantize="f32", verify=False)
+    fields = GGUFReader(tmp_path / "x.gguf").fields
+    assert fields["tokenizer.chat_template"].contents() == "{{ messages }}"
+    assert fields["tokenizer.chat_template.tool_use"].contents() == "{{ tools }}"

@@ -12,10 +12,11 @@ import tiny
 from flextron.data.corpus import positions
 from flextron.elastic import loss as loss_module
 from flextron.elastic.loss import hidden_states, logits_of, losses
+from flextron.errors import FlextronError
 from flextron.model import ElasticModel
 from flextron.subnet import Subnet
 from flextron.training import distillation
-from flextron.training.distillation import Distiller
+from flextron.training.distillation import Distiller, check_teacher
 
 END = 5  # the token that ends a document
 CHANGES = {
@@ -151,6 +152,31 @@ def teacher():
 def student(llama) -> ElasticModel:
     llama.lm.train()
     return llama
+
+
+class TestTeachersWithOtherRows:
+    @pytest.mark.parametrize("rows", [tiny.VOCAB - 8, tiny.VOCAB + 8])
+    def test_words_that_one_does_not_have_count_for_nothing(self, student, rows):
+        """As with the shared rows alone, up to the student's own probability of the others."""
+        teacher = tiny.plain_model("llama", vocab_size=rows).requires_grad_(False)
+        tokens = tiny.token_ids(vocab=tiny.VOCAB - 8)
+        shared = min(rows, tiny.VOCAB)
+        p = teacher(tokens).logits[:, :-1, :shared].softmax(-1)
+        log_q = student(tokens).logits[:, :-1].log_softmax(-1)[..., :shared]
+        expected = (p * (p.log() - log_q)).sum()
+        found = chunked_losses(student.lm, teacher, tokens, 0.5)[1]
+        torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-4)
+
+    def test_the_tokenizers_tell_whether_tokens_are_the_same(self, student):
+        teacher = ElasticModel(tiny.plain_model("llama", vocab_size=300), tiny.tokenizer())
+        with pytest.raises(FlextronError, match="no tokenizer tells"):
+            check_teacher(teacher, student, "big")
+        student.tokenizer = tiny.tokenizer()
+        check_teacher(teacher, student, "big")
+        student.tokenizer = copy.deepcopy(tiny.tokenizer())
+        student.tokenizer.add_tokens(["<new>"])
+        with pytest.raises(FlextronError, match=r"300, the model one of 101, and their tokens differ"):
+            check_teacher(teacher, student, "big")
 
 
 def plain_losses(student, teacher, tokens_BT, text_weight: float):

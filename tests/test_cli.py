@@ -709,3 +709,29 @@ def test_generate_and_export_take_a_budget(folder, tmp_path, capsys):
     config = (tmp_path / "small/config.json").read_text()
     assert config == (tmp_path / "same/config.json").read_text()
     assert "per_layer_config" in config
+
+
+@pytest.mark.parametrize("command", [["rank", "--overwrite"], ["export", "--overwrite"]])
+def test_a_model_is_never_replaced_by_what_is_made_of_it(command, checkpoint, tmp_path, capsys):
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    before = sorted(path.name for path in folder.iterdir())
+    verb, *options = command
+    assert cli.main([verb, str(folder), str(tmp_path / "x" / ".." / "model"), *options]) == 2
+    assert "OUT is MODEL itself" in capsys.readouterr().err
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_what_the_system_refuses_is_one_line_and_a_bug_keeps_its_traceback(monkeypatch, capsys):
+    def refuse(_):
+        raise PermissionError(13, "Permission denied", "/some/file")
+
+    def bug(_):
+        raise KeyError("width")
+
+    monkeypatch.setitem(cli._RUN, cli.EnvConfig, refuse)
+    assert cli.main(["env"]) == 2
+    assert capsys.readouterr().err == "error: /some/file: Permission denied.\n"
+    monkeypatch.setitem(cli._RUN, cli.EnvConfig, bug)
+    with pytest.raises(KeyError, match="width"):
+        cli.main(["env"])
+    assert "this is a bug in flextron" in capsys.readouterr().err

@@ -78,7 +78,7 @@ def test_a_text_longer_than_learned_positions_is_refused():
     model = ElasticModel(tiny.plain_model("gpt2", vocab_size=300), tiny.tokenizer())  # of 64 positions
     used = len(model.tokenizer("The quick").input_ids)
     with pytest.raises(
-        ValueError, match=rf"{used + 64} tokens are more than the 64 positions .* --max-new-tokens {64 - used}\)"
+        ValueError, match=rf"{used + 64} tokens are more than the 64 positions .*--max-new-tokens {64 - used}\)"
     ):
         generate(model, "The quick", max_new_tokens=64)
     assert generate(model, "The quick", max_new_tokens=64 - used)

@@ -57,6 +57,14 @@ class TestWeights:
         assert torch.equal(found, tiny.logits_of(plain_llama, tokens))
 
 
+@pytest.mark.parametrize("shard", ["../other.safetensors", "/etc/passwd", 5])
+def test_an_index_may_name_shards_of_its_own_folder_only(folder, shard):
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": shard}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"index\.json"):
+        ElasticModel.from_pretrained(folder)
+
+
 class TestUntied:
     """config.json says that the output projection is the embedding, and the file has both."""
 

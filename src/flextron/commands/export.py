@@ -19,6 +19,7 @@ def run(config: ExportConfig) -> None:
     from flextron.exporting.exporters import EXPORTERS
 
     exporter = EXPORTERS[config.to](config)
+    shared.refuse_own_place(config.model, config.out)
     exporter.check_free(config.out, overwrite=config.overwrite)
     model = shared.load(config)
     subnet = _to_export(model, config, exporter)

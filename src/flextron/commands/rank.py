@@ -22,6 +22,7 @@ def run(config: RankConfig) -> None:
     """Rank a checkpoint, measure its sensitivities, and write it as an elastic one."""
     from flextron.ranking.sensitivity import measure_sensitivity, sensitivity_blocks
 
+    shared.refuse_own_place(config.model, config.out)
     model = _ranked(config)
     if config.sensitivity_tokens:
         ranked_on = _blocks(model, config)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flextron.config import EvaluateConfig, ExportConfig, GenerateConfig
-from flextron.errors import CheckpointError
+from flextron.errors import CheckpointError, FlextronError
 
 if TYPE_CHECKING:
     from flextron.choosing.routing import Routed
@@ -35,6 +35,16 @@ def folder_of(model: str) -> Path:
             "make one with `flextron rank MODEL OUT`."
         )
     return folder
+
+
+def refuse_own_place(model: str, out: Path) -> None:
+    """Pass unless OUT is where MODEL lies: replacing it would delete what is read, and what lies beside it.
+
+    Raises:
+        FlextronError: it is.
+    """
+    if Path(model).exists() and out.resolve() == Path(model).resolve():
+        raise FlextronError(f"OUT is MODEL itself ({model}), which is never replaced. Name another place.")
 
 
 def note(text: str) -> None:

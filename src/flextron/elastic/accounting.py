@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,22 @@ from flextron.errors import CheckpointError
 
 _HARMLESS = re.compile(r"(rotary_emb\.inv_freq|\.attn\.(masked_)?bias|\.attention\.(masked_)?bias)$")
 """Rotary tables and attention masks, which old checkpoints hold and models compute by themselves."""
+
+
+def check_shards_inside(source: str) -> None:
+    """Pass if the shards that a local folder's index names lie in that folder.
+
+    Raises:
+        CheckpointError: one lies elsewhere, or the index cannot be read.
+    """
+    for index in sorted(Path(source).glob("*.index.json")) if Path(source).is_dir() else ():
+        try:
+            names = set(json.loads(index.read_text(encoding="utf8"))["weight_map"].values())
+            outside = sorted(name for name in names if Path(name).name != name)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"cannot read {index}: {error}.") from None
+        if outside:
+            raise CheckpointError(f"{index} names the shard {outside[0]}, which is not in {source}. It is not read.")
 
 
 def check_accounted(path: str | Path, lm: PreTrainedModel, info: dict[str, Any]) -> None:

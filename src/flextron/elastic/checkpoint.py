@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from flextron.atomic import new_folder
 from flextron.elastic import per_layer
-from flextron.elastic.accounting import check_accounted, untie_if_apart
+from flextron.elastic.accounting import check_accounted, check_shards_inside, untie_if_apart
 from flextron.elastic.gguf_source import check_all_used, complete_config
 from flextron.elastic.older_transformers import add_old_names
 from flextron.environment import dtype_name
@@ -90,6 +90,7 @@ def load(path: str | Path, *, dtype: str | torch.dtype = "auto", **kwargs: Any) 
     """
     per_layer.register()
     source, gguf = source_of(path)
+    check_shards_inside(source)
     hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
     read = {"trust_remote_code": False, **kwargs, **gguf}  # or transformers would ask, and take a "y" for True
     try:

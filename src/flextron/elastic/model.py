@@ -189,8 +189,8 @@ class ElasticModel:
         """
         self.search_space.check(subnet)
         before = self._subnet
-        self._choose(subnet)
-        try:
+        try:  # Ctrl-C may come while widths are set
+            self._choose(subnet)
             yield self
         finally:
             self._choose(before)

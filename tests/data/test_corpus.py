@@ -506,7 +506,7 @@ class TestFiles:
         with pytest.raises(FlextronError) as error:
             make(tmp_path / name)
         assert str(error.value) == (
-            f"no text at {tmp_path / name}. Name a file (.jsonl, .txt, .md (each also .xz, .gz) or .parquet), "
+            f"no text at {tmp_path / name}. Name a file (.jsonl, .txt, .md (each also .xz, .gz, .bz2) or .parquet), "
             "a folder or glob of them, or sample/train."
         )
 

@@ -104,7 +104,7 @@ def load(path: str | Path, *, dtype: str | torch.dtype = "auto", **kwargs: Any) 
             ignore_mismatched_sizes=True,  # which are told below
             **read,
         )
-        tokenizer = _load_tokenizer(source, {"trust_remote_code": False, **gguf, **hub})
+        tokenizer = load_tokenizer(source, {"trust_remote_code": False, **gguf, **hub})
     except FlextronError:
         raise
     except Exception as error:  # damaged files make transformers raise errors of many types
@@ -190,7 +190,8 @@ def source_of(path: str | Path) -> tuple[str, dict[str, Any]]:
     return str(path), {}
 
 
-def _load_tokenizer(source: str, options: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+def load_tokenizer(source: str, options: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer of a folder, hub id or GGUF file; None where a folder has none."""
     folder = Path(source)
     has_none = folder.is_dir() and not any(folder.glob("tokenizer*")) and not (folder / "vocab.json").exists()
     if has_none and "gguf_file" not in options:

@@ -25,16 +25,13 @@ def _old_names(config: dict[str, Any]) -> dict[str, Any]:
     main = rope.get("full_attention", rope)  # Gemma 3 has one for each kind of layer
     if "rope_theta" not in main:
         return {}
-    scaling = {key: value for key, value in main.items() if key not in _NOT_SCALING}
-    old = {"rope_theta": main["rope_theta"], "rope_scaling": scaling if scaling.get("rope_type") != "default" else None}
+    if config["model_type"] == "gpt_neox":
+        return {"rotary_emb_base": main["rope_theta"], "rotary_pct": main.get("partial_rotary_factor", 1.0)}
+    old = {"rope_theta": main["rope_theta"]}
+    if main.get("rope_type", "default") != "default":
+        old["rope_scaling"] = {key: value for key, value in main.items() if key not in _NOT_SCALING}
     if "sliding_attention" in rope:
         old["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
     if "partial_rotary_factor" in main:
-        old |= _partial(config["model_type"], main["partial_rotary_factor"])
-    if config["model_type"] == "gpt_neox":
-        old["rotary_emb_base"] = main["rope_theta"]
+        old["partial_rotary_factor"] = main["partial_rotary_factor"]
     return old
-
-
-def _partial(model_type: str, part: float) -> dict[str, float]:
-    return {"rotary_pct" if model_type == "gpt_neox" else "partial_rotary_factor": part}

@@ -24,6 +24,7 @@ from flextron.environment import arithmetic_dtype, default_device, dtype_name
 from flextron.errors import CheckpointError
 from flextron.ranking.sensitivity import Sensitivity
 from flextron.subnet import Subnet
+from flextron.training.distillation import check_teacher
 from flextron.training.sampling import SubnetSampler, even_sensitivity, make_sampler
 
 GPU_BYTES = 80 * 10**9
@@ -104,7 +105,7 @@ def estimate_training(config: TrainConfig, *, processes: int = 1) -> TrainEstima
         CheckpointError: the model does not exist, or its config cannot be read.
         UnknownFamilyError: the architecture has no spec.
         SubnetError: the model does not have a sub-network to train or to watch.
-        FlextronError: the teacher does not exist.
+        FlextronError: the teacher has other tokens.
         ValueError: the processes cannot share a visit's blocks evenly, or the visits are not valid.
     """
     check_processes(config.visit.blocks_per_visit, processes)
@@ -167,7 +168,7 @@ def _without_weights(path: str) -> ElasticModel:
     per_layer.register()
     source, gguf = checkpoint.source_of(path)
     try:
-        config = AutoConfig.from_pretrained(source, **gguf)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **gguf)
     except Exception as error:  # transformers raises many types for damaged files
         raise CheckpointError(f"cannot read the config of {path}: {checkpoint.first_line(error)}") from error
     family_of(config.model_type)
@@ -196,7 +197,13 @@ def _teacher(model: ElasticModel, config: TrainConfig) -> ElasticModel | None:
         return None
     if options.teacher is None:
         return model
-    return _without_weights(options.teacher)
+    teacher = _without_weights(options.teacher)
+    if teacher.config.vocab_size != model.config.vocab_size:
+        for each, path in ((teacher, options.teacher), (model, config.model)):
+            source, gguf = checkpoint.source_of(path)
+            each.tokenizer = checkpoint.load_tokenizer(source, {"trust_remote_code": False, **gguf})
+    check_teacher(teacher, model, options.teacher)
+    return teacher
 
 
 def _compute(

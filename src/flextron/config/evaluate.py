@@ -43,7 +43,7 @@ class EvaluateConfig:
     picture: OptionalPath = None
     """With --per-token, a file for a picture of the first block at the last budget, where colours show how much each token computed: .html, .png, .svg or .pdf."""
     text: str = "sample/validation"
-    """Text to measure on: a .txt file, or a .jsonl file with a "text" field in each line, also as .xz or .gz, or a sample that comes with flextron."""
+    """Text to measure on: a .txt file, or a .jsonl file with a "text" field in each line, also as .xz, .gz or .bz2, or a sample that comes with flextron."""
     tokens: int = 8192
     """Number of tokens to measure on."""
     block_tokens: int = 512

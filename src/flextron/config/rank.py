@@ -31,7 +31,7 @@ class RankConfig:
     out: OutArgument
     """Folder to write. transformers loads it as the plain full model."""
     text: str = "sample/train"
-    """Text to rank on: a .txt file, or a .jsonl file with a "text" field in each line, also as .xz or .gz. The default is a sample of public-domain English that comes with flextron. Text like what your model will read works better."""
+    """Text to rank on: a .txt file, or a .jsonl file with a "text" field in each line, also as .xz, .gz or .bz2. The default is a sample of public-domain English that comes with flextron. Text like what your model will read works better."""
     tokens: int = 16384
     """Number of tokens to rank on."""
     score: Score = "reconstruction"

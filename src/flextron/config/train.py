@@ -24,7 +24,7 @@ class TextOptions:
     """The text to train on."""
 
     data: tuple[str, ...] = ("sample/train",)
-    """Sources of text, each PATH or PATH@WEIGHT, such as web.jsonl.xz@0.8 books/@0.2. PATH is a .txt or .parquet file, a .jsonl file with a "text" field in each line (.jsonl and .txt also as .xz or .gz), a folder or glob of such files, datasets:NAME, or a sample that comes with flextron."""
+    """Sources of text, each PATH or PATH@WEIGHT, such as web.jsonl.xz@0.8 books/@0.2. PATH is a .txt or .parquet file, a .jsonl file with a "text" field in each line (.jsonl and .txt also as .xz, .gz or .bz2), a folder or glob of such files, datasets:NAME, or a sample that comes with flextron."""
     tokens: int = 200_000
     """Number of tokens to train on. A text that ends is read again in another order."""
     block_tokens: int = 512

@@ -116,7 +116,7 @@ def test_writes_a_report_with_pictures_and_every_sub_network(ran):
         assert row["predicted_ms"] <= budget * rows[0]["predicted_ms"] * (1 + 1e-9)
         assert row["prefill_ms"] > 0
         assert row["spread"] >= 0
-        assert row["tokens"] == 1530
+        assert row["tokens"] == 1020
         assert f"{row['nats_per_token']:.3f}" in report
         assert ("completion" in row) == (row["method"] in ("full", "router"))
     assert all(row["before_training"] for row in rows[:7])

@@ -30,6 +30,7 @@ class RouteConfig:
     model: ModelArgument
     """Folder of an elastic checkpoint (see `flextron rank`)."""
     budget: RouteArgument
+    any_device: AnyDeviceArgument = False
     neuron_step: NeuronStepArgument = None
     json: bool = False
     """Print JSON instead of text."""
@@ -39,7 +40,6 @@ class RouteConfig:
     """File for a picture of the widths: .png, .svg or .pdf."""
     out: OptionalPath = None
     """JSON file for the sub-network. Other commands read it with --subnet."""
-    any_device: AnyDeviceArgument = False
     dtype: DtypeArgument = "auto"
     device: DeviceArgument = "auto"
 

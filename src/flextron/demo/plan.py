@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 BUDGETS = (0.8, 0.6, 0.5)
 """Of the full model's time to the first token."""
@@ -37,27 +38,16 @@ class Size:
     """Whether every token gets its own widths at the end."""
 
 
-QUICK = Size(
-    prompt_tokens=256,
-    designs=12,
-    coarse=True,
-    sensitivity_tokens=256,
-    sensitivity_block=64,
-    loss_tokens=1024,
-    block_tokens=256,
-    evaluations=(160,),
-    router_tokens=256,
-    per_token=False,
-)
-THOROUGH = Size(
-    prompt_tokens=512,
-    designs=16,
-    coarse=False,
-    sensitivity_tokens=256,
-    sensitivity_block=256,
-    loss_tokens=2048,
-    block_tokens=512,
-    evaluations=(160, 224),
-    router_tokens=512,
-    per_token=True,
-)
+_SIZES: dict[str, tuple[Any, Any]] = {  # quick, thorough
+    "prompt_tokens": (256, 512),
+    "designs": (12, 16),
+    "coarse": (True, False),
+    "sensitivity_tokens": (256, 256),
+    "sensitivity_block": (64, 256),
+    "loss_tokens": (1024, 2048),
+    "block_tokens": (256, 512),
+    "evaluations": ((160,), (160, 224)),
+    "router_tokens": (256, 512),
+    "per_token": (False, True),
+}
+QUICK, THOROUGH = (Size(**{name: both[place] for name, both in _SIZES.items()}) for place in (0, 1))

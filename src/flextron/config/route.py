@@ -31,11 +31,11 @@ class RouteConfig:
     """Folder of an elastic checkpoint (see `flextron rank`)."""
     budget: RouteArgument
     any_device: AnyDeviceArgument = False
-    neuron_step: NeuronStepArgument = None
     json: bool = False
     """Print JSON instead of text."""
     measure: bool = True
     """Measure the times that the budget limits. This takes a few seconds for each, and happens only if the latency table was measured here."""
+    neuron_step: NeuronStepArgument = None
     picture: OptionalPath = None
     """File for a picture of the widths: .png, .svg or .pdf."""
     out: OptionalPath = None

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
@@ -43,14 +44,8 @@ def available(device: str | torch.device) -> bool:
 
 
 def routed_mlp(
-    x_ND: torch.Tensor,
-    gate_FD: torch.Tensor,
-    up_FD: torch.Tensor,
-    down_DF: torch.Tensor,
-    widths_N: torch.Tensor,
-    *,
-    activation: Activation = "silu",
-) -> torch.Tensor:
+    x_ND: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor, widths_N: Tensor, *, activation: Activation = "silu"
+) -> Tensor:
     """Return the sum over each token's first neurons f of act(x . gate_f) * (x . up_f) * down_f, [N, D].
 
     Sums are in fp32. Only the device reads the widths, so they are not checked: below 0 counts as 0 (a row of zeros),
@@ -72,14 +67,8 @@ def routed_mlp(
 
 
 def routed_mlp_reference(
-    x_ND: torch.Tensor,
-    gate_FD: torch.Tensor,
-    up_FD: torch.Tensor,
-    down_DF: torch.Tensor,
-    widths_N: torch.Tensor,
-    *,
-    activation: Activation = "silu",
-) -> torch.Tensor:
+    x_ND: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor, widths_N: Tensor, *, activation: Activation = "silu"
+) -> Tensor:
     """Compute `routed_mlp` by masking, which is its definition: on any device, at the cost of the full width.
 
     Raises:
@@ -145,12 +134,7 @@ def _tiles(tokens: int, dtype: torch.dtype) -> _Tiles:
 
 
 def _launch(
-    x_ND: torch.Tensor,
-    gate_FD: torch.Tensor,
-    up_FD: torch.Tensor,
-    down_DF: torch.Tensor,
-    widths_N: torch.Tensor,
-    activation: str,
+    x_ND: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor, widths_N: Tensor, activation: str
 ) -> torch.Tensor:
     (N, D), F = x_ND.shape, gate_FD.shape[0]
     y_ND = x_ND.new_empty(N, D)
@@ -309,14 +293,7 @@ def _close(
     tl.store(y_at_ND, sum_ND.to(y_ND.dtype.element_ty), mask=inside_ND)
 
 
-def _check(
-    x_ND: torch.Tensor,
-    gate_FD: torch.Tensor,
-    up_FD: torch.Tensor,
-    down_DF: torch.Tensor,
-    widths_N: torch.Tensor,
-    activation: str,
-) -> None:
+def _check(x_ND: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor, widths_N: Tensor, activation: str) -> None:
     if activation not in _ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}, expected one of {', '.join(_ACTIVATIONS)}.")
     if x_ND.dim() != 2:

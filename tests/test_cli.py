@@ -456,7 +456,7 @@ def quick_router(monkeypatch):
     monkeypatch.setattr(surrogate, "STEPS", 20)
     monkeypatch.setattr(training, "STEPS", 5)
     monkeypatch.setattr(training, "LARGEST_ERROR", 10.0)
-    monkeypatch.setattr(training, "LOWEST_RANK", -1.0)
+    monkeypatch.setattr(training, "_orders", lambda _: True)
     monkeypatch.setattr(training, "SPREADS", (1.0,))  # so small a model has few sub-networks near the greedy ones
 
 

@@ -33,7 +33,7 @@ def test_the_whole_way(run, tmp_path, monkeypatch):
     monkeypatch.setattr(learning, "STEPS", 5)
     monkeypatch.setattr(learning, "optimise", partial(learning.optimise, steps=5))
     monkeypatch.setattr(learning, "LARGEST_ERROR", 10.0)
-    monkeypatch.setattr(learning, "LOWEST_RANK", -1.0)
+    monkeypatch.setattr(learning, "_orders", lambda _: True)
     lm = tiny.plain_model("llama", vocab_size=300, num_hidden_layers=12, max_position_embeddings=1024)
     ElasticModel(lm, tiny.tokenizer()).save_pretrained(tmp_path / "plain")
     assert goes_the_whole_way(run, tmp_path / "plain", tmp_path / "out") < lm.num_parameters()

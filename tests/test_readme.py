@@ -44,7 +44,7 @@ def done(checkpoint, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(learning, "LARGEST_ERROR", 10)  # losses of a random model hardly depend on its widths
-        patch.setattr(learning, "LOWEST_RANK", -1)
+        patch.setattr(learning, "_orders", lambda _: True)
         patch.setattr(learning, "STEPS", 20)
         patch.setattr(surrogate, "STEPS", 20)
         run_commands("README.md", checkpoint)

@@ -382,7 +382,7 @@ class TestFolder:
         self, checkpoint, sensitivity, table, static, trained, tmp_path, monkeypatch
     ):
         monkeypatch.setattr(training, "LARGEST_ERROR", 10)  # a random model's loss hardly depends on its widths
-        monkeypatch.setattr(training, "LOWEST_RANK", -1)
+        monkeypatch.setattr(training, "_orders", lambda _: True)
         monkeypatch.setattr(token_making, "TOKENS_PER_ROUND", 96)
         monkeypatch.setattr(token_training, "HELD_OUT", 1 / 2)
         folder, out = tmp_path / "elastic", tmp_path / "trained"

@@ -200,7 +200,7 @@ def test_the_real_one_takes_less_than_eight_minutes(tmp_path):
     assert time.monotonic() - start < 8 * 60
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
     full, greedy, equal, routed = rows[0], rows[3], rows[6], rows[9]
-    assert all(row["nats_per_token"] < row["before_training"] for row in rows[1:7])
+    assert all(row["nats_per_token"] < row["before_training"] for row in rows[:7])
     assert full["nats_per_token"] < routed["nats_per_token"] < equal["nats_per_token"]
     assert routed["nats_per_token"] < greedy["nats_per_token"] + 0.05
     assert routed["prefill_ms"] < 0.6 * full["prefill_ms"]

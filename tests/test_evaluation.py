@@ -10,6 +10,7 @@ import tiny
 from flextron.data.blocks import BATCH_TOKENS, TokenBlocks
 from flextron.errors import SubnetError
 from flextron.evaluation import evaluate
+from flextron.model import ElasticModel
 from flextron.subnet import Subnet
 
 
@@ -63,6 +64,26 @@ def test_derived_values_follow_their_definitions(llama, blocks, subnets):
         )
         assert result.share == llama.share(result.subnet)
         assert (result.tokens, result.text) == (55, "a text")
+
+
+def test_divergence_from_the_original_by_its_definition(llama, blocks, subnets):
+    """Where the text is certain, cross-entropy is the divergence; here the original's predictions take its place."""
+    original = ElasticModel(tiny.plain_model("llama", seed=5))
+    for result, subnet in zip(evaluate(llama, subnets, blocks, original=original), subnets, strict=True):
+        with llama.use(subnet), torch.no_grad():
+            own = llama(blocks.tokens, use_cache=False).logits[:, :-1].double().softmax(-1)
+            theirs = original(blocks.tokens, use_cache=False).logits[:, :-1].double().softmax(-1)
+        expected = (theirs * (theirs / own).log()).sum(-1).mean(1)
+        assert result.divergence == pytest.approx(expected.mean().item(), rel=1e-4)
+        assert result.divergence_standard_error == pytest.approx((expected.std() / math.sqrt(5)).item(), rel=1e-3)
+    assert evaluate(llama, subnets[:1], blocks, original=llama)[0].divergence == pytest.approx(0, abs=1e-6)
+    assert evaluate(llama, subnets[:1], blocks)[0].divergence is None
+
+
+def test_an_original_with_another_vocabulary_is_refused(llama, blocks, subnets):
+    other = ElasticModel(tiny.plain_model("llama", vocab_size=300))
+    with pytest.raises(ValueError, match="the original model has 300 tokens"):
+        evaluate(llama, subnets, blocks, original=other)
 
 
 def test_a_subnet_does_not_differ_from_itself(llama, blocks, subnets):

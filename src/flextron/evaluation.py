@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from flextron.data.blocks import TokenBlocks, batch_tokens
 from flextron.elastic.model import ElasticModel
-from flextron.progress import progress
+from flextron.progress import bar
 from flextron.subnet import Subnet
 
 
@@ -50,25 +50,41 @@ class Evaluation:
     text: str
     blocks: tuple[float, ...]
     """Nats per token of every block, for pairing with another checkpoint on the same text."""
+    divergence: float | None = None
+    """KL divergence from the original model's predictions, in nats per token; None without an original."""
+    divergence_standard_error: float | None = None
 
 
 def evaluate(
-    model: ElasticModel, runs: Sequence[Subnet | TokenRun], blocks: TokenBlocks, *, show: bool = False
+    model: ElasticModel,
+    runs: Sequence[Subnet | TokenRun],
+    blocks: TokenBlocks,
+    *,
+    original: ElasticModel | None = None,
+    show: bool = False,
 ) -> list[Evaluation]:
     """Return the loss of each run on the same tokens, compared with the first run.
 
     A run is a sub-network, or a `TokenRun` with one for every token. `show` prints a progress bar.
 
+    Args:
+        original: also measure how far each run's predictions are from this model's. The loss of a trained model falls,
+            too, when it gets used to a kind of text; its divergence from the model before training does not.
+
     Raises:
         SubnetError: a sub-network is not in the model's search space; raised before anything is computed.
+        ValueError: `original` has another vocabulary.
     """
     for run in runs:
         if isinstance(run, Subnet):
             model.search_space.check(run)
+    if original is not None and original.config.vocab_size != model.config.vocab_size:
+        raise ValueError(
+            f"the original model has {original.config.vocab_size} tokens, this one {model.config.vocab_size}: "
+            "their predictions cannot be compared. Name the model that this one was ranked or trained from."
+        )
     tokens_per_byte = blocks.predicted_tokens / blocks.predicted_bytes if blocks.predicted_bytes else math.nan
-    work = [(run, tokens_BT) for run in runs for tokens_BT in blocks.batches(batch_tokens(model.device))]
-    losses = [_losses(model, *item) for item in (progress(work, "evaluate") if show else work)]
-    losses_SN = torch.cat(losses).view(len(runs), -1)
+    losses_SN, divergences_SN = _measured(model, runs, blocks, original, show=show)
     return [
         Evaluation(
             subnet=run if isinstance(run, Subnet) else None,
@@ -81,22 +97,54 @@ def evaluate(
             tokens=blocks.predicted_tokens,
             text=blocks.text,
             blocks=tuple(loss_N.tolist()),
+            divergence=None if original is None else divergence_N.mean().item(),
+            divergence_standard_error=None if original is None else _standard_error(divergence_N),
         )
-        for run, loss_N in zip(runs, losses_SN, strict=True)
+        for run, loss_N, divergence_N in zip(runs, losses_SN, divergences_SN, strict=True)
     ]
 
 
 @torch.inference_mode()
-def _losses(model: ElasticModel, run: Subnet | TokenRun, tokens_BT: torch.Tensor) -> torch.Tensor:
-    """Return the mean loss of every row in nats per token, [B] in float64."""
-    tokens_BT = tokens_BT.to(model.device)
+def _measured(
+    model: ElasticModel,
+    runs: Sequence[Subnet | TokenRun],
+    blocks: TokenBlocks,
+    original: ElasticModel | None,
+    *,
+    show: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return each run's loss and divergence from the original on each block, both [S, N] in float64."""
+    batches = list(blocks.batches(batch_tokens(model.device)))
+    losses: list[list[torch.Tensor]] = [[] for _ in runs]
+    divergences: list[list[torch.Tensor]] = [[] for _ in runs]
+    with bar(len(batches) * len(runs), description="evaluate", show=show) as advance:
+        for tokens_BT in (batch.to(model.device) for batch in batches):
+            original_BTV = None if original is None else _logits(original, original.search_space.full, tokens_BT)
+            for place, run in enumerate(runs):
+                logits_BTV = _logits(model, run, tokens_BT)
+                losses[place] += map(_loss, logits_BTV, tokens_BT)
+                teachers = [None] * len(tokens_BT) if original_BTV is None else original_BTV
+                divergences[place] += map(_divergence, logits_BTV, teachers)
+                advance()
+    return torch.stack([*map(torch.stack, losses)]), torch.stack([*map(torch.stack, divergences)])
+
+
+def _logits(model: ElasticModel, run: Subnet | TokenRun, tokens_BT: torch.Tensor) -> torch.Tensor:
     with model.use(run) if isinstance(run, Subnet) else run.use():
-        logits_BTV = model(tokens_BT, use_cache=False).logits
-    rows = [
-        F.cross_entropy(logits_TV[:-1].float(), tokens_T[1:])
-        for logits_TV, tokens_T in zip(logits_BTV, tokens_BT, strict=True)
-    ]
-    return torch.stack(rows).double().cpu()
+        logits: torch.Tensor = model(tokens_BT.to(model.device), use_cache=False).logits
+    return logits
+
+
+def _loss(logits_TV: torch.Tensor, tokens_T: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits_TV[:-1].float(), tokens_T[1:]).double().cpu()
+
+
+def _divergence(logits_TV: torch.Tensor, original_TV: torch.Tensor | None) -> torch.Tensor:
+    """Mean over predicted tokens of KL(original || run), in nats; NaN without an original."""
+    if original_TV is None:
+        return torch.tensor(math.nan, dtype=torch.float64)
+    own, teacher = (logits[:-1].float().log_softmax(-1) for logits in (logits_TV, original_TV.to(logits_TV.device)))
+    return F.kl_div(own, teacher, log_target=True, reduction="sum").double().cpu() / len(own)
 
 
 def _standard_error(values_N: torch.Tensor) -> float:

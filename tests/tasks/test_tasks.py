@@ -29,7 +29,7 @@ from flextron.subnet import Subnet
 from flextron.tasks import harness, local
 from flextron.tasks.harness import PAPER, evaluate_tasks, sample
 from flextron.tasks.lm import LEAST_SHARED, ElasticLM
-from flextron.tasks.results import TaskResult, averages, floored
+from flextron.tasks.results import HEADLINE, TaskResult, averages, floored
 
 WORDS = tiny.TEXT.lower().replace(".", "").split()
 
@@ -149,6 +149,13 @@ class TestAgreesWithAPlainLoop:
                 assert result.scores["acc_norm"] == tuple(norm for _, norm in expected)
             assert (result.metric, result.shots, len(result.documents)) == ("acc", 0, len(expected))
 
+    def test_chance_counts_the_choices_of_each_question(self, model, runs, data):
+        tasks = ["arc_easy", "piqa", "winogrande", "lambada_openai", "hellaswag", "mmlu"]
+        found = {each.task: each.chance for each in evaluate_tasks(model, {"full": runs["full"]}, tasks, data=data)}
+        arc_easy = statistics.mean(1 / len(row["choices"]) for row in read(data, "arc_easy_test"))
+        expected = {"piqa": 0.5, "winogrande": 0.5, "lambada_openai": 0, "hellaswag": 0.25, "mmlu": 0.25}
+        assert found == pytest.approx({"arc_easy": arc_easy, **expected})
+
     def test_lambada(self, model, runs, data):
         """With words that the model would say, and with others."""
         (first, *_) = evaluate_tasks(model, runs, ["lambada_openai"], data=data)
@@ -259,22 +266,37 @@ class TestNumbers:
         with pytest.raises(ValueError, match="other documents"):
             other.difference(result("full", "t", [1]))
 
-    def test_retention_has_the_error_of_a_bootstrap(self):
+    def test_what_is_kept_has_the_error_of_a_bootstrap(self):
         draw = torch.Generator().manual_seed(0)
         full_TN = (torch.rand(2, 400, generator=draw) < 0.6).double()
         half_TN = torch.where(torch.rand(2, 400, generator=draw) < 0.8, full_TN, 1 - full_TN)
         results = [
-            result(run, f"t{t}", rows[t].tolist())
+            result(run, f"t{t}", rows[t].tolist(), chance=0.25)
             for run, rows in (("full", full_TN), ("half", half_TN))
             for t in (0, 1)
         ]
         full, half = averages(results)
-        assert (full.retention, full.retention_standard_error) == (1, 0)
-        assert half.retention == pytest.approx(float(half_TN.mean() / full_TN.mean()))
+        assert (full.kept, full.kept_standard_error, full.flips) == (1, 0, 0)
+        assert half.kept == pytest.approx(float(half_TN.mean() - 0.25) / float(full_TN.mean() - 0.25))
+        assert half.flips == pytest.approx(float((half_TN != full_TN).double().mean()))
         places = torch.randint(400, (4000, 2, 400), generator=draw)
-        again = [torch.stack([x[t][places[:, t]] for t in (0, 1)], 1).mean((1, 2)) for x in (half_TN, full_TN)]
-        assert half.retention_standard_error == pytest.approx((again[0] / again[1]).std().item(), rel=0.1)
+        again = [torch.stack([x[t][places[:, t]] for t in (0, 1)], 1).mean((1, 2)) - 0.25 for x in (half_TN, full_TN)]
+        assert half.kept_standard_error == pytest.approx((again[0] / again[1]).std().item(), rel=0.1)
         assert half.standard_error == pytest.approx(again[0].std().item(), rel=0.1)
+
+    def test_guessing_keeps_nothing(self):
+        """Raw accuracy would say that a coin keeps 50% of a model that knows everything."""
+        full, coin = averages(
+            [result(run, "t", rows, chance=0.5) for run, rows in (("full", [1] * 8), ("coin", [1, 0] * 4))]
+        )
+        assert (full.over_chance, coin.over_chance, coin.kept, coin.flips) == (0.5, 0, 0, 0.5)
+
+    def test_tasks_of_the_headline(self):
+        results = [result("full", task, rows) for task, rows in (("piqa@0", [1, 1]), ("mmlu", [0, 0]))]
+        (piqa,), (both,) = averages(results, ("piqa", "arc_easy")), averages(results)
+        assert (piqa.tasks, piqa.accuracy, both.accuracy) == (("piqa@0",), 1, 0.5)
+        with pytest.raises(ValueError, match="no result of lambada"):
+            averages(results, ["lambada"])
 
     def test_shares_are_rounded_down(self):
         assert [floored(share) for share in (0.9499, 0.94999, 0.95, 1.0, 0.29)] == [
@@ -444,16 +466,34 @@ class TestCommand:
         assert list(summary["runs"][0]["tasks"]) == list(PAPER)
         by_name = {row["run"]: row for row in summary["runs"]}
         assert by_name["full"]["tasks"] == by_name["1.0x"]["tasks"] == by_name["1.0x per token"]["tasks"]
-        assert (by_name["full"]["cost"], by_name["full"]["retention"]) == (1, 1)
+        assert (by_name["full"]["cost"], by_name["full"]["headline"]["flips"]) == (1, 0)
+        assert by_name["full"]["headline"]["tasks"] == ["arc_easy", "lambada_openai", "piqa", "hellaswag"]
+        assert by_name["full"]["headline"]["over_chance"] == pytest.approx(
+            statistics.mean(by_name["full"]["tasks"][name]["over_chance"] for name in HEADLINE)
+        )
         assert by_name["0.6x"]["cost"] <= 0.6 < by_name["1.0x per token"]["cost"]
         for row in summary["runs"]:
-            assert row["average"] == pytest.approx(statistics.mean(task["accuracy"] for task in row["tasks"].values()))
+            assert row["all"]["accuracy"] == pytest.approx(
+                statistics.mean(t["accuracy"] for t in row["tasks"].values())
+            )
+            assert "divergence" not in row
         assert (out / "results.png").stat().st_size > 10_000
         assert cli.main([*words, "--task-data", str(data), "--out-dir", str(out), "--json"]) == 0
         assert json.loads(capsys.readouterr().out) == summary
+
+    def test_divergence_from_the_original(self, folder, data, tmp_path, capsys):
+        """Of its own full model it is 0, and of a narrower one it is not."""
+        text = tmp_path / "text.txt"
+        text.write_text(tiny.TEXT * 20)
+        words = ["evaluate", str(folder), "--tasks", "piqa", "--subnet", "full", "60%", "--limit", "2", "--json"]
+        words += ["--original", str(folder), "--text", str(text), "--tokens", "64", "--block-tokens", "32"]
+        assert cli.main([*words, "--task-data", str(data)]) == 0
+        full, narrow = json.loads(capsys.readouterr().out)["runs"]
+        assert full["divergence"] == pytest.approx(0, abs=1e-6)
+        assert narrow["divergence"] > 1e-5
 
     def test_a_single_document_has_no_error(self, folder, data, capsys):
         words = ["evaluate", str(folder), "--tasks", "piqa", "lambada_openai", "--limit", "1", "--json"]
         assert cli.main([*words, "--task-data", str(data)]) == 0
         (row,) = json.loads(capsys.readouterr().out)["runs"]
-        assert row["tasks"]["piqa"]["standard_error"] is row["standard_error"] is row["cost"] is None
+        assert row["tasks"]["piqa"]["standard_error"] is row["headline"]["standard_error"] is row["cost"] is None

@@ -19,7 +19,7 @@ def run(config: EvaluateConfig) -> None:
     if config.tasks:
         from flextron.tasks.command import evaluate_on_tasks
 
-        print(evaluate_on_tasks(model, config, warn=shared.note))
+        print(evaluate_on_tasks(model, config, original=shared.load_original(config), warn=shared.note))
         return
     subnets = [choose(model, wish, config.model) for wish in config.subnet]
     answers = [shared.routed(model, budget, config) for budget in config.budget]
@@ -31,7 +31,7 @@ def run(config: EvaluateConfig) -> None:
     names += [f"{budget} per token" for budget in config.budget if config.per_token]
     model.check_length(config.block_tokens, f"Pass --block-tokens {model.positions}.")
     blocks = load_blocks(model.tokenizer, config.text, tokens=config.tokens, block_tokens=config.block_tokens)
-    results = evaluate(model, [*subnets, *routings], blocks, show=True)
+    results = evaluate(model, [*subnets, *routings], blocks, original=shared.load_original(config), show=True)
     costs = [None] * len(subnets) + [routing.average_cost for routing in routings]
     if config.json:
         rows = [
@@ -42,11 +42,14 @@ def run(config: EvaluateConfig) -> None:
         print(json.dumps(numbers, indent=1, allow_nan=False))
         return
     print(f"{results[0].tokens} tokens of {config.text}; ± is the standard error over blocks of {config.block_tokens}")
-    print(f"{'sub-network':<28}{'share':>7}{'nats/token':>18}{'bits/byte':>11}   above {names[0]}")
+    about_original = "" if config.original is None else f"   KL to {config.original}"
+    title = f"{'sub-network':<28}{'share':>7}{'nats/token':>18}{'bits/byte':>11}"
+    print(f"{title}   {'above ' + names[0]:<16}{about_original}".rstrip())
     for name, result in zip(names, results, strict=True):
         loss = f"{result.nats_per_token:.4f} ±{result.standard_error:.4f}"
         above = f"{result.difference:+.4f} ±{result.difference_standard_error:.4f}"
-        print(f"{name:<28}{result.share:>7.1%}{loss:>18}{result.bits_per_byte:>11.4f}   {above}")
+        kl = "" if result.divergence is None else f"   {result.divergence:.4f} ±{result.divergence_standard_error:.4f}"
+        print(f"{name:<28}{result.share:>7.1%}{loss:>18}{result.bits_per_byte:>11.4f}   {above:<16}{kl}".rstrip())
     for name, cost in zip(names, costs, strict=True):
         if cost is not None:
             print(f"{name}: its tokens cost {cost:.3f}x of the full model on average, by the latency table")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,11 @@ def load(config: Any) -> ElasticModel:
     quiet_transformers()
     print(f"loading {config.model}", file=sys.stderr)
     return ElasticModel.from_pretrained(config.model, dtype=config.dtype, device=config.device)
+
+
+def load_original(config: EvaluateConfig) -> ElasticModel | None:
+    """The model that --original names, to compare predictions with."""
+    return None if config.original is None else load(replace(config, model=config.original))
 
 
 def folder_of(model: str) -> Path:

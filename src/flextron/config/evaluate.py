@@ -14,6 +14,7 @@ from flextron.config.fields import (
     ModelArgument,
     OptionalInt,
     OptionalPath,
+    OptionalText,
     SubnetsArgument,
     check_at_least,
     check_usage_picture,
@@ -27,7 +28,7 @@ class EvaluateConfig:
     """Measure the loss of sub-networks on a text, or their accuracy on tasks.
 
     The loss is in nats per token and bits per byte. All sub-networks read the same text, so differences to the first
-    one have small errors. With --tasks, lm-eval measures accuracy instead.
+    one have small errors. With --tasks, lm-eval measures accuracy instead, and how much of it is kept over chance.
 
     Example: flextron evaluate out/smollm2-elastic --subnet full 80% 60% neurons=768 --text book.txt
 
@@ -48,6 +49,8 @@ class EvaluateConfig:
     """Number of tokens to measure on."""
     block_tokens: int = 512
     """Tokens in one block. The model sees no other block."""
+    original: OptionalText = None
+    """Also measure how far predictions on the text are from this model's (KL divergence): the folder, hub id or GGUF file that MODEL was made from. A text unlike the training text tells what was regained from what was adapted to that text."""
     json: bool = False
     """Print JSON instead of a table."""
     tasks: Annotated[tuple[str, ...], unset("STR [STR ...]")] = ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from statistics import fmean
 from typing import Any
@@ -17,15 +17,17 @@ from flextron.choosing.routing import route, route_tokens
 from flextron.config import EvaluateConfig
 from flextron.costs.pricing import Ceiling
 from flextron.costs.table import CostTable
+from flextron.data.blocks import load_blocks
 from flextron.elastic.model import ElasticModel
 from flextron.environment import describe_device, dtype_name
+from flextron.evaluation import evaluate
 from flextron.pictures.widths import save_figure
 from flextron.routers.token.batch import TokenRouting
 from flextron.subnet import Subnet
 from flextron.tasks.harness import data_folder, evaluate_tasks
-from flextron.tasks.results import TaskResult, averages, floored
+from flextron.tasks.results import HEADLINE, Average, TaskResult, averages, floored, plain_name
 
-VERSION = 1
+VERSION = 2
 KEPT = "scores.jsonl"
 """File in the results folder with the scores that are not computed again."""
 
@@ -42,8 +44,13 @@ class _Run:
     """For a budget of time, the limit whose time is measured after scoring."""
 
 
-def evaluate_on_tasks(model: ElasticModel, config: EvaluateConfig, *, warn: Callable[[str], None]) -> str:
+def evaluate_on_tasks(
+    model: ElasticModel, config: EvaluateConfig, *, original: ElasticModel | None = None, warn: Callable[[str], None]
+) -> str:
     """Score everything the config names, write its files, and return the text to print.
+
+    Args:
+        original: also measure the divergence of each run from this model on the config's text.
 
     Raises:
         FlextronError: `route` or `evaluate_tasks` fails.
@@ -60,6 +67,8 @@ def evaluate_on_tasks(model: ElasticModel, config: EvaluateConfig, *, warn: Call
         show=True,
     )
     summary = _summary(model, config, runs, results)
+    if original is not None:
+        _add_divergences(summary, model, config, runs, original)
     if folder is not None:
         write_text(folder / "results.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
         write_text(folder / "results.md", markdown(summary))
@@ -103,8 +112,9 @@ def _summary(
     model: ElasticModel, config: EvaluateConfig, runs: dict[str, _Run], results: Sequence[TaskResult]
 ) -> dict[str, Any]:
     """Everything to print and write, as JSON without NaN."""
+    headline = [name for name in HEADLINE if name in {plain_name(result.task) for result in results}]
     rows = []
-    for average in averages(results):
+    for average, over_all in zip(averages(results, headline), averages(results), strict=True):
         own = [result for result in results if result.run == average.run]
         run = runs[average.run]
         costs = [result.cost for result in own if result.cost is not None]
@@ -116,10 +126,8 @@ def _summary(
                 "cost": fmean(costs) if costs else run.cost,
                 "cost_metric": run.metric,
                 "measured": _measured(model, run, config.model) if config.measure else None,
-                "average": average.accuracy,
-                "standard_error": average.standard_error,
-                "retention": average.retention,
-                "retention_standard_error": average.retention_standard_error,
+                "headline": _without_run(average),
+                "all": _without_run(over_all),
                 "tasks": {result.task: _task(result, results) for result in own},
             }
         )
@@ -137,13 +145,38 @@ def _summary(
     return summary
 
 
+def _without_run(average: Average) -> dict[str, Any]:
+    return {key: value for key, value in asdict(average).items() if key != "run"}
+
+
+def _add_divergences(
+    summary: dict[str, Any],
+    model: ElasticModel,
+    config: EvaluateConfig,
+    runs: dict[str, _Run],
+    original: ElasticModel,
+) -> None:
+    """Add every run's loss on the config's text, and its divergence from the original model there."""
+    blocks = load_blocks(model.tokenizer, config.text, tokens=config.tokens, block_tokens=config.block_tokens)
+    found = evaluate(model, [run.what for run in runs.values()], blocks, original=original, show=True)
+    for row, result in zip(summary["runs"], found, strict=True):
+        row |= {"nats_per_token": result.nats_per_token, "divergence": result.divergence}
+        row["divergence_standard_error"] = _without_nan(result.divergence_standard_error)
+    summary["conditions"] |= {"original": config.original, "text": config.text, "tokens": found[0].tokens}
+
+
 def _task(result: TaskResult, results: Sequence[TaskResult]) -> dict[str, Any]:
     first = next(other for other in results if other.task == result.task)
     difference, error = result.difference(first)
+    flips, flips_error = result.flips(first)
     return {
         "shots": result.shots,
         "metric": result.metric,
         "accuracy": result.accuracy,
+        "chance": result.chance,
+        "over_chance": result.over_chance,
+        "flips": flips,
+        "flips_standard_error": flips_error,
         "standard_error": result.standard_error,
         "difference": difference,
         "difference_standard_error": error,
@@ -157,35 +190,53 @@ def markdown(summary: dict[str, Any]) -> str:
     rows, about = summary["runs"], summary["conditions"]
     tasks = rows[0]["tasks"]
     titles = [f"{name}, {task['metric']}, {task['shots']}-shot" for name, task in tasks.items()]
+    kl = ["KL"] if "divergence" in rows[0] else []
+    columns = ["cost", "time", "over chance", "kept", "flips", *kl, *titles]
+    guessing = ["guessing", "", "", "0", "", "", *["" for _ in kl]]
     lines = [
-        "| | cost | time | " + " | ".join(titles) + " | average | kept |",
-        "|---|---:|---:|" + "---:|" * (len(titles) + 2),
+        f"| | {' | '.join(columns)} |",
+        "|---|" + "---:|" * len(columns),
+        *(_line(_cells(row)) for row in rows),
+        _line([*guessing, *(f"{100 * task['chance']:.1f}" for task in tasks.values())]),
     ]
-    for row in rows:
-        scored = [_percent(task["accuracy"], task["standard_error"]) for task in row["tasks"].values()]
-        kept = (
-            ""
-            if row["retention"] is None
-            else f"{floored(row['retention'])} ± {_points(row['retention_standard_error'])}"
-        )
-        cells = [row["run"], _times(row["cost"]), _times(row["measured"]), *scored]
-        lines.append("| " + " | ".join([*cells, _percent(row["average"], row["standard_error"]), kept]) + " |")
+    return "\n".join([*lines, "", *_legend(rows, about), ""])
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    average = row["headline"]
+    kept = "" if average["kept"] is None else f"{floored(average['kept'])} ± {_points(average['kept_standard_error'])}"
+    flips = _percent(average["flips"], average["flips_standard_error"])
+    kl = [_nats(row["divergence"], row["divergence_standard_error"])] if "divergence" in row else []
+    over_chance = _percent(average["over_chance"], average["standard_error"])
+    scored = [_percent(task["accuracy"], task["standard_error"]) for task in row["tasks"].values()]
+    return [row["run"], _times(row["cost"]), _times(row["measured"]), over_chance, kept, flips, *kl, *scored]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _legend(rows: list[dict[str, Any]], about: dict[str, Any]) -> list[str]:
+    """What the columns mean, and the conditions."""
+    tasks, average, first = rows[0]["tasks"], rows[0]["headline"], rows[0]["run"]
     metrics = sorted({row["cost_metric"] for row in rows if row["cost_metric"]})
     documents = ", ".join(f"{name} {task['documents']}" for name, task in tasks.items())
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"Accuracy in percent ± standard error. Documents: {documents}"
-            + (f" (a fixed sample of at most {about['limit']} each)." if about["limit"] else "."),
-            f"*kept*: share of {rows[0]['run']}'s average, rounded down, ± paired standard error. *cost*: "
-            f"part of the full model's by the table for {', '.join(metrics) or 'none'}; *time*: so, measured now.",
-            f"{about['model']}, {about['dtype']}, {about['device']}; "
-            + ", ".join(f"{package} {number}" for package, number in about["versions"].items())
-            + f"; data: {about['data']}.",
-            "",
-        ]
-    )
+    lines = [
+        f"Percent ± standard error. *over chance*: accuracy minus that of guessing, averaged over "
+        f"{', '.join(average['tasks'])}. *kept*: its share of {first}'s, rounded down. *flips*: documents that "
+        f"only one of this run and {first} answers correctly. The last columns are plain accuracies. *cost*: part of the full "
+        f"model's by the table for {', '.join(metrics) or 'none'}; *time*: the same, measured now.",
+    ]
+    if "original" in about:
+        lines.append(
+            f"*KL*: divergence from the predictions of {about['original']} on {about['tokens']} tokens of "
+            f"{about['text']}, in nats per token ± standard error."
+        )
+    sampled = f" (a fixed sample of at most {about['limit']} each)" if about["limit"] else ""
+    versions = ", ".join(f"{package} {number}" for package, number in about["versions"].items())
+    lines.append(f"Documents: {documents}{sampled}.")
+    lines.append(f"{about['model']}, {about['dtype']}, {about['device']}; {versions}; data: {about['data']}.")
+    return lines
 
 
 def _figure(summary: dict[str, Any]) -> Any:
@@ -206,8 +257,8 @@ def _figure(summary: dict[str, Any]) -> Any:
             key=lambda point: point[0],
         )
         if own:
-            heights = [100 * row["average"] for _, row in own]
-            errors = [100 * (row["standard_error"] or 0) for _, row in own]
+            heights = [100 * row["headline"]["over_chance"] for _, row in own]
+            errors = [100 * (row["headline"]["standard_error"] or 0) for _, row in own]
             axes.errorbar([x for x, _ in own], heights, errors, fmt=style, color=color, capsize=3, label=label)
     metrics = sorted({row["cost_metric"] for row in rows if row["cost_metric"]})
     x = (
@@ -215,16 +266,20 @@ def _figure(summary: dict[str, Any]) -> Any:
         if priced
         else "share of the layers' weights"
     )
-    axes.set(xlabel=x, ylabel="average accuracy, %")
+    axes.set(xlabel=x, ylabel="average accuracy over chance, %", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.suptitle(f"{len(rows[0]['tasks'])} tasks: {', '.join(rows[0]['tasks'])}; ± standard error", fontsize=9)
+    figure.suptitle(f"{', '.join(rows[0]['headline']['tasks'])}; ± standard error", fontsize=9)
     return figure
 
 
 def _percent(value: float, error: float | None) -> str:
     return f"{100 * value:.1f} ± {_points(error)}"
+
+
+def _nats(value: float, error: float | None) -> str:
+    return f"{value:.3f} ± {'?' if error is None else f'{error:.3f}'}"
 
 
 def _points(error: float | None) -> str:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from flextron.data.blocks import require_tokenizer
@@ -24,7 +25,7 @@ from flextron.errors import FlextronError
 from flextron.records import Journal
 from flextron.routers.token.batch import TokenRouting
 from flextron.subnet import Subnet
-from flextron.tasks.results import TaskResult
+from flextron.tasks.results import TaskResult, plain_name
 
 PAPER = ("arc_easy", "lambada_openai", "piqa", "winogrande", "mmlu", "hellaswag")
 """The tasks in the tables of the Flextron paper."""
@@ -33,7 +34,7 @@ SHOTS = {"mmlu": 5, "hellaswag": 10}
 METRICS = {"hellaswag": "acc_norm"}
 """The main metric of a task, if it is not `acc`."""
 DATA = "FLEXTRON_TASK_DATA"
-VERSION = 1
+VERSION = 2
 _SEED = 1234
 _YAML = Path(__file__).parent / "yaml"
 
@@ -219,7 +220,16 @@ def _score(model: ElasticModel, lm: Any, run: Subnet | TokenRouting, task: _Load
         "documents": [document for document, _ in documents],
         "share": model.share(run) if isinstance(run, Subnet) else run.share,
         "cost": None if routing is None else routing.average_cost,
+        "chance": fmean(_chance(tasks[document.rpartition("/")[0]], row) for document, row in documents),
     }
+
+
+def _chance(task: Any, row: Mapping[str, Any]) -> float:
+    """The accuracy of guessing on one document: one over the number of its choices, 0 where there are none."""
+    if task.get_config("output_type") != "multiple_choice":
+        return 0.0
+    contexts_and_choices = {tuple(request[:2]) for request in row["arguments"]}
+    return 1 / len(contexts_and_choices)
 
 
 def _use(model: ElasticModel, run: Subnet | TokenRouting) -> AbstractContextManager[Any]:
@@ -227,7 +237,7 @@ def _use(model: ElasticModel, run: Subnet | TokenRouting) -> AbstractContextMana
 
 
 def _result(name: str, task: _Loaded, scored: Mapping[str, Any]) -> TaskResult:
-    wanted = METRICS.get(task.name.partition("@")[0], "acc")
+    wanted = METRICS.get(plain_name(task.name), "acc")
     scores = {metric: tuple(values) for metric, values in scored["scores"].items()}
     return TaskResult(
         run=name,
@@ -238,6 +248,7 @@ def _result(name: str, task: _Loaded, scored: Mapping[str, Any]) -> TaskResult:
         documents=tuple(scored["documents"]),
         share=scored["share"],
         cost=scored["cost"],
+        chance=scored["chance"],
     )
 
 

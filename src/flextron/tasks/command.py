@@ -224,8 +224,8 @@ def _legend(rows: list[dict[str, Any]], about: dict[str, Any]) -> list[str]:
     lines = [
         f"Percent ± standard error. *over chance*: accuracy minus that of guessing, averaged over "
         f"{', '.join(average['tasks'])}. *kept*: its share of {first}'s, rounded down. *flips*: documents that "
-        f"only one of this run and {first} answers correctly. The last columns are plain accuracies. *cost*: part of the full "
-        f"model's by the table for {', '.join(metrics) or 'none'}; *time*: the same, measured now.",
+        f"only one of this run and {first} answers correctly. The last columns are plain accuracies. *cost*: part of "
+        f"the full model's by the table for {', '.join(metrics) or 'none'}; *time*: the same, measured now.",
     ]
     if "original" in about:
         lines.append(

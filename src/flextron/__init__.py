@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from flextron.inference.per_token import TokenWidths, use_token_widths
     from flextron.inference.speculative import Draft, draft_model
     from flextron.model import ElasticModel
-    from flextron.ranking.permutation import rank
+    from flextron.ranking.importance import rank
     from flextron.ranking.sensitivity import Sensitivity, measure_sensitivity
     from flextron.routers.static.learning import train_router
     from flextron.routers.static.making import make_router
@@ -114,7 +114,7 @@ _HOMES = {
     "TokenBlocks": "data.blocks",
     "load_blocks": "data.blocks",
     "Ranking": "elastic.checkpoint",
-    "rank": "ranking.permutation",
+    "rank": "ranking.importance",
     "TrainConfig": "config",
     "TextOptions": "config",
     "VisitOptions": "config",

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tiny
 from flextron.elastic import checkpoint
 from flextron.elastic.checkpoint import METADATA_FILE, RANKING_FILE
+from flextron.elastic.permutation import permute
 from flextron.errors import CheckpointError, UnknownFamilyError
 from flextron.model import ElasticModel
-from flextron.ranking.permutation import permute
 from flextron.subnet import SearchSpace
 
 WEIGHTS_FILE = "model.safetensors"

@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tiny
+from flextron.elastic.permutation import permute
 from flextron.errors import SubnetError
 from flextron.model import ElasticModel
-from flextron.ranking.permutation import permute
 from flextron.subnet import SearchSpace, Subnet
 from tiny import assert_same_function, differs, logits_of, masked, ranking_for
 

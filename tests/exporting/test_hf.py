@@ -29,7 +29,7 @@ from flextron.elastic.families import FAMILIES
 from flextron.errors import CheckpointError, ExportError, SubnetError
 from flextron.exporting import cutting, hf
 from flextron.model import ElasticModel
-from flextron.ranking.permutation import rank
+from flextron.ranking.importance import rank
 from flextron.subnet import Subnet
 
 SIZES = {

@@ -19,7 +19,7 @@ from flextron.inference.decoder import Decoder
 from flextron.inference.speculative import Draft, assisted_tokens, draft_model, stream_speculative
 from flextron.inference.streaming import can_stream, stream_tokens
 from flextron.model import ElasticModel
-from flextron.ranking.permutation import rank
+from flextron.ranking.importance import rank
 from flextron.subnet import Subnet
 
 NEW = 20

@@ -14,9 +14,9 @@ import torch
 
 import tiny
 from flextron import cli
+from flextron.elastic.permutation import permute
 from flextron.errors import FlextronError
 from flextron.model import ElasticModel
-from flextron.ranking.permutation import permute
 from flextron.ranking.sensitivity import measure_sensitivity
 from flextron.training import run as training
 

@@ -48,7 +48,7 @@ def _blocks(model: ElasticModel, config: RankConfig) -> TokenBlocks:
 def _ranked(config: RankConfig) -> ElasticModel:
     """The ranked model, saved; an interrupted run's is taken up, so that only the sensitivities are left to do."""
     from flextron.atomic import check_new, write_text
-    from flextron.ranking.permutation import rank
+    from flextron.ranking.importance import rank
     from flextron.ranking.sensitivity import Sensitivity
     from flextron.subnet import SearchSpace
 

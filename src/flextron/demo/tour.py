@@ -38,7 +38,7 @@ from flextron.errors import CostError, RouterError
 from flextron.evaluation import evaluate
 from flextron.generation import generate
 from flextron.progress import progress
-from flextron.ranking.permutation import rank
+from flextron.ranking.importance import rank
 from flextron.ranking.sensitivity import Sensitivity, measure_sensitivity
 from flextron.routers.static.making import make_router
 from flextron.routers.static.router import Router, metrics_with_router

@@ -1,4 +1,4 @@
-"""Importance of units: orders the neurons, KV groups and query heads of each layer, from forward passes alone.
+"""Rank units: order the neurons, KV groups and query heads of each layer by importance, from forward passes alone.
 
 Statistics are summed batch by batch, so their memory depends on the model, not on the number of tokens. They are
 measured at the input of the closing projection. A unit u (a neuron or a query head) adds `y_u = W_u a_u` to the
@@ -21,7 +21,9 @@ from torch import nn
 
 from flextron.config import Score
 from flextron.data.blocks import BATCH_TOKENS, TokenBlocks
+from flextron.elastic.checkpoint import Ranking
 from flextron.elastic.model import ElasticModel, SubLayer
+from flextron.elastic.permutation import permute
 from flextron.errors import FlextronError
 from flextron.progress import progress
 
@@ -37,6 +39,27 @@ class Orders:
     neurons: torch.Tensor  # [N]
     kv_groups: torch.Tensor  # [G]
     query_heads: torch.Tensor  # [G, Q], row i for the group at place i of kv_groups
+
+
+def rank(model: ElasticModel, blocks: TokenBlocks, *, score: Score = "reconstruction", show: bool = False) -> Ranking:
+    """Rank the units of `model` on a text and permute them in place, best first; returns the permutation.
+
+    `measure_importance` explains the scores. The paper ranks by summed |activation|: `absolute`.
+
+    Raises:
+        ValueError: an unknown score.
+    """
+    orders = measure_importance(model, blocks, score=score, show=show)
+    ranking = Ranking(
+        neurons=torch.stack([order.neurons for order in orders]),
+        kv_groups=torch.stack([order.kv_groups for order in orders]),
+        query_heads=torch.stack([order.query_heads for order in orders]),
+        score=score,
+        tokens=blocks.tokens.numel(),
+        text=blocks.text,
+    )
+    permute(model, ranking)
+    return ranking
 
 
 def measure_importance(

@@ -1,4 +1,4 @@
-"""Ranks the units of every layer and permutes the weights in place; the full model computes the same function.
+"""Permute the units of every layer in place; the full model computes the same function.
 
 Shapes: L layers, N neurons, G KV groups, Q query heads in a group, R rows, C columns.
 """
@@ -7,33 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from flextron.config import Score
-from flextron.data.blocks import TokenBlocks
 from flextron.elastic.checkpoint import Ranking
 from flextron.elastic.model import ElasticModel, SubLayer
 from flextron.elastic.projections import Projection
-from flextron.ranking.importance import measure_importance
-
-
-def rank(model: ElasticModel, blocks: TokenBlocks, *, score: Score = "reconstruction", show: bool = False) -> Ranking:
-    """Rank the units of `model` on a text and permute them in place, best first; returns the permutation.
-
-    `measure_importance` explains the scores. The paper ranks by summed |activation|: `absolute`.
-
-    Raises:
-        ValueError: an unknown score.
-    """
-    orders = measure_importance(model, blocks, score=score, show=show)
-    ranking = Ranking(
-        neurons=torch.stack([order.neurons for order in orders]),
-        kv_groups=torch.stack([order.kv_groups for order in orders]),
-        query_heads=torch.stack([order.query_heads for order in orders]),
-        score=score,
-        tokens=blocks.tokens.numel(),
-        text=blocks.text,
-    )
-    permute(model, ranking)
-    return ranking
 
 
 @torch.no_grad()

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import tiny
+from flextron.elastic.permutation import permute
 from flextron.model import ElasticModel
-from flextron.ranking.importance import SCORES, measure_importance
-from flextron.ranking.permutation import permute, rank
+from flextron.ranking.importance import SCORES, measure_importance, rank
 from tiny import assert_same_function, differs, logits_of
 
 ORDERS = ("neurons", "kv_groups", "query_heads")

@@ -26,6 +26,7 @@ from flextron.commands import (
     export,
     generate,
     measure_latency,
+    pack,
     quickstart,
     rank,
     route,
@@ -39,6 +40,7 @@ from flextron.config import (
     ExportConfig,
     GenerateConfig,
     MeasureLatencyConfig,
+    PackConfig,
     QuickstartConfig,
     RankConfig,
     RouteConfig,
@@ -63,6 +65,7 @@ _RUN: dict[type, Callable[[Any], None]] = {
     EvaluateConfig: evaluate.run,
     GenerateConfig: generate.run,
     ExportConfig: export.run,
+    PackConfig: pack.run,
     QuickstartConfig: quickstart.run,
     EnvConfig: env.run,
 }

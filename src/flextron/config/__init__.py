@@ -8,6 +8,7 @@ from flextron.config.export import ExportConfig
 from flextron.config.fields import Dtype, Phase, Score
 from flextron.config.generate import GenerateConfig
 from flextron.config.measure_latency import MeasureLatencyConfig
+from flextron.config.pack import PackConfig
 from flextron.config.quickstart import QuickstartConfig
 from flextron.config.rank import RankConfig
 from flextron.config.route import RouteConfig
@@ -24,6 +25,7 @@ COMMANDS: dict[str, type] = {
     "evaluate": EvaluateConfig,
     "generate": GenerateConfig,
     "export": ExportConfig,
+    "pack": PackConfig,
     "env": EnvConfig,
 }
 
@@ -37,6 +39,7 @@ __all__ = [
     "GenerateConfig",
     "MeasureLatencyConfig",
     "OptimizerOptions",
+    "PackConfig",
     "Phase",
     "QuickstartConfig",
     "RankConfig",

@@ -10,10 +10,10 @@ from typing import Any
 
 from flextron.atomic import new_folder, write_text
 from flextron.config import QuickstartConfig
-from flextron.demo.smollm2 import smollm2_path
 from flextron.demo.stages import in_words
 from flextron.demo.tour import Tour
 from flextron.elastic.checkpoint import quiet_transformers
+from flextron.elastic.smollm2 import smollm2_path
 from flextron.errors import FlextronError
 
 __all__ = ["quickstart", "smollm2_path"]

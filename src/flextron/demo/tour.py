@@ -29,10 +29,10 @@ from flextron.demo.plan import (
     TOKEN_ROUNDS,
     TOKEN_TOKENS,
 )
-from flextron.demo.smollm2 import fetch_smollm2
 from flextron.demo.stages import Pace, Stage, in_words, run_stages, time_left
 from flextron.elastic.checkpoint import METADATA_FILE
 from flextron.elastic.model import ElasticModel
+from flextron.elastic.smollm2 import named
 from flextron.environment import default_device, dtype_name, faster_dtype
 from flextron.errors import CostError, RouterError
 from flextron.evaluation import evaluate
@@ -157,7 +157,7 @@ class Tour:
         """The ranked model; until it is there, the one to rank."""
         if (self.elastic / METADATA_FILE).is_file():
             return ElasticModel.from_pretrained(self.elastic, device=self.config.device)
-        source = fetch_smollm2() if self.config.model == "smollm2" else self.config.model
+        source = named(self.config.model)
         dtype = faster_dtype(default_device() if self.config.device == "auto" else self.config.device)
         print(f"Loading {source} in {dtype_name(dtype)}, the faster type here", flush=True)
         return ElasticModel.from_pretrained(source, dtype=dtype, device=self.config.device)

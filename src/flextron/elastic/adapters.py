@@ -47,10 +47,11 @@ def add_adapters(model: ElasticModel, *, rank: int, alpha: float | None = None) 
     if hasattr(model.lm, "peft_config"):
         raise FlextronError("this model has adapters already. Call merge_adapters first, or load the model again.")
     trainable = frozenset(name for name, parameter in model.lm.named_parameters() if parameter.requires_grad)
-    projections = list(_projections(model))
-    _inject(model, [name for name, _, _ in projections], rank=rank, alpha=rank if alpha is None else alpha)
-    for name, projection, opens in projections:
-        _nest(model.lm.get_submodule(name), projection, opens=opens)
+    projections = model.projections()
+    closing = {id(sub.closes) for _, _, sub in model.sub_layers()}
+    _inject(model, list(projections), rank=rank, alpha=rank if alpha is None else alpha)
+    for name, projection in projections.items():
+        _nest(model.lm.get_submodule(name), projection, opens=id(projection) not in closing)
     model.lm._trainable_without_adapters = trainable
 
 
@@ -126,20 +127,11 @@ def _matrices(adapter: Any) -> tuple[Any, Any]:
     return adapter.lora_A[_ADAPTER], adapter.lora_B[_ADAPTER]
 
 
-def _projections(model: ElasticModel) -> Iterator[tuple[str, Projection, bool]]:
-    """Yield each elastic projection: its name in the transformers model, the module, and whether it opens."""
-    for layer, _, sub in model.sub_layers():
-        where = f"{model.family.layers}.{layer}"
-        for path, projection in zip(sub.axis.opens, sub.opens, strict=True):
-            yield f"{where}.{path}", projection, True
-        yield f"{where}.{sub.axis.closes}", sub.closes, False
-
-
 def _adapters(model: ElasticModel) -> dict[str, Any]:
     """The LoRA layers of PEFT, by the name of the projection that each wraps."""
     if not hasattr(model.lm, "_trainable_without_adapters"):
         raise FlextronError("this model has no adapters. Call add_adapters first.")
-    return {name: model.lm.get_submodule(name) for name, _, _ in _projections(model)}
+    return {name: model.lm.get_submodule(name) for name in model.projections()}
 
 
 def _enable(adapters: list[Any], enabled: bool) -> None:

@@ -152,7 +152,7 @@ class ElasticModel:
             FlextronError: the device does not exist.
         """
         loaded = checkpoint.load(path, dtype=dtype, **kwargs)
-        _move(loaded.lm, device)
+        move(loaded.lm, device)
         try:
             model = cls(
                 loaded.lm, loaded.tokenizer, search_space=search_space or loaded.search_space, ranking=loaded.ranking
@@ -205,6 +205,14 @@ class ElasticModel:
         for index, layer in enumerate(self.layers):
             for axis, sub in layer.subs.items():
                 yield index, axis, sub
+
+    def projections(self) -> dict[str, Projection]:
+        """Every elastic projection, by its name in the transformers model."""
+        found: dict[str, Projection] = {}
+        for index, _, sub in self.sub_layers():
+            paths = zip((*sub.axis.opens, sub.axis.closes), (*sub.opens, sub.closes), strict=True)
+            found |= {f"{self.family.layers}.{index}.{path}": projection for path, projection in paths}
+        return found
 
     @property
     def unit_weights(self) -> dict[str, tuple[int, ...]]:
@@ -276,7 +284,12 @@ class ElasticModel:
         return dtype
 
 
-def _move(lm: PreTrainedModel, device: str | torch.device) -> None:
+def move(lm: PreTrainedModel, device: str | torch.device) -> None:
+    """Move a model; "auto" takes a GPU if there is one.
+
+    Raises:
+        FlextronError: the device does not exist.
+    """
     if device == "auto":
         device = default_device()
     try:

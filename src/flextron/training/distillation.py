@@ -21,6 +21,7 @@ from flextron.elastic.adapters import add_adapters, without_adapters
 from flextron.elastic.loss import Losses, hidden_states, losses
 from flextron.elastic.model import ElasticModel
 from flextron.errors import FlextronError
+from flextron.model import ElasticModel as PublicModel
 
 
 class Distiller(nn.Module):
@@ -143,7 +144,7 @@ def _teacher(model: ElasticModel, options: OptimizerOptions, dtype: torch.dtype)
         with model.use(model.search_space.full):
             lm = copy.deepcopy(model.lm)
     else:
-        teacher = ElasticModel.from_pretrained(options.teacher, device=model.device)
+        teacher = PublicModel.from_pretrained(options.teacher, device=model.device)
         check_teacher(teacher, model, options.teacher)
         lm = teacher.lm
     return lm.to(dtype).eval().requires_grad_(False)

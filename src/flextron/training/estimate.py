@@ -19,7 +19,6 @@ from flextron.elastic import checkpoint, per_layer
 from flextron.elastic.families import family_of
 from flextron.elastic.loss import CHUNK_TOKENS, CHUNK_TOKENS_OF_A_GPU
 from flextron.elastic.model import ElasticLayer, ElasticModel
-from flextron.elastic.projections import Projection
 from flextron.environment import arithmetic_dtype, default_device, dtype_name
 from flextron.errors import CheckpointError
 from flextron.ranking.sensitivity import Sensitivity
@@ -263,7 +262,7 @@ def _embeddings(model: ElasticModel) -> int:
 
 
 def _adapters(model: ElasticModel, rank: int) -> int:
-    return sum(rank * sum(projection.matrix().shape) for projection in _projections(model))
+    return sum(rank * sum(projection.matrix().shape) for projection in model.projections().values())
 
 
 def _trained_parameters(model: ElasticModel, config: TrainConfig) -> int:
@@ -272,11 +271,6 @@ def _trained_parameters(model: ElasticModel, config: TrainConfig) -> int:
     rank = config.optimizer.lora_rank
     layers = _adapters(model, rank) if rank else _parameters(model) - embeddings
     return layers + (embeddings if config.optimizer.train_embeddings else 0)
-
-
-def _projections(model: ElasticModel) -> Iterator[Projection]:
-    for _, _, sub in model.sub_layers():
-        yield from (*sub.opens, sub.closes)
 
 
 def _copies(model: ElasticModel, teacher: ElasticModel | None, arithmetic: torch.dtype, processes: int) -> int:
@@ -288,7 +282,7 @@ def _copies(model: ElasticModel, teacher: ElasticModel | None, arithmetic: torch
     """
     if processes == 1:
         mixed = arithmetic != torch.float32
-        return arithmetic.itemsize * sum(p.weight.numel() for p in _projections(model)) if mixed else 0
+        return arithmetic.itemsize * sum(p.weight.numel() for p in model.projections().values()) if mixed else 0
     outside = sum(_embeddings(each) for each in (model, teacher) if each is not None)
     layer = max(sum(p.numel() for p in layer.module.parameters()) for layer in model.layers)
     return arithmetic.itemsize * outside + (3 * arithmetic.itemsize + _FP32) * layer

@@ -17,7 +17,7 @@ from flextron.elastic.checkpoint import METADATA_FILE, Checkpoint
 from flextron.elastic.model import ElasticModel
 from flextron.errors import CheckpointError
 from flextron.ranking.sensitivity import Sensitivity
-from flextron.records import Journal
+from flextron.records import Journal, read_record
 from flextron.training.snapshot import latest_snapshot
 
 VERSION = 1
@@ -179,3 +179,17 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
     for key, value in settings.items():
         flat.update(value if isinstance(value, dict) else {key: value})
     return flat
+
+
+def training_of(folder: Path) -> dict[str, Any]:
+    """How a checkpoint was trained, for people: tokens, data and settings; {} for one that `train` did not write."""
+    file = folder / SETTINGS_FILE
+    if not file.is_file():
+        return {}
+    settings = read_record(file, version=VERSION)
+    text, optimizer = settings["text"], settings["optimizer"]
+    return {
+        "tokens": text["tokens"],
+        "data": [Path(Source.parse(source).path).name for source in text["data"]],
+        **{key: optimizer[key] for key in ("learning_rate", "text_weight", "lora_rank")},
+    }

@@ -28,9 +28,9 @@ from flextron.config import TrainConfig
 from flextron.costs.saved import find_table
 from flextron.data.corpus import Corpus
 from flextron.elastic.adapters import merge_adapters
-from flextron.elastic.model import ElasticModel
 from flextron.environment import arithmetic_dtype, describe_device, dtype_name
 from flextron.errors import FlextronError, TrainingError
+from flextron.model import ElasticModel
 from flextron.ranking.sensitivity import Sensitivity
 from flextron.routers.static.making import keep_router, remake_router
 from flextron.routers.static.router import Router, metrics_with_router

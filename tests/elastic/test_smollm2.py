@@ -4,7 +4,7 @@ import zipfile
 
 import pytest
 
-from flextron.demo import smollm2
+from flextron.elastic import smollm2
 from flextron.errors import FlextronError
 
 

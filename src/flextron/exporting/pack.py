@@ -1,0 +1,218 @@
+"""Make a pack: the low-rank difference between a trained elastic model and its base.
+
+A change D of a weight is replaced by B A, the best of its rank for the inputs that the weight sees: with
+E[a a^T] = C C^T, the truncated SVD of D C (as SVD-LLM does it, Wang et al., ICLR 2025, arXiv 2403.07378, section 3.1).
+All parts of all weights compete for the bytes: those that explain most of their projection's output per byte come first.
+
+Shapes: R rank, D [out, in], C [in, in], N tokens.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from flextron.atomic import new_folder
+from flextron.data.blocks import BATCH_TOKENS, TokenBlocks
+from flextron.elastic import pack as packs
+from flextron.elastic.model import ElasticModel
+from flextron.elastic.pack import LowRank, Pack
+from flextron.elastic.permutation import permute
+from flextron.environment import dtype_name
+from flextron.errors import ExportError
+from flextron.exporting.card import CARD
+from flextron.progress import progress
+
+MOST_RANK = 256
+"""Largest rank of a change."""
+RIDGE = 1e-4
+"""Added to the inputs' second moments, as a share of their mean, so that directions that never occur have a weight."""
+BESIDE = ("sensitivity.json", "routers")
+"""What is copied from the trained checkpoint's folder into the pack."""
+
+
+class _Parts(NamedTuple):
+    """The parts of one change, largest first: b[:, :R] @ a[:R] is the best change of rank R."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    worth: torch.Tensor
+    """Of each part: mean square of the output that it explains, as a share of the projection's output."""
+    bytes: int
+    """Of one part."""
+
+
+def make_pack(
+    trained: ElasticModel,
+    base: ElasticModel,
+    blocks: TokenBlocks,
+    *,
+    base_name: str,
+    max_bytes: int = 12_000_000,
+    about: Mapping[str, Any] | None = None,
+    show: bool = False,
+) -> Pack:
+    """Return the pack of at most `max_bytes` that turns `base` into `trained`, nearly; `base` becomes that model.
+
+    Args:
+        trained: the trained model, on the CPU, in any type.
+        base: the checkpoint that it was ranked from, in float32 and not ranked.
+        blocks: text on which the weights' inputs are measured.
+        base_name: where users find the base: a hub id, a path, or smollm2.
+
+    Raises:
+        ExportError: `trained` has no ranking, is another architecture, or differs from the base in more than fits.
+    """
+    if trained.ranking is None:
+        raise ExportError("this checkpoint has no ranking, so there is nothing to pack. Rank or train it first.")
+    if base.ranking is not None or base.config.model_type != trained.config.model_type:
+        raise ExportError(f"{base_name} is not what the checkpoint was ranked from. Name its base, as `rank` read it.")
+    base_fingerprint = base.fingerprint()
+    permute(base, trained.ranking)
+    others = _others(trained, base)
+    room = max_bytes - sum(tensor.nbytes for tensor in others.values()) - 8 * trained.ranking.neurons.numel()
+    parts = dict(_changes(trained, base, blocks, show=show))
+    pack = Pack(
+        base=base_name,
+        base_fingerprint=base_fingerprint,
+        fingerprint="",
+        dtype=dtype_name(trained.dtype),
+        search_space=trained.search_space,
+        ranking=trained.ranking,
+        changes=_within(parts, room),
+        others=others,
+        about=about or {},
+    )
+    pack.change(base)
+    return pack.made(base.fingerprint())
+
+
+def save_pack(pack: Pack, folder: Path, trained: ElasticModel, card: str, *, overwrite: bool = False) -> None:
+    """Write a pack's folder: the pack, what lies beside the trained checkpoint and belongs to it, and a model card.
+
+    Routers of the trained weights are kept for the pack's, which are nearly the same.
+
+    Raises:
+        CheckpointError: the folder exists and `overwrite` is false, or it cannot be written.
+    """
+    with new_folder(folder, overwrite=overwrite, kind=packs.FILE) as partial:
+        pack.save(partial)
+        beside = [] if trained.folder is None else [trained.folder / name for name in BESIDE]
+        for place in beside:
+            if place.is_dir():
+                shutil.copytree(place, partial / place.name, ignore=shutil.ignore_patterns("slopes-*"))
+            elif place.is_file():
+                shutil.copyfile(place, partial / place.name)
+        for file in partial.glob("routers/**/*.json*"):
+            text = file.read_text(encoding="utf8")
+            file.write_text(text.replace(f'"{trained.fingerprint()}"', f'"{pack.fingerprint}"'), encoding="utf8")
+        (partial / CARD).write_text(card, encoding="utf8")
+
+
+def pack_card(pack: Pack, losses: str) -> str:
+    """Return the text of README.md.
+
+    Args:
+        losses: a Markdown table of what the pack loses against the trained checkpoint.
+    """
+    trained = pack.about.get("tokens")
+    history = f"trained on {trained:,} tokens of {', '.join(pack.about['data'])}" if trained else "not trained further"
+    sections = [
+        "---\nlibrary_name: flextron\npipeline_tag: text-generation\ntags: [flextron]\n---",
+        f"# An elastic pack for {pack.base}",
+        f"One file beside the base checkpoint makes a model whose first units come first: ranked by "
+        f"{pack.ranking.score} on {pack.ranking.tokens:,} tokens of {Path(pack.ranking.text).name}, {history}.",
+        f'```python\nfrom flextron import ElasticModel\n\nmodel = ElasticModel.from_pretrained("{pack.base}", '
+        'pack="THIS FOLDER")\n```',
+        "## What the pack loses",
+        losses,
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _others(trained: ElasticModel, base: ElasticModel) -> dict[str, torch.Tensor]:
+    """The parameters outside the projections that training has changed: norms and biases, as a rule."""
+    projections = {id(projection.weight) for projection in trained.projections().values()}
+    own = dict(base.lm.named_parameters())
+    changed = {}
+    for name, parameter in trained.lm.named_parameters():
+        if id(parameter) in projections:
+            continue
+        if name not in own or own[name].shape != parameter.shape:
+            raise ExportError(f"the base has no {name} of this size, so it is another model. Name the right base.")
+        if not torch.equal(own[name].to(parameter.dtype), parameter):
+            changed[name] = parameter.detach().float()
+    return changed
+
+
+def _changes(
+    trained: ElasticModel, base: ElasticModel, blocks: TokenBlocks, *, show: bool
+) -> Iterator[tuple[str, _Parts]]:
+    moments = _second_moments(trained, blocks, show=show)
+    before, after = base.projections(), trained.projections()
+    with torch.no_grad():
+        for name in progress(list(after), "pack") if show else list(after):
+            change = after[name].matrix().float() - before[name].matrix().float()
+            if change.any():
+                yield name, _parts(change, after[name].matrix().float(), moments[id(after[name])])
+
+
+def _second_moments(model: ElasticModel, blocks: TokenBlocks, *, show: bool) -> dict[int, torch.Tensor]:
+    """E[a a^T] of the input of every projection, by the module's id; opening projections of a sub-layer share one."""
+    sums: dict[int, torch.Tensor] = {}
+    with _observed(model, sums), model.use(model.search_space.full), torch.inference_mode():
+        batches = list(blocks.batches(BATCH_TOKENS))
+        for tokens_BT in progress(batches, "inputs") if show else batches:
+            model.lm.base_model(tokens_BT.to(model.device), use_cache=False)
+    for _, _, sub in model.sub_layers():
+        sums |= {id(module): sums[id(sub.opens[0])] for module in sub.opens}
+    return {key: found / blocks.tokens.numel() for key, found in sums.items()}
+
+
+@contextmanager
+def _observed(model: ElasticModel, sums: dict[int, torch.Tensor]) -> Iterator[None]:
+    def observe(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        a_NC = inputs[0].flatten(0, -2).float()
+        product = a_NC.T @ a_NC
+        sums[id(module)] = sums[id(module)] + product if id(module) in sums else product
+
+    with ExitStack() as hooks:
+        for _, _, sub in model.sub_layers():
+            for module in (sub.opens[0], sub.closes):
+                hooks.callback(module.register_forward_pre_hook(observe).remove)
+        yield
+
+
+def _parts(change: torch.Tensor, weight: torch.Tensor, moment: torch.Tensor) -> _Parts:
+    eye = torch.eye(len(moment)) * RIDGE * moment.diagonal().mean()
+    root = torch.linalg.cholesky((moment + eye).double()).float()  # moment = root root^T
+    torch.manual_seed(0)  # svd_lowrank is randomised
+    u, sizes, v = torch.svd_lowrank(change @ root, q=min(MOST_RANK, *change.shape), niter=4)
+    a = torch.linalg.solve_triangular(root, v.T * sizes.sqrt()[:, None], upper=False, left=False)
+    worth = sizes.square() / (weight @ root).square().sum()
+    return _Parts(a, u * sizes.sqrt(), worth, sum(change.shape) + 4)
+
+
+def _within(parts: Mapping[str, _Parts], room: int) -> dict[str, LowRank]:
+    """The parts worth most per byte that fit into `room` bytes."""
+    ordered = sorted(
+        (
+            (float(worth) / each.bytes, name, rank)
+            for name, each in parts.items()
+            for rank, worth in enumerate(each.worth)
+        ),
+        reverse=True,
+    )
+    ranks = dict.fromkeys(parts, 0)
+    for _, name, _ in ordered:
+        room -= parts[name].bytes
+        if room < 0:
+            break
+        ranks[name] += 1
+    return {name: LowRank.of(parts[name].a[:rank], parts[name].b[:, :rank]) for name, rank in ranks.items() if rank}

@@ -208,10 +208,10 @@ class TestTwoWriters:
             process.kill()
 
     def test_what_appears_meanwhile_stays(self, tmp_path):
-        with pytest.raises(CheckpointError, match="made exists"), new_folder(tmp_path / "made"):
+        with pytest.raises(CheckpointError, match="made exists"), new_folder(tmp_path / "made"):  # noqa: PT012
             (tmp_path / "made").mkdir()
             (tmp_path / "made" / "another's").write_text("work")
-        with pytest.raises(CheckpointError, match="file exists"), new_file(tmp_path / "file") as partial:
+        with pytest.raises(CheckpointError, match="file exists"), new_file(tmp_path / "file") as partial:  # noqa: PT012
             partial.write_text("mine")
             (tmp_path / "file").write_text("another's")
         assert content(tmp_path) == {"made/another's": "work", "file": "another's"}
@@ -232,7 +232,10 @@ class TestReserved:
     @pytest.mark.parametrize("place", ["/proc/made", "/proc/some/made", "file/made"])
     def test_a_place_that_cannot_be_written(self, tmp_path, place):
         (tmp_path / "file").write_text("")
-        with pytest.raises(CheckpointError, match=r"cannot write .*made: \w[\w ]+\. Nothing"), reserved(tmp_path / place):
+        with (
+            pytest.raises(CheckpointError, match=r"cannot write .*made: \w[\w ]+\. Nothing"),
+            reserved(tmp_path / place),
+        ):
             pytest.fail("the block must not run")
 
     @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -248,9 +251,9 @@ class TestApart:
         (old / "inner").mkdir()
         for out in (old, tmp_path / "link", tmp_path / "x" / ".." / "made", old / "inner" / ".."):
             (tmp_path / "x").mkdir(exist_ok=True)
-            with pytest.raises(CheckpointError, match="never replaced"):
+            with pytest.raises(CheckpointError, match="itself, which this run reads"):
                 check_apart(out, old)
-            with pytest.raises(CheckpointError, match=r"made holds what is read|link holds|\.\. holds"):
+            with pytest.raises(CheckpointError, match="holds a file that this run reads"):
                 check_apart(out, None, "org/name", old / "inner")
         check_apart(old / "inner", old)  # beside the model's own files
         check_apart(tmp_path / "new", old)

@@ -48,28 +48,32 @@ def new_folder(
 
 
 @contextmanager
-def reserved(path: str | Path) -> Iterator[None]:
+def reserved(path: str | Path, *, grows: bool = False) -> Iterator[None]:
     """Keep other processes from writing `path` inside the block, and clean up after killed ones.
 
     Enter it before a long stage: it also shows that the place can be written. Folders above `path` are made, and
     removed at the end if nothing was put there.
 
+    Args:
+        grows: `path` is a folder that gets one file after the other. It is made, and its lock lies in it.
+
     Raises:
         CheckpointError: another process writes `path`, or nothing can be written there.
     """
     target = _absolute(path)
-    made = [parent for parent in target.parents if not parent.exists()]
+    folder = target if grows else target.parent
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         with ExitStack() as held:
             with clear_errors(target):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                if held.enter_context(locked(target)):
+                folder.mkdir(parents=True, exist_ok=True)
+                if held.enter_context(locked(target, inside=grows)) and not grows:
                     _clean_up(target)
             yield
     finally:
-        for parent in made:
+        for each in made:
             with suppress(OSError):  # it holds something
-                parent.rmdir()
+                each.rmdir()
 
 
 def check_new(path: str | Path, *, overwrite: bool = False, kind: str = "config.json") -> None:
@@ -103,9 +107,26 @@ def check_apart(path: str | Path, *reads: str | Path | None) -> None:
             continue
         place = Path(read).resolve()
         if target.samefile(place):
-            raise CheckpointError(f"OUT is {read} itself, which is read and never replaced. Name another place.")
+            raise CheckpointError(f"OUT is {read} itself, which this run reads, so it is not replaced. Name another.")
         if any(target.samefile(parent) for parent in place.parents):
-            raise CheckpointError(f"{target} holds what is read: {read}. Name another place.")
+            raise CheckpointError(f"{target} holds a file that this run reads: {read}. Name another place.")
+
+
+def tell_dropped(folder: Path, option: str) -> None:
+    """Say in one line on standard error what `option` deletes in `folder` beside the model, if anything."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    others = [name for name in names if not _MODEL_FILES.fullmatch(name)]
+    if others:
+        more = f" and {len(others) - 12} more" if len(others) > 12 else ""
+        said = f"note: {option} deletes in {folder}: {', '.join(others[:12])}{more}"
+        print(said, file=sys.stderr, flush=True)
+
+
+_MODEL_FILES = re.compile(
+    r"(generation_)?config\.json|(model|ranking).*\.safetensors(\.index\.json)?|flextron\.json|tokenizer.*|vocab\.json|"
+    r"merges\.txt|special_tokens_map\.json|added_tokens\.json|chat_template.*|README\.md|modeling_flextron\.py|\.lock"
+)
+"""Names of files that make up a saved or an exported model."""
 
 
 @contextmanager

@@ -17,10 +17,18 @@ if TYPE_CHECKING:
 
 def run(config: MeasureLatencyConfig) -> None:
     """Measure latency tables, or read one from a CSV file."""
+    from flextron.atomic import reserved
+    from flextron.costs.saved import FOLDER
+
+    folder = shared.folder_of(config.model)
+    with reserved(folder / FOLDER, grows=True):
+        _save_all(folder, config)
+
+
+def _save_all(folder: Path, config: MeasureLatencyConfig) -> None:
     from flextron.costs.saved import describe, save_table
     from flextron.costs.timing import trust_warning
 
-    folder = shared.folder_of(config.model)
     if config.from_csv is not None:
         tables = iter([_table_of_csv(config, config.from_csv)])
     else:

@@ -32,16 +32,16 @@ def new_folder(
             space, or a write fails.
     """
     target = _absolute(path)
-    with reserved(target):
-        check_new(target, overwrite=overwrite, kind=kind)
-        with clear_errors(target):
-            check_space(target, needs_bytes)
+    with reserved(path):
+        check_new(path, overwrite=overwrite, kind=kind)
+        with clear_errors(path):
+            check_space(path, needs_bytes)
             partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
         try:
-            with clear_errors(target):
+            with clear_errors(path):
                 yield partial
                 _make_readable(partial)
-                check_new(target, overwrite=overwrite, kind=kind)  # what appeared meanwhile
+                check_new(path, overwrite=overwrite, kind=kind)  # what appeared meanwhile
                 _replace_folder(partial, target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -61,11 +61,11 @@ def reserved(path: str | Path, *, grows: bool = False) -> Iterator[None]:
         CheckpointError: another process writes `path`, or nothing can be written there.
     """
     target = _absolute(path)
-    folder = target if grows else target.parent
+    folder = Path(path) if grows else Path(path).parent
     made = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         with ExitStack() as held:
-            with clear_errors(target):
+            with clear_errors(path):
                 folder.mkdir(parents=True, exist_ok=True)
                 if held.enter_context(locked(target, inside=grows)) and not grows:
                     _clean_up(target)
@@ -83,16 +83,16 @@ def check_new(path: str | Path, *, overwrite: bool = False, kind: str = "config.
         CheckpointError: `path` exists, and `overwrite` is false, the file `kind` is not in it, or another process
             writes into it.
     """
-    target = Path(path)
+    target = _absolute(path)
     if target.is_dir() and overwrite:
         if any(target.iterdir()) and not (target / kind).is_file():
             what = "a checkpoint" if kind == "config.json" else "what flextron writes there"
-            raise CheckpointError(f"{target} is not {what} (no {kind}), so it is not replaced. Name another.")
+            raise CheckpointError(f"{path} is not {what} (no {kind}), so it is not replaced. Name another.")
         check_unlocked(target)
         return
     if os.path.lexists(target):
         way_out = "Name another folder." if not target.is_dir() else "Name another folder or pass --overwrite."
-        raise CheckpointError(f"{target} exists. {way_out}")
+        raise CheckpointError(f"{path} exists. {way_out}")
 
 
 def check_apart(path: str | Path, *reads: str | Path | None) -> None:
@@ -101,7 +101,7 @@ def check_apart(path: str | Path, *reads: str | Path | None) -> None:
     Raises:
         CheckpointError: one does.
     """
-    target = Path(path)
+    target = _absolute(path)
     for read in reads:
         if read is None or not target.exists() or not Path(read).exists():
             continue
@@ -109,7 +109,7 @@ def check_apart(path: str | Path, *reads: str | Path | None) -> None:
         if target.samefile(place):
             raise CheckpointError(f"OUT is {read} itself, which this run reads, so it is not replaced. Name another.")
         if any(target.samefile(parent) for parent in place.parents):
-            raise CheckpointError(f"{target} holds a file that this run reads: {read}. Name another place.")
+            raise CheckpointError(f"{path} holds a file that this run reads: {read}. Name another place.")
 
 
 def tell_dropped(folder: Path, option: str) -> None:
@@ -140,14 +140,14 @@ def new_file(path: str | Path, *, overwrite: bool = False, needs_bytes: int = 0,
             space, or a write fails.
     """
     target = _absolute(path)
-    with reserved(target):
-        check_new_file(target, overwrite=overwrite, magic=magic)
-        check_space(target, needs_bytes)
+    with reserved(path):
+        check_new_file(path, overwrite=overwrite, magic=magic)
+        check_space(path, needs_bytes)
         partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
         try:
-            with clear_errors(target):
+            with clear_errors(path):
                 yield partial
-                check_new_file(target, overwrite=overwrite, magic=magic)  # what appeared meanwhile
+                check_new_file(path, overwrite=overwrite, magic=magic)  # what appeared meanwhile
                 partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)
@@ -159,16 +159,16 @@ def check_new_file(path: str | Path, *, overwrite: bool = False, magic: bytes = 
     Raises:
         CheckpointError: `path` exists, and `overwrite` is false or the file does not begin with `magic`.
     """
-    target = Path(path)
+    target = _absolute(path)
     if not target.exists():
         return
     if target.is_dir():
-        raise CheckpointError(f"{target} is a folder. Name a file.")
+        raise CheckpointError(f"{path} is a folder. Name a file.")
     if not overwrite:
-        raise CheckpointError(f"{target} exists. Name another file or pass --overwrite.")
-    with clear_errors(target), target.open("rb") as file:
+        raise CheckpointError(f"{path} exists. Name another file or pass --overwrite.")
+    with clear_errors(path), target.open("rb") as file:
         if file.read(len(magic)) != magic:
-            raise CheckpointError(f"{target} is not a {magic.decode()} file, so it is not replaced. Name another.")
+            raise CheckpointError(f"{path} is not a {magic.decode()} file, so it is not replaced. Name another.")
 
 
 def check_space(path: str | Path, needs_bytes: int) -> None:
@@ -182,7 +182,7 @@ def check_space(path: str | Path, needs_bytes: int) -> None:
     free_bytes = shutil.disk_usage(disk).free
     if free_bytes < needs_bytes:
         raise CheckpointError(
-            f"no space for {target}: it needs about {needs_bytes / 1e6:.0f} MB, {free_bytes / 1e6:.0f} MB are free. "
+            f"no space for {path}: it needs about {needs_bytes / 1e6:.0f} MB, {free_bytes / 1e6:.0f} MB are free. "
             "Free some space or name a place on another disk; nothing was written."
         )
 
@@ -217,6 +217,19 @@ def clear_errors(target: str | Path, kept: str = "Nothing of it was kept.") -> I
         raise CheckpointError(f"cannot write {target}: {reason(error)}. {kept}") from error
 
 
+@contextmanager
+def keeping(what: str) -> Iterator[None]:
+    """Add to a failed write inside the block what of the work is kept.
+
+    Raises:
+        CheckpointError: a write failed.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} {what}") from error
+
+
 def reason(error: Exception) -> str:
     """What the system says about a failed read or write, without numbers and hidden names."""
     if isinstance(error, OSError) and error.strerror:
@@ -235,7 +248,9 @@ def lost(path: str | Path) -> str:
 
 
 def _absolute(path: str | Path) -> Path:
-    return Path(os.path.abspath(path))  # noqa: PTH100 - a link stays a link, "." gets a name
+    """The path with a name and real folders above it; where it is a link, it stays one."""
+    given = Path(path)
+    return given.resolve() if given.name in ("", "..") else given.parent.resolve() / given.name
 
 
 def _old_ones(target: Path) -> list[Path]:

@@ -167,7 +167,7 @@ class TestOpen:
         before = content(folder.path)
         for reads in ({"model": str(source)}, {"optimizer": {"teacher": str(source)}}):
             with pytest.raises(
-                CheckpointError, match="OUT is .* itself, which this run reads|holds a file that this run reads"
+                CheckpointError, match=r"OUT is .* itself, which this run reads|holds a file that this run reads"
             ):
                 folder.open(changed(config, {**reads, "resume": resume}), "f00d")
         assert content(folder.path) == before

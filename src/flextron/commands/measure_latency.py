@@ -35,8 +35,8 @@ def _save_all(folder: Path, config: MeasureLatencyConfig) -> None:
         model = shared.load(config)
         tables = (_measured(model, phase, config) for phase in config.phase)
     for table in tables:
-        file = save_table(folder, table)
-        print(f"{describe(table)}\nwrote {file}", flush=True)
+        print(describe(table), flush=True)  # first, or a full disk would take it along
+        print(f"wrote {save_table(folder, table)}", flush=True)
         warning = trust_warning(table.conditions)
         if warning is not None:
             print(f"warning: {warning}. Measure again when other programs are done.", file=sys.stderr)

@@ -31,6 +31,7 @@ def run(config: RankConfig) -> None:
 
 
 def _measure_sensitivity(model: ElasticModel, config: RankConfig) -> None:
+    from flextron.atomic import keeping
     from flextron.ranking.sensitivity import measure_sensitivity, sensitivity_blocks
 
     blocks = sensitivity_blocks(
@@ -40,7 +41,9 @@ def _measure_sensitivity(model: ElasticModel, config: RankConfig) -> None:
         after=_blocks(model, config).documents,
         block_tokens=model.fitting(256),
     )
-    measure_sensitivity(model, blocks, show=True).save(config.out)
+    sensitivity = measure_sensitivity(model, blocks, show=True)
+    with keeping("The ranked model is kept: the same command, without --overwrite, measures only the sensitivities."):
+        sensitivity.save(config.out)
 
 
 def _blocks(model: ElasticModel, config: RankConfig) -> TokenBlocks:

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from flextron.atomic import check_apart, clear_errors, reserved, tell_dropped, write_text
+from flextron.atomic import check_apart, clear_errors, keeping, reserved, tell_dropped, write_text
 from flextron.config import TrainConfig
 from flextron.data.sources import Source
 from flextron.elastic import checkpoint
@@ -137,12 +137,10 @@ class RunFolder:
         final = self.path / FINAL
         self._clear(snapshots=False)
         trained = Checkpoint(model.lm, model.tokenizer, model.search_space, model.ranking)
-        try:
+        with keeping("The last step is kept: run the same command again to write the model."):
             checkpoint.save(final, trained, weights=weights)
             if sensitivity is not None:
                 sensitivity.save(final)
-        except CheckpointError as error:
-            raise CheckpointError(f"{error} The last step is kept: run the same command again to write it.") from error
         with clear_errors(self.path, "The checkpoints are kept."):
             for file in sorted(final.iterdir(), key=lambda file: file.name == METADATA_FILE):
                 if file.is_dir():

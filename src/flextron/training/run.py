@@ -265,10 +265,8 @@ class TrainingRun:
 
     def _disk_bytes(self) -> int:
         """Bytes that the run writes at least: one snapshot, of the weights and two moments, and the trained model."""
-        model_weights = sum(weight.numel() for weight in self.model.lm.parameters())
-        return (
-            3 * sum(int(weight.nbytes) for weight in self.parameters) + int(self.saved_dtype.itemsize) * model_weights
-        )
+        stored = self.saved_dtype.itemsize * sum(weight.numel() for weight in self.model.lm.parameters())
+        return int(stored + 3 * sum(weight.nbytes for weight in self.parameters))
 
     def _agree(self, flag: bool) -> bool:
         """Whether `flag` is true in any process."""

@@ -315,7 +315,7 @@ def _delete_old(runs: Path, keep_last: int) -> None:
 def _read_record(snapshot: Path) -> dict[str, Any]:
     try:
         record = json.loads((snapshot / STATE_FILE).read_text(encoding="utf8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{STATE_FILE} cannot be read ({error}). {_DELETE}") from error
     if not isinstance(record, dict) or "version" not in record:
         raise CheckpointError(f"{STATE_FILE} does not describe a snapshot. {_DELETE}")
@@ -329,9 +329,6 @@ def _checked_record(snapshot: Path) -> dict[str, Any]:
         check_version(record["version"], VERSION)
     except RecordError as error:
         raise CheckpointError(f"{error}. Update flextron.") from None
-    for key, kind in (("files", dict), ("optimizers", list), ("state", dict)):
-        if not isinstance(record.get(key), kind):
-            raise CheckpointError(f"{STATE_FILE} has no {key}. {_DELETE}")
     written = record["files"]
     paths = {path.name: path for path in snapshot.iterdir() if path.name != STATE_FILE}
     if wrong := sorted(paths.keys() ^ written.keys()):

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flextron.atomic import reserved
+from flextron.atomic import keeping, reserved
 from flextron.costs.latency import measure_latency
 from flextron.costs.pricing import Ceiling, doubts
 from flextron.costs.saved import FOLDER as LATENCY_FOLDER
@@ -96,7 +96,8 @@ def make_router(
             "show": show,
         }
         router = train_router(sensitivity, table, meter, pairs, **options)
-        router.save(folder, model)
+        with keeping("The measured losses are kept: run the same command again."):
+            router.save(folder, model)
         return router
 
 

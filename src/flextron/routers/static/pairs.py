@@ -67,8 +67,7 @@ class LossMeter:
 class Pairs:
     """The pairs of one checkpoint and one text, in a file that gets a line after every measurement.
 
-    The first line says what they belong to; each further line is one pair. A line cut off by a crash is ignored, and of
-    lines with the same sub-network the last counts.
+    The first line says what they belong to; each further line is one pair. A line cut off by a crash is ignored.
     """
 
     @classmethod
@@ -91,11 +90,15 @@ class Pairs:
             self._read(header)
         else:
             self._journal.replace([header])
+        known = self.measured()  # doubles count once
+        self.subnets, self.losses = list(known), list(known.values())
 
     def _read(self, header: dict[str, Any]) -> None:
         try:
             kept, *pairs = self._journal.read()
-            found = {Subnet(**{axis: pair[axis] for axis in AXES}): float(pair["loss"]) for pair in pairs}
+            for pair in pairs:
+                self.subnets.append(Subnet(**{axis: pair[axis] for axis in AXES}))
+                self.losses.append(float(pair["loss"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RouterError(
                 f"cannot read the measured pairs in {self.file}: {error}. Delete it to start again."
@@ -104,7 +107,6 @@ class Pairs:
             raise RouterError(
                 f"{self.file} holds pairs of another checkpoint or text: {kept}. Delete it to start again."
             )
-        self.subnets, self.losses = list(found), list(found.values())
 
     def __len__(self) -> int:
         return len(self.subnets)

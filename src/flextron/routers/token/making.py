@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from flextron.atomic import new_folder, reserved
+from flextron.atomic import keeping, new_folder, reserved
 from flextron.costs.saved import find_table
 from flextron.costs.timing import PHASES, check_phase
 from flextron.elastic.model import ElasticModel
@@ -92,7 +92,8 @@ def make_token_router(
         router, about = train_token_router(
             model, static, table, blocks, calibration, arithmetic=faster_dtype(model.device), kept=kept, **options
         )
-        save_token_router(folder, router, about, model)
+        with keeping("The measured slopes are kept: run the same command again."):
+            save_token_router(folder, router, about, model)
         kept.forget()
     return router, about
 

@@ -123,7 +123,7 @@ def tell_dropped(folder: Path, option: str) -> None:
 
 
 _MODEL_FILES = re.compile(
-    r"(generation_)?config\.json|(model|ranking).*\.safetensors(\.index\.json)?|flextron\.json|tokenizer.*|vocab\.json|"
+    r"(generation_)?config\.json|(model|ranking).*\.safetensors(\.index\.json)?|(flextron|rank)\.json|tokenizer.*|vocab\.json|"
     r"merges\.txt|special_tokens_map\.json|added_tokens\.json|chat_template.*|README\.md|modeling_flextron\.py|\.lock"
 )
 """Names of files that make up a saved or an exported model."""
@@ -232,6 +232,8 @@ def keeping(what: str) -> Iterator[None]:
 
 def reason(error: Exception) -> str:
     """What the system says about a failed read or write, without numbers and hidden names."""
+    if isinstance(error, FileExistsError):
+        return f"{error.filename} is a file, not a folder"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     inner = re.search(r'message: "([^"]+)"|I/O error: ([^(]+)', str(error))  # of safetensors

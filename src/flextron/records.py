@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from flextron.atomic import write_text
+from flextron.atomic import clear_errors, write_text
 
 
 class RecordError(ValueError):
@@ -95,14 +95,21 @@ class Journal:
         return records
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Append one record; create the file and its folder if they do not exist."""
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.open("a", encoding="utf8") as file:
-            file.write(json.dumps(record) + "\n")
+        """Append one record; create the file and its folder if they do not exist.
+
+        Raises:
+            CheckpointError: the write fails. Earlier records are kept.
+        """
+        kept = "Earlier records are kept: run the same command again to go on."
+        with clear_errors(self.file, kept):
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a", encoding="utf8") as file:
+                file.write(json.dumps(record) + "\n")
 
     def replace(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Replace the whole file, completely or not at all."""
-        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with clear_errors(self.file):
+            self.file.parent.mkdir(parents=True, exist_ok=True)
         write_text(self.file, "".join(json.dumps(record) + "\n" for record in records))
 
     @staticmethod

@@ -19,6 +19,7 @@ from flextron.elastic.permutation import permute
 from flextron.errors import CheckpointError, UnknownFamilyError
 from flextron.model import ElasticModel
 from flextron.subnet import SearchSpace
+from folders import names
 
 WEIGHTS_FILE = "model.safetensors"
 SPACE = SearchSpace(tiny.LAYERS, (0, 8, tiny.NEURONS), (0, 1, tiny.KV_GROUPS))
@@ -193,6 +194,9 @@ class TestBrokenConfig:
 
     def test_no_config(self, folder):
         (folder / "config.json").unlink()
+        assert refusal(folder).startswith(f"{folder} is not whole: it lacks config.json. Copy the folder again")
+        for file in (METADATA_FILE, RANKING_FILE):
+            (folder / file).unlink()
         assert refusal(folder) == f"{folder} is not a checkpoint: it has no config.json."
 
     @pytest.mark.parametrize("content", ["", "{", "{}", "[]"])
@@ -220,6 +224,50 @@ class TestBrokenConfig:
     def test_tokenizer(self, folder, file):
         cut(folder / file, 25)
         refusal(folder)
+
+
+class TestHalfACheckpoint:
+    """What a copy leaves that ended halfway never loads as a model with less, such as one that is not ranked."""
+
+    @pytest.fixture
+    def ranked(self, tmp_path, written):
+        ElasticModel.from_pretrained(written).save_pretrained(tmp_path / "elastic", beside={"rank.json": "{}"})
+        return tmp_path / "elastic"
+
+    def test_whole(self, ranked):
+        assert ElasticModel.from_pretrained(ranked).ranking is not None
+        listed = json.loads((ranked / METADATA_FILE).read_text())["files"]
+        assert sorted([*listed, METADATA_FILE]) == names(ranked)
+
+    @pytest.mark.parametrize("file", ["config.json", "rank.json", RANKING_FILE, "tokenizer.json"])
+    def test_without_one_file(self, ranked, file):
+        (ranked / file).unlink()
+        assert f"{ranked} is not whole: it lacks {file}. Copy the folder again" in refusal(ranked)
+
+    @pytest.mark.parametrize("stays", ["rank.json", "ranking.safetensors"])
+    def test_without_the_last_file(self, ranked, stays):
+        (ranked / METADATA_FILE).unlink()
+        for other in {"rank.json", "ranking.safetensors"} - {stays}:
+            (ranked / other).unlink()
+        assert refusal(ranked) == (
+            f"{ranked} has {stays} but no flextron.json: it is not whole. Copy the folder again, or make it again."
+        )
+
+    def test_a_training_run_that_is_not_done(self, ranked):
+        (ranked / METADATA_FILE).unlink()
+        (ranked / "train.json").write_text("{}")
+        assert "it is a training run that is not done. Run the same `flextron train` again" in refusal(ranked)
+
+    def test_one_that_lists_no_files(self, ranked):
+        """As flextron 0.1.0 wrote it."""
+        change_json(ranked / METADATA_FILE, files=[])
+        (ranked / "generation_config.json").unlink()
+        assert ElasticModel.from_pretrained(ranked).ranking is not None
+
+    def test_a_name_that_a_killed_run_left_hidden(self, ranked):
+        (ranked.parent / ".elastic.old-1").mkdir()
+        ranked.rename(ranked.parent / ".elastic.old-1" / "elastic")
+        assert f"bring it back: mv {ranked.parent}/.elastic.old-1/elastic {ranked}" in refusal(ranked)
 
 
 class TestBrokenMetadata:

@@ -7,15 +7,22 @@ from pathlib import Path
 import pytest
 import torch
 
+import folders
 import tiny
 from flextron.config import TrainConfig, VisitOptions
 from flextron.elastic.checkpoint import METADATA_FILE
 from flextron.errors import CheckpointError
+from flextron.locks import INSIDE
 from flextron.model import ElasticModel
 from flextron.ranking.sensitivity import Sensitivity
 from flextron.training.folder import RunFolder
 from flextron.training.sampling import even_sensitivity
-from folders import content, files_of_at_most, names
+from folders import content, files_of_at_most, writer_inside
+
+
+def names(path: Path) -> list[str]:
+    """What lies in a folder, apart from the lock that these tests' runs hold."""
+    return [name for name in folders.names(path) if name != INSIDE]
 
 
 @pytest.fixture
@@ -142,7 +149,7 @@ class TestOpen:
     def test_replaces_a_run_where_asked_to(self, begun, config, finished):
         folder = begun
         if finished:
-            (folder.path / METADATA_FILE).write_text("{}")
+            (folder.path / METADATA_FILE).write_text('{"version": 1}')
         assert folder.is_finished is finished
         with pytest.raises(CheckpointError):
             folder.open(replace(config, seed=5), "beef")
@@ -159,9 +166,43 @@ class TestOpen:
         (source / "config.json").write_text("{}")
         before = content(folder.path)
         for reads in ({"model": str(source)}, {"optimizer": {"teacher": str(source)}}):
-            with pytest.raises(CheckpointError, match="holds a file that this run reads"):
+            with pytest.raises(
+                CheckpointError, match=r"OUT is .* itself, which this run reads|holds a file that this run reads"
+            ):
                 folder.open(changed(config, {**reads, "resume": resume}), "f00d")
         assert content(folder.path) == before
+
+    def test_another_process_that_trains_there_is_named(self, config, folder):
+        folder.close()
+        for resume in ("auto", "never"):
+            with (
+                writer_inside(folder.path) as process,
+                pytest.raises(CheckpointError, match=rf"out is being written by process {process.pid} on"),
+            ):
+                folder.open(replace(config, resume=resume), "f00d")
+        assert names(folder.path) == ["train.json"]
+        folder.open(config, "f00d")
+
+    def test_says_what_it_deletes(self, begun, config, capsys):
+        (begun.path / "routers").mkdir()
+        begun.open(replace(config, resume="never"), "f00d")
+        said = "note: --resume never deletes in {}: checkpoints, metrics.jsonl, routers, train.json\n"
+        assert capsys.readouterr().err == said.format(begun.path)
+
+    def test_snapshots_that_cannot_be_read_are_no_new_beginning(self, begun, config):
+        (begun.snapshots / "step-00000001" / "state.json").write_text('{"vers')
+        before = content(begun.path)
+        with pytest.raises(CheckpointError, match=r"no snapshot can be read; .*step-00000001: state.json cannot"):
+            begun.open(config, "f00d")
+        assert content(begun.path) == before
+        begun.open(replace(config, resume="never"), "f00d")
+        assert names(begun.path) == ["train.json"]
+
+    def test_a_trained_model_that_is_not_whole_is_written_again(self, begun, config, llama):
+        begun.finish(llama, None, None)
+        assert begun.is_finished
+        (begun.path / "config.json").unlink()
+        assert not begun.is_finished
 
     def test_garbled_settings(self, folder, config):
         (folder.path / "train.json").write_text('{"version": 1, "se')
@@ -201,6 +242,11 @@ class TestMetrics:
     def test_reads_past_a_line_that_was_cut_short(self, folder):
         (folder.path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n[1]\n"x"\n{"step": 2}\n')
         assert folder.metrics() == [{"step": 1}, {"step": 2}]
+
+    def test_counts_a_line_once(self, folder):
+        for record in ({"step": 1, "loss": 3}, {"step": 1, "held_out": {}}, {"step": 1, "loss": 2}):
+            folder.log(record)
+        assert folder.metrics() == [{"step": 1, "loss": 2}, {"step": 1, "held_out": {}}]
 
     def test_a_full_disk(self, folder):
         with files_of_at_most(1000), pytest.raises(CheckpointError, match=r"cannot write .*metrics\.jsonl"):

@@ -134,11 +134,21 @@ class TestFolders:
         (runs / "step-00000007" / "state.json").write_text('{"version": 1, "st')
         (runs / "step-00000008").mkdir()
         (runs / "step-last").mkdir()
-        assert latest_snapshot(runs) == saved
+        told: list[str] = []
+        assert latest_snapshot(runs, warn=told.append) == saved
+        (said,) = told
+        assert said.startswith(f"warning: {runs / 'step-00000008'}: state.json cannot be read (")
+        assert said.endswith("). Going on from the older step-00000002.")
         run = Run().load(saved).train(6)
         assert run.save(runs) == runs / "step-00000008"  # what was incomplete there, or left by a killed run, is gone
         assert names(runs) == ["step-00000002", "step-00000007", "step-00000008", "step-last"]
         assert_equal(Run().load(runs / "step-00000008").tensors(), run.tensors())
+
+    @pytest.mark.parametrize("text", ["", "{", "[]", '{"step": 2}'])
+    def test_none_that_can_be_read_is_no_new_beginning(self, saved, text):
+        (saved / "state.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"no snapshot can be read; .*step-00000002: state\.json"):
+            latest_snapshot(saved.parent)
 
     def test_no_snapshot(self, tmp_path):
         assert latest_snapshot(tmp_path) is None

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from flextron.atomic import write_text
+from flextron.atomic import clear_errors, write_text
 from flextron.budget import Budget
 from flextron.choosing.routing import Routed
 from flextron.costs.pricing import Ceiling, format_cost
@@ -183,5 +183,6 @@ def save_usage(usage: TokenUsage, file: Path) -> None:
     if file.suffix != ".html":
         save_figure(usage_figure(usage), file)
         return
-    file.parent.mkdir(parents=True, exist_ok=True)
+    with clear_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, usage_html(usage))

@@ -11,6 +11,12 @@ from flextron.config import EvaluateConfig
 
 def run(config: EvaluateConfig) -> None:
     """Losses of sub-networks on a text, or accuracies on tasks."""
+    results = None if config.out_dir is None else config.out_dir / "results.json"
+    with shared.outputs(config.picture, results):
+        _run(config)
+
+
+def _run(config: EvaluateConfig) -> None:
     from flextron.choosing.choice import choose
     from flextron.data.blocks import load_blocks
     from flextron.evaluation import evaluate

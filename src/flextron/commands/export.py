@@ -16,14 +16,17 @@ if TYPE_CHECKING:
 
 def run(config: ExportConfig) -> None:
     """Write a sub-network as a model of its own."""
+    from flextron.atomic import check_apart, reserved, tell_dropped
     from flextron.exporting.exporters import EXPORTERS
 
     exporter = EXPORTERS[config.to](config)
-    shared.refuse_own_place(config.model, config.out)
-    exporter.check_free(config.out, overwrite=config.overwrite)
-    model = shared.load(config)
-    subnet = _to_export(model, config, exporter)
-    print(exporter.write(model, subnet, config.out, overwrite=config.overwrite, verify=config.verify))
+    check_apart(config.out, config.model)
+    with reserved(config.out):
+        exporter.check_free(config.out, overwrite=config.overwrite)
+        tell_dropped(config.out, "--overwrite")
+        model = shared.load(config)
+        subnet = _to_export(model, config, exporter)
+        print(exporter.write(model, subnet, config.out, overwrite=config.overwrite, verify=config.verify))
 
 
 def _to_export(model: ElasticModel, config: ExportConfig, exporter: Exporter) -> Subnet:

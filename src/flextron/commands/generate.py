@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 
 def run(config: GenerateConfig) -> None:
     """Go on from a prompt."""
+    with shared.outputs(config.picture):
+        _run(config)
+
+
+def _run(config: GenerateConfig) -> None:
     from flextron.generation import compare_speculative, generate
 
     model = shared.load(config)

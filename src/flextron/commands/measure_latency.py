@@ -17,18 +17,26 @@ if TYPE_CHECKING:
 
 def run(config: MeasureLatencyConfig) -> None:
     """Measure latency tables, or read one from a CSV file."""
+    from flextron.atomic import reserved
+    from flextron.costs.saved import FOLDER
+
+    folder = shared.folder_of(config.model)
+    with reserved(folder / FOLDER, grows=True):
+        _save_all(folder, config)
+
+
+def _save_all(folder: Path, config: MeasureLatencyConfig) -> None:
     from flextron.costs.saved import describe, save_table
     from flextron.costs.timing import trust_warning
 
-    folder = shared.folder_of(config.model)
     if config.from_csv is not None:
         tables = iter([_table_of_csv(config, config.from_csv)])
     else:
         model = shared.load(config)
         tables = (_measured(model, phase, config) for phase in config.phase)
     for table in tables:
-        file = save_table(folder, table)
-        print(f"{describe(table)}\nwrote {file}", flush=True)
+        print(describe(table), flush=True)  # first, or a full disk would take it along
+        print(f"wrote {save_table(folder, table)}", flush=True)
         warning = trust_warning(table.conditions)
         if warning is not None:
             print(f"warning: {warning}. Measure again when other programs are done.", file=sys.stderr)

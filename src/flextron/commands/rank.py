@@ -20,21 +20,30 @@ _NOT_OF_THE_RANKING = ("out", "overwrite", "sensitivity_tokens", "device")
 
 def run(config: RankConfig) -> None:
     """Rank a checkpoint, measure its sensitivities, and write it as an elastic one."""
+    from flextron.atomic import check_apart, reserved
+
+    check_apart(config.out, config.model, config.text)
+    with reserved(config.out):
+        model = _ranked(config)
+        if config.sensitivity_tokens:
+            _measure_sensitivity(model, config)
+    print(f"wrote {config.out}: {model.search_space.full}, ranked by {config.score} on {config.text}.")
+
+
+def _measure_sensitivity(model: ElasticModel, config: RankConfig) -> None:
+    from flextron.atomic import keeping
     from flextron.ranking.sensitivity import measure_sensitivity, sensitivity_blocks
 
-    shared.refuse_own_place(config.model, config.out)
-    model = _ranked(config)
-    if config.sensitivity_tokens:
-        ranked_on = _blocks(model, config)
-        blocks = sensitivity_blocks(
-            model.tokenizer,
-            config.text,
-            tokens=config.sensitivity_tokens,
-            after=ranked_on.documents,
-            block_tokens=model.fitting(256),
-        )
-        measure_sensitivity(model, blocks, show=True).save(config.out)
-    print(f"wrote {config.out}: {model.search_space.full}, ranked by {config.score} on {config.text}.")
+    blocks = sensitivity_blocks(
+        model.tokenizer,
+        config.text,
+        tokens=config.sensitivity_tokens,
+        after=_blocks(model, config).documents,
+        block_tokens=model.fitting(256),
+    )
+    sensitivity = measure_sensitivity(model, blocks, show=True)
+    with keeping("The ranked model is kept: the same command, without --overwrite, measures only the sensitivities."):
+        sensitivity.save(config.out)
 
 
 def _blocks(model: ElasticModel, config: RankConfig) -> TokenBlocks:
@@ -47,7 +56,7 @@ def _blocks(model: ElasticModel, config: RankConfig) -> TokenBlocks:
 
 def _ranked(config: RankConfig) -> ElasticModel:
     """The ranked model, saved; an interrupted run's is taken up, so that only the sensitivities are left to do."""
-    from flextron.atomic import check_new, write_text
+    from flextron.atomic import check_new, check_space, tell_dropped
     from flextron.ranking.importance import rank
     from flextron.ranking.sensitivity import Sensitivity
     from flextron.subnet import SearchSpace
@@ -60,10 +69,11 @@ def _ranked(config: RankConfig) -> ElasticModel:
         print(f"{config.out} is ranked already; only its sensitivities are measured.", file=sys.stderr)
         return shared.load(replace(config, model=str(config.out)))
     check_new(config.out, overwrite=config.overwrite)
+    tell_dropped(config.out, "--overwrite")
     model = shared.load(config)
+    check_space(config.out, sum(weight.nbytes for weight in model.lm.parameters()))
     if config.neuron_step is not None:
         model.search_space = SearchSpace.of_model(**model.search_space.sizes, neuron_step=config.neuron_step)
     rank(model, _blocks(model, config), score=config.score, show=True)
-    model.save_pretrained(config.out, overwrite=config.overwrite)
-    write_text(asked, wanted)
+    model.save_pretrained(config.out, overwrite=config.overwrite, beside={asked.name: wanted})
     return model

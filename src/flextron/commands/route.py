@@ -3,13 +3,36 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from flextron.commands import shared
 from flextron.config import RouteConfig
+from flextron.errors import CheckpointError
+from flextron.subnet import Subnet
 
 
 def run(config: RouteConfig) -> None:
     """Answer a budget, as text or JSON, with a picture."""
+    _check_replaceable(config.out)
+    with shared.outputs(config.out, config.picture):
+        _run(config)
+
+
+def _check_replaceable(file: Path | None) -> None:
+    """Check that an older file at --out is a sub-network too.
+
+    Raises:
+        CheckpointError: it is something else.
+    """
+    if file is None or not file.is_file():
+        return
+    try:
+        Subnet.from_json(file.read_text(encoding="utf8"))
+    except (OSError, ValueError):
+        raise CheckpointError(f"{file} is not a sub-network that flextron wrote. Name another file.") from None
+
+
+def _run(config: RouteConfig) -> None:
     from flextron.atomic import write_text
     from flextron.choosing.explaining import as_json, as_text, explain
     from flextron.choosing.routing import route
@@ -29,7 +52,6 @@ def run(config: RouteConfig) -> None:
     explained = explain(model, routed, folder, measure=config.measure, warnings=warnings)
     print(as_json(config.budget, explained) if config.json else as_text(routed, explained, folder))
     if config.out is not None:
-        config.out.parent.mkdir(parents=True, exist_ok=True)
         write_text(config.out, routed.subnet.to_json() + "\n")
     if config.picture is not None:
         title = f"{folder.resolve().name} within {config.budget}"

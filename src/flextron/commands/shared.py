@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flextron.config import EvaluateConfig, ExportConfig, GenerateConfig
-from flextron.errors import CheckpointError, FlextronError
+from flextron.errors import CheckpointError
 
 if TYPE_CHECKING:
     from flextron.choosing.routing import Routed
@@ -34,23 +36,32 @@ def load_original(config: EvaluateConfig) -> ElasticModel | None:
 
 def folder_of(model: str) -> Path:
     """MODEL as a folder that takes what is measured; found before anything is loaded."""
+    from flextron.atomic import lost
+
     folder = Path(model)
     if not folder.is_dir():
         raise CheckpointError(
             f"no such folder: {model}. Latency tables and routers are kept beside an elastic checkpoint; "
-            "make one with `flextron rank MODEL OUT`."
+            f"make one with `flextron rank MODEL OUT`.{lost(folder)}"
         )
     return folder
 
 
-def refuse_own_place(model: str, out: Path) -> None:
-    """Pass unless OUT is where MODEL lies: replacing it would delete what is read, and what lies beside it.
+@contextmanager
+def outputs(*files: Path | None) -> Iterator[None]:
+    """Reserve the files that a command writes at its end, and see first that they can be written.
 
     Raises:
-        FlextronError: it is.
+        CheckpointError: one cannot, another process writes it, or it is a folder.
     """
-    if Path(model).exists() and out.resolve() == Path(model).resolve():
-        raise FlextronError(f"OUT is MODEL itself ({model}), which is never replaced. Name another place.")
+    from flextron.atomic import check_new_file, reserved
+
+    with ExitStack() as held:
+        for file in files:
+            if file is not None:
+                check_new_file(file, overwrite=True)
+                held.enter_context(reserved(file))
+        yield
 
 
 def note(text: str) -> None:

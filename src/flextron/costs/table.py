@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from flextron.atomic import write_text
+from flextron.atomic import clear_errors, write_text
 from flextron.errors import CostError
 from flextron.records import read_record
 from flextron.subnet import AXES, SearchSpace, Subnet
@@ -124,7 +124,8 @@ class CostTable:
 
     def save(self, file: str | Path) -> None:
         """Write the table as JSON, whole or not at all (docs/formats.md)."""
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        with clear_errors(file):
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps({"version": VERSION, **asdict(self)}, indent=1) + "\n")
 
     @classmethod

@@ -8,13 +8,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from flextron.atomic import new_folder, write_text
+from flextron.atomic import check_apart, clear_errors, new_folder, reserved, tell_dropped, write_text
 from flextron.config import QuickstartConfig
 from flextron.demo.stages import in_words
 from flextron.demo.tour import Tour
 from flextron.elastic.checkpoint import quiet_transformers
 from flextron.elastic.smollm2 import smollm2_path
 from flextron.errors import FlextronError
+from flextron.locks import check_unlocked
 
 __all__ = ["quickstart", "smollm2_path"]
 VERSION = 4
@@ -30,12 +31,14 @@ def quickstart(config: QuickstartConfig | None = None) -> Path:
     config = config or QuickstartConfig()
     started = time.monotonic()
     quiet_transformers()
+    check_apart(config.out, config.model)
     _prepare(config)
-    try:
-        path = Tour(config, started).run()
-    except KeyboardInterrupt:
-        _say_how_to_go_on(config.out)
-        raise
+    with reserved(config.out, grows=True):
+        try:
+            path = Tour(config, started).run()
+        except KeyboardInterrupt:
+            _say_how_to_go_on(config.out)
+            raise
     print("\n" + path.read_text(encoding="utf8"))
     print(f"Wrote {path} after {in_words(time.monotonic() - started)}; beside it lie elastic/, trained/ and pictures.")
     print(f'Try: flextron generate {config.out / "trained"} "Once upon a time" --budget ttft=0.6x')
@@ -60,7 +63,10 @@ def _prepare(config: QuickstartConfig) -> None:
     }
     found = _read_settings(settings_file)
     if config.fresh and found:
-        shutil.rmtree(config.out)
+        check_unlocked(config.out)
+        tell_dropped(config.out, "--fresh")
+        with clear_errors(config.out, "Name another folder with --out."):
+            shutil.rmtree(config.out)
     elif found:
         if found != settings:
             raise FlextronError(

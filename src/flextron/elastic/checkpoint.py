@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from flextron.atomic import new_folder
+from flextron.atomic import lost, new_folder
 from flextron.elastic import per_layer
 from flextron.elastic.accounting import check_accounted, check_shards_inside, untie_if_apart
 from flextron.elastic.gguf_source import check_all_used, complete_config
 from flextron.elastic.older_transformers import add_old_names
 from flextron.environment import dtype_name
 from flextron.errors import CheckpointError, FlextronError
-from flextron.records import check_version, read_record
+from flextron.records import RecordError, check_version, read_record
 from flextron.subnet import AXES, SearchSpace
 
 VERSION = 1
@@ -126,10 +127,12 @@ def save(
     *,
     overwrite: bool = False,
     weights: Mapping[str, torch.Tensor] | None = None,
+    beside: Mapping[str, str] | None = None,
 ) -> None:
     """Write the whole folder or nothing. transformers loads it as the plain full model.
 
-    `weights`, by name, replace the model's own, if the model holds shards only.
+    `weights`, by name, replace the model's own, if the model holds shards only. `beside` are further text files by
+    name.
 
     Raises:
         CheckpointError: the folder exists and `overwrite` is false, the disk is full, or a write fails.
@@ -137,6 +140,8 @@ def save(
     stored = list(checkpoint.lm.parameters() if weights is None else weights.values())
     needs_bytes = sum(weight.nbytes for weight in stored)
     with new_folder(folder, overwrite=overwrite, needs_bytes=needs_bytes) as partial:
+        for name, text in (beside or {}).items():
+            (partial / name).write_text(text, encoding="utf8")
         checkpoint.lm.save_pretrained(partial, state_dict=weights)
         _set_dtype(partial / "config.json", stored[0].dtype)  # transformers writes the dtype of the shards
         add_old_names(partial / "config.json")
@@ -146,8 +151,46 @@ def save(
         metadata = {
             "version": VERSION,
             "search_space": None if checkpoint.search_space is None else asdict(checkpoint.search_space),
+            "files": sorted(file.name for file in partial.iterdir()),
         }
         (partial / METADATA_FILE).write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf8")
+
+
+def missing_files(folder: Path) -> list[str]:
+    """The files that an elastic checkpoint was saved with and lacks now; weights may have other names since.
+
+    Raises:
+        CheckpointError: flextron.json cannot be read.
+    """
+    with _clear_metadata(folder / METADATA_FILE):
+        files = read_record(folder / METADATA_FILE, version=VERSION).get("files", [])
+        if not isinstance(files, list):
+            raise RecordError(f"its files are a {type(files).__name__} instead of a list")
+    return [str(name) for name in files if not (str(name).startswith("model") or (folder / str(name)).is_file())]
+
+
+def check_whole(folder: Path) -> None:
+    """Check that no part of a checkpoint is missing: a copy that ended halfway, or a run that is not done.
+
+    Raises:
+        CheckpointError: one is; the message names it.
+    """
+    if not (folder / METADATA_FILE).is_file():
+        for part, what in _SIGNS.items():
+            if (folder / part).is_file():
+                raise CheckpointError(f"{folder} has {part} but no {METADATA_FILE}: {what}.")
+        return
+    if missing := missing_files(folder):
+        raise CheckpointError(f"{folder} is not whole: it lacks {', '.join(missing)}. {_AGAIN}.")
+
+
+_AGAIN = "Copy the folder again, or make it again"
+_SIGNS = {
+    "train.json": "it is a training run that is not done. Run the same `flextron train` again to go on",
+    RANKING_FILE: f"it is not whole. {_AGAIN}",
+    "rank.json": f"it is not whole. {_AGAIN}",
+}
+"""Files that lie beside an elastic checkpoint, and what it means if that has no flextron.json."""
 
 
 def _set_dtype(file: Path, dtype: torch.dtype) -> None:
@@ -183,8 +226,11 @@ def source_of(path: str | Path) -> tuple[str, dict[str, Any]]:
             raise CheckpointError(f"no such file: {path}")
         return str(local.parent), {"gguf_file": local.name}
     if local.is_dir():
+        check_whole(local)
         if not (local / "config.json").is_file():
             raise CheckpointError(f"{path} is not a checkpoint: it has no config.json.")
+    elif way_back := lost(local):
+        raise CheckpointError(f"no such checkpoint: {path}.{way_back}")
     elif local.exists() or str(path).count("/") > 1 or str(path).startswith((".", "/", "~")):
         raise CheckpointError(f"no such checkpoint: {path}. Name a folder, a hub id such as org/name, or a .gguf file.")
     return str(path), {}
@@ -212,17 +258,25 @@ def load_metadata(source: str, options: dict[str, Any]) -> tuple[SearchSpace | N
     file = _find(source, METADATA_FILE, options)
     if file is None:
         return None, None
-    try:
-        space = read_record(file, version=VERSION)["search_space"]
-        search_space = None if space is None else SearchSpace(**space)
+    with _clear_metadata(file):
+        data = read_record(file, version=VERSION)
+        search_space = None if data["search_space"] is None else SearchSpace(**data["search_space"])
         ranking_file = _find(source, RANKING_FILE, options)
+        if ranking_file is None and RANKING_FILE in data.get("files", []):
+            raise CheckpointError(f"{source} is not whole: it lacks {RANKING_FILE}. {_AGAIN}.")
         ranking = None if ranking_file is None else _load_ranking(ranking_file)
+    return search_space, ranking
+
+
+@contextmanager
+def _clear_metadata(file: Path) -> Iterator[None]:
+    try:
+        yield
     except FlextronError:
         raise
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         way_out = "Install the flextron that wrote it, or rank the original again."
         raise CheckpointError(f"cannot read {file}: {first_line(error)}. {way_out}") from error
-    return search_space, ranking
 
 
 def _save_ranking(ranking: Ranking, file: Path) -> None:

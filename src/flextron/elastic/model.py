@@ -164,14 +164,18 @@ class ElasticModel:
         model.folder = Path(path) if Path(path).is_dir() else None
         return model
 
-    def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
+    def save_pretrained(
+        self, folder: str | Path, *, overwrite: bool = False, beside: Mapping[str, str] | None = None
+    ) -> None:
         """Write a folder that transformers loads as the full model, and `from_pretrained` as this elastic model.
+
+        `beside` are further text files by name, written with it.
 
         Raises:
             CheckpointError: the folder exists and `overwrite` is false, or it cannot be written (then nothing is left).
         """
         saved = Checkpoint(self.lm, self.tokenizer, self.search_space, self.ranking)
-        checkpoint.save(folder, saved, overwrite=overwrite)
+        checkpoint.save(folder, saved, overwrite=overwrite, beside=beside)
 
     @property
     def subnet(self) -> Subnet:

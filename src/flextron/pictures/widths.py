@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flextron.atomic import new_file
 from flextron.subnet import AXES, SearchSpace, Subnet
 
 if TYPE_CHECKING:
@@ -98,5 +99,5 @@ def widths_figure(subnets: Mapping[str, Subnet], space: SearchSpace, title: str)
 
 def save_figure(figure: Figure, file: str | Path) -> None:
     """Save a figure in the format of the file's ending, and make its folder if needed."""
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=130)
+    with new_file(file, overwrite=True) as partial:
+        figure.savefig(partial, dpi=130, format=Path(file).suffix.removeprefix(".") or None)

@@ -20,6 +20,7 @@ from flextron.costs.table import CostTable
 from flextron.data.blocks import load_blocks
 from flextron.elastic.model import ElasticModel
 from flextron.environment import describe_device, dtype_name
+from flextron.errors import CheckpointError
 from flextron.evaluation import evaluate
 from flextron.pictures.widths import save_figure
 from flextron.routers.token.batch import TokenRouting
@@ -69,11 +70,16 @@ def evaluate_on_tasks(
     summary = _summary(model, config, runs, results)
     if original is not None:
         _add_divergences(summary, model, config, runs, original)
+    said = json.dumps(summary, indent=1, allow_nan=False) if config.json else markdown(summary)
     if folder is not None:
-        write_text(folder / "results.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
-        write_text(folder / "results.md", markdown(summary))
-        save_figure(_figure(summary), folder / "results.png")
-    return json.dumps(summary, indent=1, allow_nan=False) if config.json else markdown(summary)
+        try:
+            write_text(folder / "results.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
+            write_text(folder / "results.md", markdown(summary))
+            save_figure(_figure(summary), folder / "results.png")
+        except CheckpointError:
+            print(said)  # a full disk does not take the results along
+            raise
+    return said
 
 
 def _runs(model: ElasticModel, config: EvaluateConfig, warn: Callable[[str], None]) -> dict[str, _Run]:

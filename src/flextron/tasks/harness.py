@@ -11,7 +11,7 @@ import random
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, redirect_stderr
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from flextron.atomic import reserved
 from flextron.data.blocks import require_tokenizer
 from flextron.elastic.model import ElasticModel
 from flextron.errors import FlextronError
@@ -89,18 +90,19 @@ def evaluate_tasks(
         from flextron.tasks.lm import ElasticLM  # needs lm-eval
 
         lm = ElasticLM(model)
-    kept = _Kept(keep)
     weights = {"weights": model.fingerprint(), "dtype": str(model.dtype), "device": model.device.type}
     results = []
-    for task in loaded:
-        settings = {**weights, "task": task.name, "shots": task.shots, "limit": limit, "data": task.data}
-        lm.encoded.clear()
-        for name, run in runs.items():
-            key = {"version": VERSION, "lm_eval": version("lm-eval"), **settings, "run": _identity(run)}
-            if not kept.has(key):
-                lm.shown, lm.stderr = (f"{task.name}, {name}" if show else None), sys.stderr
-                kept.add(key, _score(model, lm, run, task))
-            results.append(_result(name, task, kept.of(key)))
+    with nullcontext() if keep is None else reserved(keep):
+        kept = _Kept(keep)
+        for task in loaded:
+            settings = {**weights, "task": task.name, "shots": task.shots, "limit": limit, "data": task.data}
+            lm.encoded.clear()
+            for name, run in runs.items():
+                key = {"version": VERSION, "lm_eval": version("lm-eval"), **settings, "run": _identity(run)}
+                if not kept.has(key):
+                    lm.shown, lm.stderr = (f"{task.name}, {name}" if show else None), sys.stderr
+                    kept.add(key, _score(model, lm, run, task))
+                results.append(_result(name, task, kept.of(key)))
     return sorted(results, key=lambda result: list(runs).index(result.run))
 
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from flextron.atomic import write_text
+from flextron.atomic import check_apart, clear_errors, keeping, reserved, tell_dropped, write_text
 from flextron.config import TrainConfig
 from flextron.data.sources import Source
 from flextron.elastic import checkpoint
-from flextron.elastic.checkpoint import METADATA_FILE, Checkpoint
+from flextron.elastic.checkpoint import METADATA_FILE, Checkpoint, missing_files
 from flextron.elastic.model import ElasticModel
 from flextron.errors import CheckpointError
+from flextron.locks import INSIDE, check_unlocked
 from flextron.ranking.sensitivity import Sensitivity
 from flextron.records import Journal, read_record
 from flextron.training.snapshot import latest_snapshot
@@ -36,11 +38,12 @@ class RunFolder:
         self.path = path
         self.snapshots = path / SNAPSHOTS
         self._metrics = Journal(path / METRICS_FILE)
+        self._lock = ExitStack()
 
     @property
     def is_finished(self) -> bool:
-        """Whether the folder holds the trained model."""
-        return (self.path / METADATA_FILE).is_file()
+        """Whether the folder holds the trained model, whole."""
+        return (self.path / METADATA_FILE).is_file() and not missing_files(self.path)
 
     def check(self, config: TrainConfig, model: str) -> dict[str, Any]:
         """Return the settings of the run to resume, or {} to begin a new one; change nothing on disk.
@@ -53,7 +56,9 @@ class RunFolder:
         """
         _check_outside(self.path, config)
         found = self._found()
-        if not found and self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if self.path.is_dir():
+            check_unlocked(self.path)
+        if not found and self.path.exists() and (not self.path.is_dir() or self._contents()):
             raise CheckpointError(f"{self.path} exists and is not a training run. Name another folder.")
         if config.resume == "never" or not (self.is_finished or latest_snapshot(self.snapshots)):
             return {}
@@ -63,23 +68,39 @@ class RunFolder:
     def open(self, config: TrainConfig, model: str, *, arithmetic: str | None = None) -> None:
         """Resume the run in this folder, or begin a new one; with `resume` never, a new one replaces an older one.
 
-        `arithmetic` is the chosen dtype, recorded for the run that resumes this one.
+        No other process can write the folder until `close`. `arithmetic` is the chosen dtype, recorded for the run that
+        resumes this one.
 
         Raises:
             CheckpointError: as `check`, or the folder cannot be created.
         """
+        self.check(config, model)
+        self._lock.enter_context(reserved(self.path, grows=True))
+        try:
+            self._begin(config, model, arithmetic)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let other processes write the folder."""
+        self._lock.close()
+
+    def _begin(self, config: TrainConfig, model: str, arithmetic: str | None) -> None:
         if self.check(config, model):
             if self.is_finished:  # it was killed before it cleaned up
                 self._clear()
             return
         settings = _settings(config, model) | ({"arithmetic": arithmetic} if arithmetic else {})
-        try:
-            if self._found() and config.resume == "never":
-                shutil.rmtree(self.path)
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CheckpointError(f"cannot create the folder {self.path}: {error}") from error
+        if self._found() and config.resume == "never":
+            tell_dropped(self.path, "--resume never")
+            with clear_errors(self.path, "Name another folder."):
+                for old in self._contents():
+                    shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
         write_text(self.path / SETTINGS_FILE, json.dumps(settings, indent=1) + "\n")
+
+    def _contents(self) -> list[Path]:
+        return [path for path in self.path.iterdir() if path.name != INSIDE]
 
     def _found(self) -> dict[str, Any]:
         file = self.path / SETTINGS_FILE
@@ -98,14 +119,12 @@ class RunFolder:
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
-        try:
-            self._metrics.append(record)
-        except OSError as error:
-            raise CheckpointError(f"cannot write {self._metrics.file}: {error}.") from error
+        self._metrics.append(record)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return all logged records, without lines that a crash cut short."""
-        return [record for record in self._metrics.read(strict=False) if type(record.get("step")) is int]
+        """Return all logged records, without lines that a crash cut short, and of a step's doubles the last."""
+        records = [record for record in self._metrics.read(strict=False) if type(record.get("step")) is int]
+        return list({(record["step"], "held_out" in record): record for record in records}.values())
 
     def finish(self, model: ElasticModel, weights: Any, sensitivity: Sensitivity | None) -> None:
         """Write the trained elastic checkpoint into the folder, flextron.json last; then delete the snapshots.
@@ -118,16 +137,15 @@ class RunFolder:
         final = self.path / FINAL
         self._clear(snapshots=False)
         trained = Checkpoint(model.lm, model.tokenizer, model.search_space, model.ranking)
-        checkpoint.save(final, trained, weights=weights)
-        if sensitivity is not None:
-            sensitivity.save(final)
-        try:
+        with keeping("The last step is kept: run the same command again to write the model."):
+            checkpoint.save(final, trained, weights=weights)
+            if sensitivity is not None:
+                sensitivity.save(final)
+        with clear_errors(self.path, "The checkpoints are kept."):
             for file in sorted(final.iterdir(), key=lambda file: file.name == METADATA_FILE):
                 if file.is_dir():
                     shutil.rmtree(self.path / file.name, ignore_errors=True)
                 file.replace(self.path / file.name)
-        except OSError as error:
-            raise CheckpointError(f"cannot write {self.path}: {error}. The checkpoints are kept.") from error
         os.sync()  # before deleting the snapshots, from which the model could be made again
         self._clear()
 
@@ -156,9 +174,7 @@ def _check_outside(folder: Path, config: TrainConfig) -> None:
     sources = [Source.parse(source).path for source in config.text.data]
     visit, watch = config.visit, config.watch
     files = (watch.evaluate_text, *watch.evaluate_on, visit.smallest, *visit.presets)
-    for path in (config.model, config.optimizer.teacher, *sources, *files):
-        if path is not None and Path(path).exists() and Path(path).resolve().is_relative_to(folder.resolve()):
-            raise CheckpointError(f"{folder} holds a file that this run reads: {path}. Name another folder.")
+    check_apart(folder, config.model, config.optimizer.teacher, *sources, *files)
 
 
 def _check_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -24,6 +24,7 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
 
+from flextron.atomic import check_space
 from flextron.config import TrainConfig
 from flextron.costs.saved import find_table
 from flextron.data.corpus import Corpus
@@ -63,15 +64,16 @@ def train(config: TrainConfig) -> Path:
     """
     accelerator = make_accelerator(config)
     run = TrainingRun(config, accelerator)
-    if run.is_finished:
-        run.say(f"{config.out} is already trained. Name another folder, or pass --resume never to train it again.")
-    else:
-        run.train()
-    router, device, is_first = run.router, str(run.device), run.is_first
-    tokens = None if run.tokens is None else run.tokens.about
-    del run  # frees weights, gradients and moments
-    if router is not None and is_first:
-        _save_routers(config, router, tokens, device)
+    with closing(run.folder):
+        if run.is_finished:
+            run.say(f"{config.out} is already trained. Name another folder, or pass --resume never to train it again.")
+        else:
+            run.train()
+        router, device, is_first = run.router, str(run.device), run.is_first
+        tokens = None if run.tokens is None else run.tokens.about
+        del run  # frees weights, gradients and moments
+        if router is not None and is_first:
+            _save_routers(config, router, tokens, device)
     return config.out
 
 
@@ -129,6 +131,7 @@ class TrainingRun:
         self.tokens_per_step, self.steps = config.tokens_per_step, config.steps
         self.step = 0
         self._norms: deque[float] = deque(maxlen=20)
+        on_first(lambda: check_space(config.out, self._disk_bytes()))
         on_first(lambda: self.folder.open(config, model, arithmetic="fp32" if self.dtype == torch.float32 else "bf16"))
 
     @property
@@ -260,6 +263,11 @@ class TrainingRun:
             )
         self._norms.append(norm)
 
+    def _disk_bytes(self) -> int:
+        """Bytes that the run writes at least: one snapshot, of the weights and two moments, and the trained model."""
+        stored = self.saved_dtype.itemsize * sum(weight.numel() for weight in self.model.lm.parameters())
+        return int(stored + 3 * sum(weight.nbytes for weight in self.parameters))
+
     def _agree(self, flag: bool) -> bool:
         """Whether `flag` is true in any process."""
         return bool(total(torch.tensor(float(flag), device=self.device)))
@@ -291,8 +299,11 @@ class TrainingRun:
 
     def _resume(self) -> None:
         """Load weights, optimizer, sampler and corpus from the newest snapshot, if there is one."""
-        snapshot = on_first(lambda: latest_snapshot(self.folder.snapshots))
+        snapshot = on_first(lambda: latest_snapshot(self.folder.snapshots, warn=self.say))
         if snapshot is None:
+            if logged := on_first(lambda: len(self.folder.metrics())):
+                where = self.folder.snapshots
+                self.say(f"no snapshot in {where}: beginning again; {logged} logged records are dropped")
             on_first(lambda: self.folder.forget_after(-1))
             return
         state = load_snapshot(snapshot, model=self.distiller, optimizers=[self.optimizer])

@@ -19,7 +19,7 @@ import shutil
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -97,9 +97,27 @@ def save_snapshot(
     return target
 
 
-def latest_snapshot(runs: Path) -> Path | None:
-    """Return the folder of the newest complete snapshot, one with a readable `state.json`, or None."""
-    return next(_complete(Path(runs)), None)
+def latest_snapshot(runs: Path, *, warn: Callable[[str], None] = lambda _: None) -> Path | None:
+    """Return the folder of the newest snapshot with a readable `state.json`; None if there is no snapshot at all.
+
+    `warn` gets a line about newer ones that cannot be read.
+
+    Raises:
+        CheckpointError: there are snapshots, and none can be read.
+    """
+    problems = []
+    for path in _snapshots(Path(runs)):
+        try:
+            _read_record(path)
+        except CheckpointError as error:
+            problems.append(f"{path}: {str(error).removesuffix(_DELETE)}".rstrip())
+            continue
+        if problems:
+            warn(f"warning: {problems[0]} Going on from the older {path.name}.")
+        return path
+    if problems:
+        raise CheckpointError(f"no snapshot can be read; {problems[0]} With --resume never, the run begins again.")
+    return None
 
 
 def load_snapshot(snapshot: Path, *, model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
@@ -241,15 +259,18 @@ def _hidden(snapshot: Path) -> Path:
     return snapshot.with_name(f".{snapshot.name}.partial")
 
 
-def _complete(runs: Path) -> Iterator[Path]:
-    """Yield the folders of complete snapshots, newest first."""
+def _snapshots(runs: Path) -> list[Path]:
+    """The folders of snapshots, whole or damaged, newest first."""
     folders = [path for path in runs.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
-    for path in sorted(folders, key=_step_of, reverse=True):
-        try:
+    return sorted(folders, key=_step_of, reverse=True)
+
+
+def _complete(runs: Path) -> Iterator[Path]:
+    """Yield the folders of snapshots with a readable `state.json`, newest first."""
+    for path in _snapshots(runs):
+        with suppress(CheckpointError):
             _read_record(path)
-        except CheckpointError:
-            continue
-        yield path
+            yield path
 
 
 def _step_of(snapshot: Path) -> int:
@@ -259,7 +280,7 @@ def _step_of(snapshot: Path) -> int:
 def _make_way(target: Path, state: dict[str, Any]) -> None:
     """Check `state` and step, delete leftovers of killed runs, and create the hidden folder."""
     json.dumps(state)
-    newest = latest_snapshot(target.parent)
+    newest = next(_complete(target.parent), None)
     if newest is not None and _step_of(newest) >= _step_of(target):
         raise CheckpointError(f"{newest} is not older. Resume from it, delete it, or name another folder.")
     for leftover in (target, *target.parent.glob(".step-*.partial")):

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from flextron.atomic import keeping, reserved
 from flextron.costs.latency import measure_latency
 from flextron.costs.pricing import Ceiling, doubts
 from flextron.costs.saved import FOLDER as LATENCY_FOLDER
@@ -25,7 +26,7 @@ from flextron.ranking.sensitivity import Sensitivity, sensitivity_blocks
 from flextron.routers.about import routed_phase
 from flextron.routers.static.learning import CHECKED_BUDGETS, LEAST_EVALUATIONS, check_answers, train_router
 from flextron.routers.static.net import StaticRouter
-from flextron.routers.static.pairs import LossMeter, Pairs
+from flextron.routers.static.pairs import FOLDER, LossMeter, Pairs
 from flextron.routers.static.router import Router
 from flextron.subnet import Subnet
 
@@ -68,6 +69,7 @@ def make_router(
     Raises:
         ValueError: an unknown phase, or as `train_router`.
         RouterError: no sensitivities, measured pairs of another checkpoint or text, or as `train_router`.
+        CheckpointError: another process makes a router in `folder`, or a write fails; measured losses are kept.
         CostError: all latency tables are for another device or version, and `any_device` is false.
     """
     check_phase(phase)
@@ -80,15 +82,23 @@ def make_router(
         "tokens": blocks.predicted_tokens,
         "documents_left_out": after,
     }
-    pairs = Pairs.beside(folder, about)
-    if len(pairs):
-        say(f"resuming with {len(pairs)} measured sub-networks from {pairs.file}")
-    table = _table(model, folder, phase, any_device=any_device, show=show, say=say)
-    meter = LossMeter(model, blocks, arithmetic=faster_dtype(model.device))
-    options: dict[str, Any] = {"evaluations": evaluations, "lowest": lowest, "start": start, "seed": seed, "show": show}
-    router = train_router(sensitivity, table, meter, pairs, **options)
-    router.save(folder, model)
-    return router
+    with reserved(Path(folder) / FOLDER, grows=True):
+        pairs = Pairs.beside(folder, about)
+        if len(pairs):
+            say(f"resuming with {len(pairs)} measured sub-networks from {pairs.file}")
+        table = _table(model, folder, phase, any_device=any_device, show=show, say=say)
+        meter = LossMeter(model, blocks, arithmetic=faster_dtype(model.device))
+        options: dict[str, Any] = {
+            "evaluations": evaluations,
+            "lowest": lowest,
+            "start": start,
+            "seed": seed,
+            "show": show,
+        }
+        router = train_router(sensitivity, table, meter, pairs, **options)
+        with keeping("The measured losses are kept: run the same command again."):
+            router.save(folder, model)
+        return router
 
 
 def sensitivity_of(model: ElasticModel, folder: str | Path) -> Sensitivity:
@@ -131,8 +141,9 @@ def _table(model: ElasticModel, folder: str | Path, phase: str, *, any_device: b
     if not any(table.metric == PHASES[phase] and is_of(table, None) for table in tables):
         say(f"{folder} has no latency table for {phase}; measuring one first")
         positions = getattr(model.config, "max_position_embeddings", None) or TOKENS + 1
-        table = measure_latency(model, phase=phase, tokens=min(TOKENS, positions - 1), show=show)
-        say(f"{describe(table)}\nwrote {save_table(folder, table)}")
+        with reserved(Path(folder) / LATENCY_FOLDER, grows=True):
+            table = measure_latency(model, phase=phase, tokens=min(TOKENS, positions - 1), show=show)
+            say(f"{describe(table)}\nwrote {save_table(folder, table)}")
     else:
         table = find_table(model, folder, PHASES[phase], foreign=any_device, warn=say)
     for doubt in doubts([Ceiling(table, table.full, phase)]):

@@ -90,6 +90,8 @@ class Pairs:
             self._read(header)
         else:
             self._journal.replace([header])
+        known = self.measured()  # doubles count once
+        self.subnets, self.losses = list(known), list(known.values())
 
     def _read(self, header: dict[str, Any]) -> None:
         try:

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from flextron.atomic import new_folder
+from flextron.atomic import keeping, new_folder, reserved
 from flextron.costs.saved import find_table
 from flextron.costs.timing import PHASES, check_phase
 from flextron.elastic.model import ElasticModel
@@ -88,11 +88,13 @@ def make_token_router(
     settings = {"text": blocks.text, "tokens": blocks.tokens.numel(), "rounds": rounds, "seed": seed}
     kept = KeptSlopes(folder, {**settings, "weights": model.fingerprint(), "router": _digest(static.net)})
     options: dict[str, Any] = {"rounds": rounds, "calibrated": calibrated, "seed": seed, "show": show}
-    router, about = train_token_router(
-        model, static, table, blocks, calibration, arithmetic=faster_dtype(model.device), kept=kept, **options
-    )
-    save_token_router(folder, router, about, model)
-    kept.forget()
+    with reserved(Path(folder) / FOLDER, grows=True):
+        router, about = train_token_router(
+            model, static, table, blocks, calibration, arithmetic=faster_dtype(model.device), kept=kept, **options
+        )
+        with keeping("The measured slopes are kept: run the same command again."):
+            save_token_router(folder, router, about, model)
+        kept.forget()
     return router, about
 
 

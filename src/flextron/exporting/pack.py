@@ -2,7 +2,7 @@
 
 A change D of a weight is replaced by B A, the best of its rank for the inputs that the weight sees: with
 E[a a^T] = C C^T, the truncated SVD of D C (as SVD-LLM does it, Wang et al., ICLR 2025, arXiv 2403.07378, section 3.1).
-All parts of all weights compete for the bytes: those that explain most of their projection's output per byte come first.
+All parts of all weights compete for the bytes: first come those that explain most of their projection's output.
 
 Shapes: R rank, D [out, in], C [in, in], N tokens.
 """

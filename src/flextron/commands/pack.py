@@ -18,14 +18,14 @@ SHARES = ("full", "90%", "80%", "60%", "50%")
 
 def run(config: PackConfig) -> None:
     """Write a pack, and say what it loses against the trained checkpoint."""
-    from flextron.atomic import check_new
+    from flextron.atomic import check_apart, check_new
     from flextron.data.blocks import load_blocks
     from flextron.elastic import pack as packs
     from flextron.exporting.pack import make_pack, pack_card, save_pack
     from flextron.model import ElasticModel
     from flextron.training.folder import training_of
 
-    shared.refuse_own_place(str(config.trained), config.out)
+    check_apart(config.out, config.trained, config.base, config.text, config.calibration_text)
     check_new(config.out, overwrite=config.overwrite, kind=packs.FILE)
     shared.folder_of(str(config.trained))
     trained = ElasticModel.from_pretrained(config.trained, device=config.device)

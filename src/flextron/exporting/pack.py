@@ -9,6 +9,7 @@ Shapes: R rank, D [out, in], C [in, in], N tokens.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -28,6 +29,8 @@ from flextron.environment import dtype_name
 from flextron.errors import ExportError
 from flextron.exporting.card import CARD
 from flextron.progress import progress
+from flextron.records import Journal
+from flextron.routers.static.pairs import Pairs
 
 MOST_RANK = 256
 """Largest rank of a change."""
@@ -109,10 +112,24 @@ def save_pack(pack: Pack, folder: Path, trained: ElasticModel, card: str, *, ove
                 shutil.copytree(place, partial / place.name, ignore=shutil.ignore_patterns("slopes-*"))
             elif place.is_file():
                 shutil.copyfile(place, partial / place.name)
-        for file in partial.glob("routers/**/*.json*"):
-            text = file.read_text(encoding="utf8")
-            file.write_text(text.replace(f'"{trained.fingerprint()}"', f'"{pack.fingerprint}"'), encoding="utf8")
+        _hand_over(partial, trained.fingerprint(), pack.fingerprint)
         (partial / CARD).write_text(card, encoding="utf8")
+
+
+def _hand_over(folder: Path, old: str, new: str) -> None:
+    """Let the routers and pairs of one fingerprint belong to another one."""
+    for file in folder.glob("routers/*/*.json"):
+        record = json.loads(file.read_text(encoding="utf8"))
+        if record.get("fingerprint") == old:
+            file.write_text(json.dumps({**record, "fingerprint": new}) + "\n", encoding="utf8")
+    for file in folder.glob("routers/pairs-*.jsonl"):
+        header, *pairs = Journal(file).read()
+        file.unlink()
+        if header.get("fingerprint") == old:
+            about = {key: value for key, value in header.items() if key != "version"}
+            Journal(Pairs.beside(folder, {**about, "fingerprint": new}).file).replace(
+                [{**header, "fingerprint": new}, *pairs]
+            )
 
 
 def pack_card(pack: Pack, losses: str) -> str:

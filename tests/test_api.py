@@ -15,6 +15,7 @@ MADE_BY_VERBS = {
     "Evaluation",
     "ExportReport",
     "GgufReport",
+    "Pack",
     "Routed",
     "Router",
     "SubLayer",

@@ -50,7 +50,7 @@ def text(tmp_path_factory):
 @pytest.fixture(scope="module")
 def ranked(checkpoint, text, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranked") / "elastic"
-    sizes = ["--tokens", "1024", "--sensitivity-tokens", "256"]
+    sizes = ["--tokens", "1024", "--refit-tokens", "1024", "--sensitivity-tokens", "256"]
     assert cli.main(["rank", str(checkpoint), str(folder), "--text", str(text), *sizes]) == 0
     return folder
 
@@ -61,7 +61,7 @@ def deep(text, tmp_path_factory):
     folder = tmp_path_factory.mktemp("deep")
     lm = tiny.plain_model("llama", vocab_size=300, num_hidden_layers=12, max_position_embeddings=1024)
     ElasticModel(lm, tiny.tokenizer()).save_pretrained(folder / "plain")
-    sizes = ["--tokens", "1024", "--sensitivity-tokens", "256"]
+    sizes = ["--tokens", "1024", "--refit-tokens", "1024", "--sensitivity-tokens", "256"]
     arguments = ["rank", str(folder / "plain"), str(folder / "elastic"), "--text", str(text), *sizes]
     assert cli.main(arguments) == 0
     return folder / "elastic"
@@ -334,7 +334,19 @@ def test_env(capsys):
 @pytest.mark.parametrize("stage", ["loading", "sensitivity:"])
 def test_ctrl_c_keeps_what_was_finished_and_nothing_else(checkpoint, text, tmp_path, stage):
     out = tmp_path / "out"
-    arguments = ["rank", checkpoint, out, "--text", text, "--tokens", "1024", "--sensitivity-tokens", "2048"]
+    arguments = [
+        "rank",
+        checkpoint,
+        out,
+        "--text",
+        text,
+        "--tokens",
+        "1024",
+        "--refit-tokens",
+        "1024",
+        "--sensitivity-tokens",
+        "2048",
+    ]
     process = subprocess.Popen(
         [sys.executable, "-u", "-m", "flextron.cli", *map(str, arguments)],
         stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
@@ -533,7 +545,7 @@ def test_train_router_reads_documents_that_ranking_has_not_seen(deep, tmp_path, 
     found = []
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": f"{number} {tiny.TEXT * 2}"}) + "\n" for number in range(400)))
-    sizes = ["--tokens", "1024", "--sensitivity-tokens", "512"]
+    sizes = ["--tokens", "1024", "--refit-tokens", "1024", "--sensitivity-tokens", "512"]
     folder = tmp_path / "elastic"
     assert cli.main(["rank", str(deep.parent / "plain"), str(folder), "--text", str(text), *sizes]) == 0
     add_tables(folder)

@@ -28,7 +28,7 @@ VERBS = {
 }
 """The commands of each page."""
 SIZES = {
-    "rank": "--tokens 512 --sensitivity-tokens 256",
+    "rank": "--tokens 512 --refit-tokens 512 --sensitivity-tokens 256",
     "train": "--tokens 512 --block-tokens 64 --evaluate-tokens 128",
     "measure-latency": "--tokens 16 --rounds 1",
     "train-router": "--evaluations 160 --tokens 256 --token-tokens 6144",

@@ -24,15 +24,18 @@ if TYPE_CHECKING:
     from flextron.demo.quickstart import quickstart
     from flextron.elastic.checkpoint import Ranking
     from flextron.elastic.model import SubLayer
+    from flextron.elastic.pack import Pack
     from flextron.errors import FlextronError
     from flextron.evaluation import Evaluation, TokenRun, evaluate
     from flextron.exporting.gguf.file import GgufReport, export_gguf
     from flextron.exporting.hf import ExportReport, export
+    from flextron.exporting.pack import make_pack, save_pack
     from flextron.generation import generate, stream
     from flextron.inference.per_token import TokenWidths, use_token_widths
     from flextron.inference.speculative import Draft, draft_model
     from flextron.model import ElasticModel
     from flextron.ranking.importance import rank
+    from flextron.ranking.refit import refit
     from flextron.ranking.sensitivity import Sensitivity, measure_sensitivity
     from flextron.routers.static.learning import train_router
     from flextron.routers.static.making import make_router
@@ -61,6 +64,7 @@ __all__ = [
     "Limit",
     "LossMeter",
     "OptimizerOptions",
+    "Pack",
     "Pairs",
     "QuickstartConfig",
     "Ranking",
@@ -90,14 +94,17 @@ __all__ = [
     "export_gguf",
     "generate",
     "load_blocks",
+    "make_pack",
     "make_router",
     "make_token_router",
     "measure_latency",
     "measure_sensitivity",
     "quickstart",
     "rank",
+    "refit",
     "route",
     "route_tokens",
+    "save_pack",
     "save_table",
     "stream",
     "train",
@@ -115,6 +122,7 @@ _HOMES = {
     "load_blocks": "data.blocks",
     "Ranking": "elastic.checkpoint",
     "rank": "ranking.importance",
+    "refit": "ranking.refit",
     "TrainConfig": "config",
     "TextOptions": "config",
     "VisitOptions": "config",
@@ -156,6 +164,9 @@ _HOMES = {
     "GgufReport": "exporting.gguf.file",
     "export": "exporting.hf",
     "export_gguf": "exporting.gguf.file",
+    "Pack": "elastic.pack",
+    "make_pack": "exporting.pack",
+    "save_pack": "exporting.pack",
     "TaskResult": "tasks.results",
     "evaluate_tasks": "tasks.harness",
     "QuickstartConfig": "config",

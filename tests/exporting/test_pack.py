@@ -7,6 +7,7 @@ import torch
 
 import tiny
 from flextron import cli
+from flextron.elastic.model import projections_of
 from flextron.elastic.pack import FILE, WEIGHTS, LowRank, Pack, find_pack, shipped_packs
 from flextron.elastic.permutation import permute
 from flextron.errors import CheckpointError, ExportError
@@ -27,7 +28,7 @@ def trained_model(model_type: str = "llama") -> ElasticModel:
     model = base_model(model_type)
     permute(model, tiny.ranking_for(model))
     draw = torch.Generator().manual_seed(1)
-    for projection in model.projections().values():
+    for projection in projections_of(model).values():
         rows, columns = projection.matrix().shape
         change = torch.randn(rows, RANK, generator=draw) @ torch.randn(RANK, columns, generator=draw)
         projection.matrix().add_(change * 0.02)

@@ -27,7 +27,8 @@ def run(config: RankConfig) -> None:
         model = _ranked(config)
         if config.sensitivity_tokens:
             _measure_sensitivity(model, config)
-    print(f"wrote {config.out}: {model.search_space.full}, ranked by {config.score} on {config.text}.")
+    refitted = " and refitted" if config.refit_tokens else ""
+    print(f"wrote {config.out}: {model.search_space.full}, ranked by {config.score}{refitted} on {config.text}.")
 
 
 def _measure_sensitivity(model: ElasticModel, config: RankConfig) -> None:
@@ -46,18 +47,20 @@ def _measure_sensitivity(model: ElasticModel, config: RankConfig) -> None:
         sensitivity.save(config.out)
 
 
-def _blocks(model: ElasticModel, config: RankConfig) -> TokenBlocks:
-    """What the model is ranked on."""
-    from flextron.data.blocks import load_blocks
+def _blocks(model: ElasticModel, config: RankConfig, *, tokens: int | None = None, after: int = 0) -> TokenBlocks:
+    """What the model is ranked on; or other `tokens` that begin after so many documents, if the text has as many."""
+    from flextron.data.blocks import blocks_after
 
-    block_tokens = model.fitting(min(512, config.tokens))
-    return load_blocks(model.tokenizer, config.text, tokens=config.tokens, block_tokens=block_tokens)
+    tokens = tokens or config.tokens
+    block_tokens = model.fitting(min(512, tokens))
+    return blocks_after(model.tokenizer, config.text, after, tokens=tokens, block_tokens=block_tokens)
 
 
 def _ranked(config: RankConfig) -> ElasticModel:
     """The ranked model, saved; an interrupted run's is taken up, so that only the sensitivities are left to do."""
     from flextron.atomic import check_new, check_space, tell_dropped
     from flextron.ranking.importance import rank
+    from flextron.ranking.refit import refit
     from flextron.ranking.sensitivity import Sensitivity
     from flextron.subnet import SearchSpace
 
@@ -74,6 +77,9 @@ def _ranked(config: RankConfig) -> ElasticModel:
     check_space(config.out, sum(weight.nbytes for weight in model.lm.parameters()))
     if config.neuron_step is not None:
         model.search_space = SearchSpace.of_model(**model.search_space.sizes, neuron_step=config.neuron_step)
-    rank(model, _blocks(model, config), score=config.score, show=True)
+    ranked_on = _blocks(model, config)
+    rank(model, ranked_on, score=config.score, show=True)
+    if config.refit_tokens:
+        refit(model, _blocks(model, config, tokens=config.refit_tokens, after=ranked_on.documents), show=True)
     model.save_pretrained(config.out, overwrite=config.overwrite, beside={asked.name: wanted})
     return model

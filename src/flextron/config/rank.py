@@ -20,8 +20,9 @@ class RankConfig:
     """Rank the neurons and KV groups of a checkpoint, and save an elastic checkpoint.
 
     `rank` reads a text with forward passes only, and sorts the units of each layer so that the most important come
-    first. The full model computes the same as before. Then `rank` measures what removing each part costs, so that you
-    can ask for any share of the weights, such as 60%.
+    first. Then it refits one weight of each MLP, so that kept units make up for those left out; the full model stays
+    within about 0.01 nats of what it was. Then it measures what removing each part costs, so that you can ask for any
+    share of the weights, such as 60%.
 
     Example: flextron rank HuggingFaceTB/SmolLM2-135M-Instruct out/smollm2-elastic
     """
@@ -36,6 +37,8 @@ class RankConfig:
     """Number of tokens to rank on."""
     score: Score = "reconstruction"
     """How to score a unit. docs/decisions/ compares the scores."""
+    refit_tokens: int = 16384
+    """Number of tokens on which the closing projections of the MLPs are refitted, so that kept units make up for those left out. 0 skips this and leaves the full model exactly as it was."""
     sensitivity_tokens: int = 2048
     """Number of tokens on which to measure the cost of each removal. 0 skips this, and then you cannot ask for shares such as 60%."""
     neuron_step: OptionalInt = None
@@ -47,5 +50,7 @@ class RankConfig:
 
     def __post_init__(self) -> None:
         check_at_least("tokens", self.tokens, 512)
+        if self.refit_tokens:
+            check_at_least("refit_tokens", self.refit_tokens, 512)
         if self.sensitivity_tokens:
             check_at_least("sensitivity_tokens", self.sensitivity_tokens, 256)

@@ -106,6 +106,20 @@ def load_blocks(
     return TokenBlocks(torch.tensor(ids[:whole]).view(shape), torch.tensor(sizes[:whole]).view(shape), str(text), read)
 
 
+def blocks_after(
+    tokenizer: PreTrainedTokenizerBase | None, text: str | Path, documents: int, **options: Any
+) -> TokenBlocks:
+    """Read a text as `load_blocks` after so many documents; from its start if too little would remain.
+
+    Raises:
+        FlextronError: as `load_blocks`.
+    """
+    try:
+        return load_blocks(tokenizer, text, **options, skip_documents=documents)
+    except TooLittleTextError:
+        return load_blocks(tokenizer, text, **options)
+
+
 def require_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint.
 

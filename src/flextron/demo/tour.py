@@ -16,7 +16,7 @@ from flextron.costs.latency import measure_latency
 from flextron.costs.saved import find_table, save_table
 from flextron.costs.table import CostTable
 from flextron.costs.timing import timed_run
-from flextron.data.blocks import TokenBlocks, load_blocks
+from flextron.data.blocks import TokenBlocks, blocks_after, load_blocks
 from flextron.demo import report
 from flextron.demo.measuring import baselines, measured, routed
 from flextron.demo.plan import (
@@ -39,6 +39,7 @@ from flextron.evaluation import evaluate
 from flextron.generation import generate
 from flextron.progress import progress
 from flextron.ranking.importance import rank
+from flextron.ranking.refit import refit
 from flextron.ranking.sensitivity import Sensitivity, measure_sensitivity
 from flextron.routers.static.making import make_router
 from flextron.routers.static.router import Router, metrics_with_router
@@ -199,7 +200,9 @@ class Tour:
 
     def _rank(self) -> str:
         tokenizer = self.model.tokenizer
-        rank(self.model, load_blocks(tokenizer, TEXT, tokens=self.config.rank_tokens), show=True)
+        ranked_on = load_blocks(tokenizer, TEXT, tokens=self.config.rank_tokens)
+        rank(self.model, ranked_on, show=True)
+        refit(self.model, blocks_after(tokenizer, TEXT, ranked_on.documents, tokens=self.size.refit_tokens), show=True)
         self.model.save_pretrained(self.elastic)
         return f"the ranked model is in {self.elastic}."
 

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import torch
 
-from flextron.elastic.model import ElasticModel
+from flextron.elastic.model import ElasticModel, projections_of
 from flextron.elastic.projections import Projection, make_elastic
 from flextron.errors import FlextronError
 
@@ -47,7 +47,7 @@ def add_adapters(model: ElasticModel, *, rank: int, alpha: float | None = None) 
     if hasattr(model.lm, "peft_config"):
         raise FlextronError("this model has adapters already. Call merge_adapters first, or load the model again.")
     trainable = frozenset(name for name, parameter in model.lm.named_parameters() if parameter.requires_grad)
-    projections = model.projections()
+    projections = projections_of(model)
     closing = {id(sub.closes) for _, _, sub in model.sub_layers()}
     _inject(model, list(projections), rank=rank, alpha=rank if alpha is None else alpha)
     for name, projection in projections.items():
@@ -131,7 +131,7 @@ def _adapters(model: ElasticModel) -> dict[str, Any]:
     """The LoRA layers of PEFT, by the name of the projection that each wraps."""
     if not hasattr(model.lm, "_trainable_without_adapters"):
         raise FlextronError("this model has no adapters. Call add_adapters first.")
-    return {name: model.lm.get_submodule(name) for name in model.projections()}
+    return {name: model.lm.get_submodule(name) for name in projections_of(model)}
 
 
 def _enable(adapters: list[Any], enabled: bool) -> None:

@@ -210,14 +210,6 @@ class ElasticModel:
             for axis, sub in layer.subs.items():
                 yield index, axis, sub
 
-    def projections(self) -> dict[str, Projection]:
-        """Every elastic projection, by its name in the transformers model."""
-        found: dict[str, Projection] = {}
-        for index, _, sub in self.sub_layers():
-            paths = zip((*sub.axis.opens, sub.axis.closes), (*sub.opens, sub.closes), strict=True)
-            found |= {f"{self.family.layers}.{index}.{path}": projection for path, projection in paths}
-        return found
-
     @property
     def unit_weights(self) -> dict[str, tuple[int, ...]]:
         """Number of weights in one unit, for each axis and layer."""
@@ -286,6 +278,15 @@ class ElasticModel:
         """Dtype of the weights."""
         dtype: torch.dtype = self.lm.dtype
         return dtype
+
+
+def projections_of(model: ElasticModel) -> dict[str, Projection]:
+    """Every elastic projection, by its name in the transformers model."""
+    found: dict[str, Projection] = {}
+    for index, _, sub in model.sub_layers():
+        paths = zip((*sub.axis.opens, sub.axis.closes), (*sub.opens, sub.closes), strict=True)
+        found |= {f"{model.family.layers}.{index}.{path}": projection for path, projection in paths}
+    return found
 
 
 def move(lm: PreTrainedModel, device: str | torch.device) -> None:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from transformers.utils import cached_file
 
 from flextron.elastic.checkpoint import ORDERS, Ranking
-from flextron.elastic.model import ElasticModel
+from flextron.elastic.model import ElasticModel, projections_of
 from flextron.elastic.permutation import permute
 from flextron.errors import CheckpointError
 from flextron.records import read_record
@@ -97,7 +97,7 @@ class Pack:
         model.search_space = self.search_space
 
     def _check_sizes(self, model: ElasticModel) -> None:
-        sizes = {name: tuple(each.matrix().shape) for name, each in model.projections().items()}
+        sizes = {name: tuple(each.matrix().shape) for name, each in projections_of(model).items()}
         wanted: dict[str, tuple[int, ...]]
         wanted = {name: (len(change.b), change.a.shape[1]) for name, change in self.changes.items()}
         sizes |= {name: tuple(parameter.shape) for name, parameter in model.lm.named_parameters()}
@@ -109,7 +109,7 @@ class Pack:
     @torch.no_grad()
     def change(self, model: ElasticModel) -> None:
         """Change the weights of the ranked base in place."""
-        projections, parameters = model.projections(), dict(model.lm.named_parameters())
+        projections, parameters = projections_of(model), dict(model.lm.named_parameters())
         for name, change in self.changes.items():
             weight = projections[name].matrix()
             weight.add_(change.matrix().to(weight))

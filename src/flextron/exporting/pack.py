@@ -22,7 +22,7 @@ from torch import nn
 from flextron.atomic import new_folder
 from flextron.data.blocks import BATCH_TOKENS, TokenBlocks
 from flextron.elastic import pack as packs
-from flextron.elastic.model import ElasticModel
+from flextron.elastic.model import ElasticModel, projections_of
 from flextron.elastic.pack import LowRank, Pack
 from flextron.elastic.permutation import permute
 from flextron.environment import dtype_name
@@ -155,7 +155,7 @@ def pack_card(pack: Pack, losses: str) -> str:
 
 def _others(trained: ElasticModel, base: ElasticModel) -> dict[str, torch.Tensor]:
     """The parameters outside the projections that training has changed: norms and biases, as a rule."""
-    projections = {id(projection.weight) for projection in trained.projections().values()}
+    projections = {id(projection.weight) for projection in projections_of(trained).values()}
     own = dict(base.lm.named_parameters())
     changed = {}
     for name, parameter in trained.lm.named_parameters():
@@ -172,7 +172,7 @@ def _changes(
     trained: ElasticModel, base: ElasticModel, blocks: TokenBlocks, *, show: bool
 ) -> Iterator[tuple[str, _Parts]]:
     moments = _second_moments(trained, blocks, show=show)
-    before, after = base.projections(), trained.projections()
+    before, after = projections_of(base), projections_of(trained)
     with torch.no_grad():
         for name in progress(list(after), "pack") if show else list(after):
             change = after[name].matrix().float() - before[name].matrix().float()

@@ -19,9 +19,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from flextron.atomic import write_text
-from flextron.data.blocks import TokenBlocks, load_blocks
+from flextron.data.blocks import TokenBlocks, blocks_after
 from flextron.elastic.model import ElasticModel
-from flextron.errors import CheckpointError, SubnetError, TooLittleTextError
+from flextron.errors import CheckpointError, SubnetError
 from flextron.progress import bar
 from flextron.records import read_record
 from flextron.subnet import AXES, SearchSpace, Subnet
@@ -150,11 +150,7 @@ def sensitivity_blocks(
     Raises:
         FlextronError: as `load_blocks`.
     """
-    options: dict[str, Any] = {"tokens": tokens, "block_tokens": block_tokens, "max_characters": 1000}
-    try:
-        return load_blocks(tokenizer, text, **options, skip_documents=after)
-    except TooLittleTextError:
-        return load_blocks(tokenizer, text, **options)
+    return blocks_after(tokenizer, text, after, tokens=tokens, block_tokens=block_tokens, max_characters=1000)
 
 
 def measure_sensitivity(

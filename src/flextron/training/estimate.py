@@ -262,7 +262,7 @@ def _embeddings(model: ElasticModel) -> int:
 
 
 def _adapters(model: ElasticModel, rank: int) -> int:
-    return sum(rank * sum(projection.matrix().shape) for projection in model.projections().values())
+    return sum(rank * sum(projection.matrix().shape) for projection in projections_of(model).values())
 
 
 def _trained_parameters(model: ElasticModel, config: TrainConfig) -> int:
@@ -282,7 +282,7 @@ def _copies(model: ElasticModel, teacher: ElasticModel | None, arithmetic: torch
     """
     if processes == 1:
         mixed = arithmetic != torch.float32
-        return arithmetic.itemsize * sum(p.weight.numel() for p in model.projections().values()) if mixed else 0
+        return arithmetic.itemsize * sum(p.weight.numel() for p in projections_of(model).values()) if mixed else 0
     outside = sum(_embeddings(each) for each in (model, teacher) if each is not None)
     layer = max(sum(p.numel() for p in layer.module.parameters()) for layer in model.layers)
     return arithmetic.itemsize * outside + (3 * arithmetic.itemsize + _FP32) * layer

@@ -1,0 +1,116 @@
+"""Refit the closing projections of a ranked model, so that all its prefixes answer better; in closed form, in minutes.
+
+After ranking, a sub-network with k units computes W[:, :k] a[:k], as if the other units were zero. They are not: the
+kept units tell much of what the others would have said. So W is replaced by the one matrix V that answers best for all
+widths k, weighted by p_k, in ridge regression on the activations a of the full model:
+
+    minimise  sum_k p_k E|W a - V[:, :k] a[:k]|^2 + ridge
+    solution  V (G o M + R) = W G D + W R
+    with      G = E[a a^T], M_ij = P(k > max(i, j)), D_jj = P(k > j), R = ridge diag(G)
+
+V stays one shared matrix: sub-networks are views of it as before, and it costs nothing in use. For one width it is the
+correction of SlimGPT (Ling et al., NeurIPS 2024, arXiv 2412.18110); for all widths at once it is ours.
+docs/decisions/0013-refit.md has what was measured.
+
+Shapes: T tokens, D model, C input columns of the closing projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from flextron.data.blocks import BATCH_TOKENS, TokenBlocks
+from flextron.elastic.model import ElasticModel, SubLayer
+from flextron.errors import FlextronError
+from flextron.progress import progress
+
+WEIGHTS: Mapping[float, float] = {1.0: 0.88, 0.75: 0.04, 0.5: 0.08}
+"""How much a width counts, by its share of the units. So little for narrow ones keeps the full model as it was."""
+RIDGE = 0.01
+"""Pull towards the old weights, as a share of the diagonal of G."""
+
+
+@torch.inference_mode()
+def refit(
+    model: ElasticModel,
+    blocks: TokenBlocks,
+    *,
+    axes: tuple[str, ...] = ("neurons",),
+    rank: int | None = None,
+    show: bool = False,
+) -> None:
+    """Refit the closing projections of a ranked model in place, on a text.
+
+    Args:
+        axes: sub-layers to refit. Attentions gain on one text and lose on another, so they are left as they are.
+        rank: give every weight a change of at most this rank, so that it fits into a small pack; None for no limit.
+
+    Raises:
+        FlextronError: the model is not ranked, or activations are not finite. Then nothing has changed.
+    """
+    if model.ranking is None:
+        raise FlextronError("only a ranked model can be refitted: its first units must be its best. Rank it first.")
+    subs = [sub for _, axis, sub in model.sub_layers() if axis in axes]
+    grams = [torch.zeros(sub.closing_size, sub.closing_size, device=model.device) for sub in subs]
+    with _observed(subs, grams), model.use(model.search_space.full):
+        batches = list(blocks.batches(BATCH_TOKENS))
+        for tokens_BT in progress(batches, "refit") if show else batches:
+            model.lm.base_model(tokens_BT.to(model.device), use_cache=False)
+    if not all(gram.isfinite().all() for gram in grams):
+        raise FlextronError("the activations of a layer are not finite, so nothing was refitted. Use float32.")
+    for sub, gram_CC in zip(subs, grams, strict=True):
+        weight_DC = sub.closes.matrix()
+        change_DC = _best(weight_DC.float(), gram_CC / blocks.tokens.numel(), sub) - weight_DC.float()
+        weight_DC += (change_DC if rank is None else _of_rank(change_DC, gram_CC, rank)).to(weight_DC)
+
+
+def _best(weight_DC: torch.Tensor, gram_CC: torch.Tensor, sub: SubLayer) -> torch.Tensor:
+    """The matrix that answers best for all widths, [D, C]."""
+    wider_C = _chance_of_wider(sub).to(gram_CC)
+    place_C = torch.arange(len(gram_CC), device=gram_CC.device)
+    both_CC = wider_C[torch.maximum(place_C[:, None], place_C)]
+    ridge_C = RIDGE * gram_CC.diagonal() + 1e-12 * gram_CC.diagonal().mean() + torch.finfo(torch.float32).tiny
+    right_DC = weight_DC @ gram_CC * wider_C + weight_DC * ridge_C
+    solved_CD: torch.Tensor = torch.linalg.solve(gram_CC * both_CC + ridge_C.diag(), right_DC.T)
+    return solved_CD.T
+
+
+def _chance_of_wider(sub: SubLayer) -> torch.Tensor:
+    """P(width > column j) for every column, [C]."""
+    chance_C = torch.zeros(sub.closing_size)
+    for share, weight in WEIGHTS.items():
+        units = max(1, round(share * sub.width.full))
+        chance_C[: sub.closing_size // sub.width.full * units] += weight
+    return chance_C
+
+
+def _of_rank(change_DC: torch.Tensor, gram_CC: torch.Tensor, rank: int) -> torch.Tensor:
+    """The change of lower rank that is nearest for inputs with these second moments."""
+    eye = 1e-4 * gram_CC.diagonal().mean() * torch.eye(len(gram_CC), device=gram_CC.device)
+    root = torch.linalg.cholesky((gram_CC + eye).double()).float()
+    u, sizes, v = torch.linalg.svd(change_DC @ root, full_matrices=False)
+    part = u[:, :rank] * sizes[:rank] @ v[:rank]
+    change: torch.Tensor = torch.linalg.solve_triangular(root, part, upper=False, left=False)
+    return change
+
+
+@contextmanager
+def _observed(subs: list[SubLayer], grams: list[torch.Tensor]) -> Iterator[None]:
+    """Add the second moments of every closing projection's input to its matrix."""
+
+    def hook(gram_CC: torch.Tensor) -> Any:
+        def observe(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            a_TC = inputs[0].flatten(0, -2).float()
+            gram_CC.addmm_(a_TC.T, a_TC)
+
+        return observe
+
+    with ExitStack() as hooks:
+        for sub, gram_CC in zip(subs, grams, strict=True):
+            hooks.callback(sub.closes.register_forward_pre_hook(hook(gram_CC)).remove)
+        yield

@@ -89,10 +89,10 @@ class Tour:
         changes = 3.5 if size.coarse else 6.2  # forward passes for each layer
         return [
             Stage(
-                f"Rank the neurons and KV groups of each layer on {tokens:,} tokens",
+                f"Rank the neurons and KV groups of each layer on {tokens:,} tokens, and refit what reads them",
                 "Best first: a sub-network is then the first units of each layer, and all share one set of weights.",
                 (self.elastic / METADATA_FILE).is_file,
-                1.3 * tokens + 2000,
+                1.3 * tokens + 2000 + 1.6 * size.refit_tokens,
                 self._rank,
             ),
             Stage(

@@ -18,7 +18,7 @@ from flextron.config import TrainConfig
 from flextron.elastic import checkpoint, per_layer
 from flextron.elastic.families import family_of
 from flextron.elastic.loss import CHUNK_TOKENS, CHUNK_TOKENS_OF_A_GPU
-from flextron.elastic.model import ElasticLayer, ElasticModel
+from flextron.elastic.model import ElasticLayer, ElasticModel, projections_of
 from flextron.environment import arithmetic_dtype, default_device, dtype_name
 from flextron.errors import CheckpointError
 from flextron.ranking.sensitivity import Sensitivity

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import tiny
+from flextron import cli
 from flextron.choosing.explaining import as_text, explain
 from flextron.choosing.routing import route
 from flextron.config import TextOptions, TrainConfig, VisitOptions, WatchOptions
@@ -27,7 +28,7 @@ from flextron.routers.choices import allowed, cost_matrix, increase_matrix, pric
 from flextron.routers.static import learning as training
 from flextron.routers.static import surrogate
 from flextron.routers.static.learning import check_gain, optimise, train_router
-from flextron.routers.static.making import describe_router, unused_blocks
+from flextron.routers.static.making import describe_router, router_from_pairs, unused_blocks
 from flextron.routers.static.net import StaticRouter
 from flextron.routers.static.pairs import LossMeter, Pairs
 from flextron.routers.static.router import ABOUT, WEIGHTS, Check, Router, metrics_with_router, route_along
@@ -442,6 +443,48 @@ class TestFolder:
     def test_a_missing_one_is_an_error(self, folder):
         with pytest.raises(RouterError, match=r"no router for ttft. Train one"):
             Router.load(folder, "ttft", ElasticModel.from_pretrained(folder))
+
+
+class TestFromStoredPairs:
+    """As a pack brings them: nothing is measured."""
+
+    def stored(self, folder, sensitivity, count: int = 120, **changes) -> SyntheticMeter:
+        model, meter = ElasticModel.from_pretrained(folder), SyntheticMeter(sensitivity)
+        pairs = Pairs.beside(folder, {"fingerprint": model.fingerprint(), "text": "a text", "tokens": 14, **changes})
+        for seed in range(count):
+            subnet = tiny.random_subnet(model.search_space, seed)
+            pairs.add(subnet, meter(subnet))
+        return meter
+
+    def test_it_beats_the_greedy_choice_where_sensitivities_mislead(self, folder, sensitivity, table):
+        meter = self.stored(folder, sensitivity, 200)
+        router = router_from_pairs(ElasticModel.from_pretrained(folder), folder, lowest=0.5)
+        assert (router.about.pairs, router.about.text, router.about.tokens) == (200, "a text", 14)
+        assert router.about.cross_validated.rank_correlation > 0.8
+        gains = []
+        for budget in (0.9, 0.8, 0.7, 0.6):
+            limit = ceiling(table, budget)
+            greedy = StaticRouter.of(sensitivity, table, lowest=0.5)
+            gains.append(meter(route_along(greedy, table.search_space, [limit])) - meter(router.choose([limit])))
+        assert np.mean(gains) > 0
+        assert Router.load(folder, "tpot", ElasticModel.from_pretrained(folder)).about == router.about
+
+    def test_the_file_with_most_pairs_of_these_weights_serves(self, folder, sensitivity):
+        self.stored(folder, sensitivity, 100)
+        self.stored(folder, sensitivity, 110, text="another")
+        self.stored(folder, sensitivity, 130, fingerprint="of other weights")
+        assert Pairs.most_of(folder, ElasticModel.from_pretrained(folder).fingerprint()).about["text"] == "another"
+
+    def test_command(self, folder, sensitivity, capsys):
+        words = ["train-router", str(folder), "--evaluations", "0"]
+        assert cli.main(words) == 2
+        assert "no measured pairs of these weights" in capsys.readouterr().err
+        self.stored(folder, sensitivity, 60)
+        assert cli.main(words) == 2
+        assert "there are 60 measured pairs; a router needs at least 96" in capsys.readouterr().err
+        self.stored(folder, sensitivity, 150, text="more")
+        assert cli.main(words) == 0
+        assert "from 150 sub-networks measured on 14 tokens of more" in capsys.readouterr().out
 
 
 class TestRoute:

@@ -16,7 +16,7 @@ _OPTIONS = ("phase", "evaluations", "tokens", "text", "lowest", "seed", "any_dev
 
 def run(config: TrainRouterConfig) -> None:
     """Train a router, with --per-token for every token."""
-    from flextron.routers.static.making import describe_router, make_router
+    from flextron.routers.static.making import describe_router, make_router, router_from_pairs
     from flextron.routers.static.pairs import FOLDER
 
     started = time.monotonic()
@@ -25,7 +25,12 @@ def run(config: TrainRouterConfig) -> None:
         _train_token_router(config, folder)
         return
     asked = {option: getattr(config, option) for option in _OPTIONS}
-    router = make_router(shared.load(config), folder, show=True, **asked)
+    if config.evaluations:
+        router = make_router(shared.load(config), folder, show=True, **asked)
+    else:
+        for measured in ("evaluations", "tokens", "text"):
+            del asked[measured]
+        router = router_from_pairs(shared.load(config), folder, show=True, **asked)
     print(describe_router(router))
     print(f"\nwrote {folder / FOLDER / router.about.metric} in {time.monotonic() - started:.0f} s.")
     budget = math.ceil(100 * max(0.6, router.net.lowest)) / 100

@@ -113,6 +113,8 @@ def _quality(model: ElasticModel) -> list[str]:
             about = Router.load(str(model.folder), metric, model).about
         except FlextronError:
             continue  # the router belongs to other weights
+        if not about.checks:
+            continue  # made from stored pairs: its answers were not measured
         rows = [f"| {check.budget:g}x | {check.loss:.3f} |" for check in about.checks]
         sections += [
             f"## Latency against quality, budgets of {metric}",

@@ -92,10 +92,7 @@ def train_router(
     """
     if evaluations < LEAST_EVALUATIONS:
         raise ValueError(f"evaluations is {evaluations}; a router needs at least {LEAST_EVALUATIONS}.")
-    lowest = max(lowest, 1.05 * table.smallest / table.full)
-    if not lowest < 1:
-        raise ValueError(f"lowest is {lowest}; it must be below 1, the full model's cost.")
-    router, greedy = (StaticRouter.of(sensitivity, table, lowest=lowest) for _ in range(2))
+    router, greedy = (StaticRouter.of(sensitivity, table, lowest=_lowest(lowest, table)) for _ in range(2))
     if start is not None:
         router.continue_from(start.net)
     run = _Run(table, router, Surrogate.of(sensitivity), meter, pairs, seed)
@@ -123,6 +120,60 @@ def train_router(
         checks=checks,
     )
     return Router(table.search_space, router, run.surrogate, about)
+
+
+def fit_router(
+    sensitivity: Sensitivity,
+    table: CostTable,
+    pairs: Pairs,
+    *,
+    text: str,
+    tokens: int,
+    lowest: float = 0.45,
+    seed: int = 0,
+) -> Router:
+    """Train a router for one cost table on pairs that are measured already; takes seconds, and no model.
+
+    Losses belong to weights and not to a machine: pairs that were measured elsewhere serve here, too.
+
+    Args:
+        text, tokens: what the pairs were measured on.
+        lowest: lowest budget to train for, as a share of the full model's cost.
+
+    Raises:
+        RouterError: the surrogate cannot order sub-networks by loss.
+        ValueError: `lowest` is not below 1, or there are fewer than FIRST_PAIRS pairs.
+    """
+    if len(pairs) < FIRST_PAIRS:
+        raise ValueError(f"there are {len(pairs)} measured pairs; a router needs at least {FIRST_PAIRS}.")
+    router = StaticRouter.of(sensitivity, table, lowest=_lowest(lowest, table))
+    surrogate = Surrogate.of(sensitivity)
+    data = to_indices(table.search_space, pairs.subnets), np.array(pairs.losses)
+    error = cross_validated(surrogate, *data, seed=seed)
+    if not _orders(error):
+        raise RouterError(_inaccurate(error, len(pairs), f"the rank correlation must be at least {LOWEST_RANK}"))
+    surrogate.fit(*data)
+    with one_thread():
+        optimise(router, surrogate, seed=seed, steps=LAST_STEPS * STEPS)
+    about = RouterAbout(
+        metric=table.metric,
+        conditions=dict(table.conditions),
+        text=text,
+        tokens=tokens,
+        pairs=len(pairs),
+        error=error,
+        cross_validated=error,
+        checks=(),
+    )
+    return Router(table.search_space, router, surrogate, about)
+
+
+def _lowest(lowest: float, table: CostTable) -> float:
+    """The lowest budget of a router: not below what the smallest sub-network costs."""
+    lowest = max(lowest, 1.05 * table.smallest / table.full)
+    if not lowest < 1:
+        raise ValueError(f"lowest is {lowest}; it must be below 1, the full model's cost.")
+    return lowest
 
 
 @dataclass(frozen=True)

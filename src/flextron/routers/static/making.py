@@ -24,7 +24,13 @@ from flextron.errors import RouterError
 from flextron.progress import bar
 from flextron.ranking.sensitivity import Sensitivity, sensitivity_blocks
 from flextron.routers.about import routed_phase
-from flextron.routers.static.learning import CHECKED_BUDGETS, LEAST_EVALUATIONS, check_answers, train_router
+from flextron.routers.static.learning import (
+    CHECKED_BUDGETS,
+    LEAST_EVALUATIONS,
+    check_answers,
+    fit_router,
+    train_router,
+)
 from flextron.routers.static.net import StaticRouter
 from flextron.routers.static.pairs import FOLDER, LossMeter, Pairs
 from flextron.routers.static.router import Router
@@ -98,6 +104,37 @@ def make_router(
         router = train_router(sensitivity, table, meter, pairs, **options)
         with keeping("The measured losses are kept: run the same command again."):
             router.save(folder, model)
+        return router
+
+
+def router_from_pairs(
+    model: ElasticModel,
+    folder: str | Path,
+    *,
+    phase: str = "decode",
+    lowest: float = 0.45,
+    seed: int = 0,
+    any_device: bool = False,
+    show: bool = False,
+) -> Router:
+    """Train a router on the pairs that `folder` holds, as a pack's does, and save it there; nothing new is measured.
+
+    If the folder has no latency table for this phase, one is measured and saved first.
+
+    Raises:
+        RouterError: there are no pairs of these weights, or as `fit_router`.
+        FlextronError: as `make_router`.
+    """
+    check_phase(phase)
+    say: Say = partial(print, file=sys.stderr) if show else lambda _: None
+    sensitivity, pairs = sensitivity_of(model, folder), Pairs.most_of(folder, model.fingerprint())
+    if pairs is None:
+        raise RouterError(f"{folder} has no measured pairs of these weights. Measure some: --evaluations 256.")
+    with reserved(Path(folder) / FOLDER, grows=True):
+        table = _table(model, folder, phase, any_device=any_device, show=show, say=say)
+        about = {"text": pairs.about.get("text", ""), "tokens": pairs.about.get("tokens", 0)}
+        router = fit_router(sensitivity, table, pairs, lowest=lowest, seed=seed, **about)
+        router.save(folder, model)
         return router
 
 
@@ -215,6 +252,13 @@ def _tokens_of(router: Router) -> int:
     return -(-router.about.tokens // 255) * 256
 
 
+_CHECKED = (
+    "",
+    "loss of its answers and of the greedy choice (half to the text, half to the full model's predictions):",
+    f"{'budget':<8}{'router':>12}{'greedy':>12}",
+)
+
+
 def describe_router(router: Router) -> str:
     """Describe a router in a few lines: errors of its surrogate, and losses of its answers and the greedy choice's."""
     about = router.about
@@ -223,9 +267,7 @@ def describe_router(router: Router) -> str:
         f"router for {about.metric}, from {about.pairs} sub-networks measured on {about.tokens} tokens of {about.text}",
         f"surrogate{before}, on the last sub-networks measured: {about.error}",
         f"surrogate{before}, cross-validated: {about.cross_validated}",
-        "",
-        "loss of its answers and of the greedy choice (half to the text, half to the full model's predictions):",
-        f"{'budget':<8}{'router':>12}{'greedy':>12}",
+        *(_CHECKED if about.checks else ()),
         *(f"{f'{check.budget:.2f}x':<8}{check.loss:>12.4f}{check.greedy_loss:>12.4f}" for check in about.checks),
     ]
     return "\n".join(lines)

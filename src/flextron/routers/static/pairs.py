@@ -76,6 +76,16 @@ class Pairs:
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
         return cls(Path(folder) / FOLDER / f"pairs-{digest}.jsonl", about)
 
+    @classmethod
+    def most_of(cls, folder: str | Path, fingerprint: str) -> Pairs | None:
+        """Open the file with most pairs of these weights beside a checkpoint; None if there is none."""
+        found = []
+        for file in sorted((Path(folder) / FOLDER).glob("pairs-*.jsonl")):
+            header = next(iter(Journal(file).read()), {})
+            if header.get("fingerprint") == fingerprint:
+                found.append(cls(file, {key: value for key, value in header.items() if key != "version"}))
+        return max(found, key=len, default=None)
+
     def __init__(self, file: str | Path, about: dict[str, Any]) -> None:
         """Read the pairs in `file`, or start the file.
 
@@ -83,6 +93,7 @@ class Pairs:
             RouterError: the file belongs to another checkpoint or text, or cannot be read.
         """
         self.file = Path(file)
+        self.about = about
         self.subnets: list[Subnet] = []
         self.losses: list[float] = []
         self._journal, header = Journal(file), {"version": VERSION, **about}

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
+import tiny
 from flextron.config import QuickstartConfig
 from flextron.costs.latency import measure_latency
 from flextron.demo import plan, report, tour
@@ -204,3 +205,45 @@ def test_the_real_one_takes_less_than_eight_minutes(tmp_path):
     assert full["nats_per_token"] < routed["nats_per_token"] < equal["nats_per_token"]
     assert routed["nats_per_token"] < greedy["nats_per_token"] + 0.05
     assert routed["prefill_ms"] < 0.6 * full["prefill_ms"]
+
+
+def test_a_pack_is_timed_fitted_and_shown_without_training(tmp_path, checkpoint, monkeypatch, capsys):
+    """It brings ranking, sensitivities and pairs; the report names what it was trained on."""
+    from flextron.data.blocks import load_blocks
+    from flextron.elastic.permutation import permute
+    from flextron.exporting.pack import make_pack, save_pack
+    from flextron.routers.static.pairs import Pairs
+
+    trained = ElasticModel.from_pretrained(checkpoint)
+    permute(trained, tiny.ranking_for(trained))
+    trained.folder = tmp_path / "beside"
+    trained.folder.mkdir()
+    sensitivity = tiny.uneven_sensitivity(trained)
+    sensitivity.save(trained.folder)
+    pairs = Pairs.beside(trained.folder, {"fingerprint": trained.fingerprint(), "text": "a text", "tokens": 255})
+    for seed in range(120):
+        subnet = tiny.random_subnet(trained.search_space, seed)
+        pairs.add(subnet, 3 + 2 * (1 - sensitivity.share(subnet)))
+    base = ElasticModel.from_pretrained(checkpoint, dtype="float32")
+    blocks = load_blocks(trained.tokenizer, "sample/train", tokens=512, block_tokens=32)
+    about = {"tokens": 1234, "data": ["a.jsonl"], "accuracy": "| share | over chance |"}
+    pack = make_pack(trained, base, blocks, base_name=str(checkpoint), about=about)
+    save_pack(pack, tmp_path / "pack", trained, "A card")
+
+    config = QuickstartConfig(out=tmp_path / "out", model=str(tmp_path / "pack"))
+    monkeypatch.setattr(tour, "QUICK", replace(plan.QUICK, prompt_tokens=48))
+    monkeypatch.setattr(tour, "measure_latency", even_latency)
+    monkeypatch.setattr(training, "STEPS", 20)
+    monkeypatch.setattr(tour, "train", interrupt)  # fails if it is called
+    text = demo.quickstart(config).read_text(encoding="utf8")
+    said = capsys.readouterr().out
+    assert "[1/4]" in said
+    assert "it learnt from 120 sub-networks, measured on 255 tokens each before packing" in said
+    assert "trained together on 1,234 tokens of a.jsonl" in text
+    assert "## Accuracy over chance" in text
+    assert "flextron quickstart --from-scratch" in text
+    assert "| 0.6x | router |" in text
+    assert (config.out / "loss.png").stat().st_size > 10_000
+    before = (config.out / "results.json").read_bytes()
+    demo.quickstart(config)
+    assert (config.out / "results.json").read_bytes() == before

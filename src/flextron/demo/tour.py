@@ -31,12 +31,12 @@ from flextron.demo.plan import (
 )
 from flextron.demo.stages import Pace, Stage, in_words, run_stages, time_left
 from flextron.elastic.checkpoint import METADATA_FILE
-from flextron.elastic.model import ElasticModel
 from flextron.elastic.smollm2 import named
 from flextron.environment import default_device, dtype_name, faster_dtype
 from flextron.errors import CostError, RouterError
 from flextron.evaluation import evaluate
 from flextron.generation import generate
+from flextron.model import ElasticModel
 from flextron.progress import progress
 from flextron.ranking.importance import rank
 from flextron.ranking.refit import refit
@@ -239,7 +239,7 @@ class Tour:
         table = self._table()
         candidates = baselines(Sensitivity.load(self.elastic), table)
         results = measured(self.model, candidates, table, self._blocks(), prompt_tokens=self.size.prompt_tokens)
-        results["conditions"] |= {"model": self.config.model, "training": None, "router": None}
+        results["conditions"] |= {"model": self.config.model, **self._conditions(trained=False)}
         report.write(self.out, results)
         self._write("before.json", results)
         after = in_words(time.monotonic() - self.started)
@@ -288,21 +288,28 @@ class Tour:
         model, tokens = self.trained_model, self.size.prompt_tokens
         results = measured(model, candidates, table, self._blocks(), prompt_tokens=tokens)
         losses = {Subnet(**row["subnet"]): row["nats_per_token"] for row in before["rows"]}
+        if before["conditions"]["training"]:
+            losses = {}  # they were of the same weights
         for row, candidate in progress(list(zip(results["rows"], candidates, strict=True)), "write"):
             row["before_training"] = losses.get(candidate.subnet)
             if candidate.method in ("full", "router"):
                 row["completion"] = generate(
                     model, self.config.prompt, subnet=candidate.subnet, max_new_tokens=NEW_TOKENS
                 )
-        results["conditions"] |= {
-            "model": self.config.model,
-            "training": f"{self.config.train_tokens:,} tokens of {TEXT}",
-            "router": self._read("router.json"),
-            "prompt": self.config.prompt,
-            "left_out": None if self.size.per_token else "flextron quickstart --thorough --out out/thorough",
-        }
+        results["conditions"] |= {"model": self.config.model, "prompt": self.config.prompt}
+        results["conditions"] |= self._conditions(trained=True)
         self._write("results.json", results)
         return f"the numbers are in {self.out / 'results.json'}."
+
+    def _conditions(self, *, trained: bool) -> dict[str, Any]:
+        """How the sub-networks came about, for the report."""
+        if not trained:
+            return {"training": None, "router": None}
+        return {
+            "training": f"{self.config.train_tokens:,} tokens of {TEXT}",
+            "router": self._read("router.json"),
+            "left_out": None if self.size.per_token else "flextron quickstart --thorough --out out/thorough",
+        }
 
     def _per_token(self) -> str:
         """Losses where every token has its own widths, beside the router's of that cost; a picture of a text."""

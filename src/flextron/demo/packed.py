@@ -1,0 +1,99 @@
+"""The tour with a trained pack: nothing is trained here, only timed, fitted and shown."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from flextron.atomic import new_folder
+from flextron.config import QuickstartConfig
+from flextron.demo.plan import HELD_OUT
+from flextron.demo.stages import Stage
+from flextron.demo.tour import Tour
+from flextron.elastic.pack import FILE, Pack, find_pack, shipped_packs
+from flextron.errors import RouterError
+from flextron.model import ElasticModel
+from flextron.routers.static.making import router_from_pairs
+
+
+def pack_of(config: QuickstartConfig) -> Path | None:
+    """The trained pack that the tour starts from: MODEL itself, or the one that comes for it; None to start anew."""
+    if config.from_scratch or config.thorough:
+        return None
+    if (Path(config.model) / FILE).is_file():
+        return find_pack(config.model)
+    return shipped_packs().get(config.model)
+
+
+class PackTour(Tour):
+    """The stages that are left with a trained pack: it brings ranking, training, sensitivities and measured losses."""
+
+    def __init__(self, config: QuickstartConfig, started: float, pack: Path) -> None:
+        super().__init__(config, started)
+        self.pack = pack
+        self.elastic = self.trained  # one model, which is trained from the start
+        if not (self.trained / FILE).is_file():
+            with new_folder(self.trained) as partial:
+                shutil.copytree(pack, partial, dirs_exist_ok=True)
+        self.about = Pack.load(self.trained).about
+
+    @property
+    def model(self) -> ElasticModel:
+        """The trained model."""
+        return self.trained_model
+
+    def _until_picture(self) -> list[Stage]:
+        size = self.size
+        return [
+            Stage(
+                f"Time {size.designs + HELD_OUT} sub-networks on a prompt of {size.prompt_tokens} tokens",
+                "The model comes trained. How fast its sub-networks are, only this machine can tell.",
+                self._has_table,
+                2 * size.prompt_tokens * (size.designs + HELD_OUT),
+                self._measure_table,
+            ),
+            Stage(
+                "Measure loss and time of 7 sub-networks, and draw the first picture",
+                "It shows what choosing layer by layer gains over equal widths.",
+                (self.out / "before.json").is_file,
+                self._measuring_work(7),
+                self._measure_before,
+            ),
+        ]
+
+    def _rest(self) -> list[Stage]:
+        return [
+            Stage(
+                "Fit a router for this machine to losses that the pack brings",
+                "It learns which layers need each other, and answers every budget at once.",
+                (self.out / "router.json").is_file,
+                2000,
+                self._make_router,
+            ),
+            Stage(
+                "Measure loss and time of 10 sub-networks, and let some of them write",
+                "These are the results.",
+                (self.out / "results.json").is_file,
+                self._measuring_work(10) + 3000,
+                self._measure_after,
+            ),
+        ]
+
+    def _make_router(self) -> str:
+        try:
+            router = router_from_pairs(self.model, self.trained, phase="prefill", lowest=0.45)
+        except (RouterError, ValueError) as refused:
+            self._write("router.json", None)
+            return f"no router: {refused}"
+        about = f"{router.about.pairs} sub-networks, measured on {router.about.tokens} tokens each before packing"
+        self._write("router.json", about)
+        return f"it learnt from {about}."
+
+    def _conditions(self, *, trained: bool) -> dict[str, Any]:
+        tokens, data = self.about.get("tokens"), self.about.get("data", [])
+        training = f"{tokens:,} tokens of {', '.join(data)}" if tokens else "nothing: they are ranked only"
+        command = "flextron quickstart --from-scratch --out out/scratch"
+        router = json.loads((self.out / "router.json").read_text(encoding="utf8")) if trained else None
+        return {"training": training, "router": router, "left_out": command, "accuracy": self.about.get("accuracy")}

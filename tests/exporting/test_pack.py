@@ -1,6 +1,7 @@
 """Packs: base and pack make the trained model again; another base, damaged files and too small a size are refused."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from flextron.elastic.model import projections_of
 from flextron.elastic.pack import FILE, WEIGHTS, LowRank, Pack, find_pack, shipped_packs
 from flextron.elastic.permutation import permute
 from flextron.errors import CheckpointError, ExportError
-from flextron.exporting.pack import make_pack, pack_card, save_pack
+from flextron.exporting.pack import accuracy_table, make_pack, pack_card, save_pack
 from flextron.model import ElasticModel
 from flextron.routers.static.pairs import Pairs
+from flextron.tasks.results import TaskResult, averages
 
 RANK = 3
 
@@ -147,6 +149,27 @@ def test_eight_bits_round_each_part_by_its_own_scale():
         exact = b[:, part : part + 1] @ a[part : part + 1]
         found = LowRank.of(a[part : part + 1], b[:, part : part + 1]).matrix()
         assert (found - exact).abs().max() < exact.abs().max() / 100
+
+
+def test_accuracy_in_the_card(tmp_path):
+    results = [
+        TaskResult(run, task, 0, "acc", {"acc": scores}, tuple(f"{task}/{n}" for n in range(4)), 1.0, None, 0.25)
+        for run, scores in (("full", (1.0, 1.0, 1.0, 0.0)), ("60%", (1.0, 0.0, 1.0, 0.0)))
+        for task in ("piqa", "mmlu")
+    ]
+    rows = [
+        {"run": own.run, "headline": asdict(own), "all": asdict(everything)}
+        for own, everything in zip(averages(results, ["piqa"]), averages(results), strict=True)
+    ]
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps({"runs": rows, "conditions": {"limit": 4}}))
+    table = accuracy_table(file)
+    assert "| 60% | 25.0 ±" in table
+    assert "| 50.0% ±" in table
+    assert "with mmlu" in table
+    file.write_text("{}")
+    with pytest.raises(ExportError, match=r"cannot read .*Name a results.json"):
+        accuracy_table(file)
 
 
 def test_command(folders, capsys):

@@ -21,12 +21,13 @@ def run(config: PackConfig) -> None:
     from flextron.atomic import check_apart, check_new
     from flextron.data.blocks import load_blocks
     from flextron.elastic import pack as packs
-    from flextron.exporting.pack import make_pack, pack_card, save_pack
+    from flextron.exporting.pack import accuracy_table, make_pack, pack_card, save_pack
     from flextron.model import ElasticModel
     from flextron.training.folder import training_of
 
     check_apart(config.out, config.trained, config.base, config.text, config.calibration_text)
     check_new(config.out, overwrite=config.overwrite, kind=packs.FILE)
+    accuracy = {} if config.results is None else {"accuracy": accuracy_table(config.results)}
     shared.folder_of(str(config.trained))
     trained = ElasticModel.from_pretrained(config.trained, device=config.device)
     blocks = load_blocks(trained.tokenizer, config.text, tokens=config.tokens, block_tokens=trained.fitting(512))
@@ -40,7 +41,7 @@ def run(config: PackConfig) -> None:
     base = ElasticModel.from_pretrained(config.base, dtype="float32", device=config.device)
     base.folder = trained.folder  # for the sensitivities
     size = int(config.megabytes * 1e6)
-    about = training_of(config.trained)
+    about = training_of(config.trained) | accuracy
     pack = make_pack(trained, base, inputs, base_name=config.base, max_bytes=size, about=about, show=True)
     lost = _losses(base, blocks)
     table = _table(before, lost, f"{lost[0].tokens} tokens of {config.text}")

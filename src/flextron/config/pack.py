@@ -8,7 +8,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from flextron.config.fields import DeviceArgument, OutArgument, check_at_least
+from flextron.config.fields import DeviceArgument, OptionalPath, OutArgument, check_at_least
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class PackConfig:
     """Text on which the inputs of the weights are measured, so that the change is near where it matters."""
     calibration_tokens: int = 8192
     """Number of tokens of it."""
+    results: OptionalPath = None
+    """File results.json of `flextron evaluate TRAINED --tasks ... --out-dir`, whose accuracies the model card shows."""
     overwrite: bool = False
     """Replace OUT if it is a pack."""
     device: DeviceArgument = "cpu"

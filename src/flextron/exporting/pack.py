@@ -116,6 +116,34 @@ def save_pack(pack: Pack, folder: Path, trained: ElasticModel, card: str, *, ove
         (partial / CARD).write_text(card, encoding="utf8")
 
 
+def accuracy_table(results: Path) -> str:
+    """Accuracy over chance by sub-network as a Markdown table, from a results.json of `flextron evaluate --tasks`.
+
+    Raises:
+        ExportError: the file cannot be read.
+    """
+    try:
+        summary = json.loads(results.read_text(encoding="utf8"))
+        rows = [(row["run"], row["headline"], row["all"]) for row in summary["runs"]]
+        lines = [
+            f"| {run} | {100 * headline['over_chance']:.1f} ± {100 * headline['standard_error']:.1f} "
+            f"| {100 * headline['kept']:.1f}% ± {100 * headline['kept_standard_error']:.1f} "
+            f"| {100 * headline['flips']:.1f}% | {100 * everything['over_chance']:.1f} |"
+            for run, headline, everything in rows
+        ]
+        tasks, limit = rows[0][1]["tasks"], summary["conditions"]["limit"]
+        others = [task for task in rows[0][2]["tasks"] if task not in tasks]
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise ExportError(
+            f"cannot read {results} ({error!r}). Name a results.json of `flextron evaluate --tasks`."
+        ) from None
+    last = f"with {', '.join(others)}" if others else "of all tasks"
+    head = [f"| sub-network | over chance, points | kept | flips | {last} |", "|---|---:|---:|---:|---:|"]
+    documents = "all" if limit is None else f"at most {limit}"
+    about = f"Mean of {', '.join(tasks)}; {documents} documents a task, ± standard error."
+    return "\n".join([*head, *lines, "", about])
+
+
 def _hand_over(folder: Path, old: str, new: str) -> None:
     """Let the routers and pairs of one fingerprint belong to another one."""
     for file in folder.glob("routers/*/*.json"):
@@ -149,6 +177,7 @@ def pack_card(pack: Pack, losses: str) -> str:
         'pack="THIS FOLDER")\n```',
         "## What the pack loses",
         losses,
+        *(["## Accuracy over chance", pack.about["accuracy"]] if "accuracy" in pack.about else []),
     ]
     return "\n\n".join(sections) + "\n"
 

@@ -173,9 +173,9 @@ def measure_sensitivity(
     if coarse:
         widths = {axis: _parts(space[axis], 2) for axis in AXES}
     halves = [half for half in blocks.tokens.tensor_split(2) if len(half)]
-    steps = sum(len(_batches(half)) for half in halves) * space.layers
+    steps = sum(len(batches_of(half)) for half in halves) * space.layers
     with bar(steps, description="sensitivity", show=show) as advance, torch.inference_mode():
-        increases = _increases(model, halves[0], space.full, widths, advance)
+        increases = loss_increases(model, halves[0], space.full, widths, advance)
         sensitivity = Sensitivity(
             search_space=space,
             widths=widths,
@@ -187,23 +187,24 @@ def measure_sensitivity(
         if len(halves) == 1:
             return sensitivity
         around = sensitivity.allocate(max(SECOND_SHARE, sensitivity.share(space.smallest)))
-        narrow = _increases(model, halves[1], around, widths, advance)
+        narrow = loss_increases(model, halves[1], around, widths, advance)
     return replace(sensitivity, increases=_frozen({axis: (increases[axis] + narrow[axis]) / 2 for axis in AXES}))
 
 
-def _increases(
+def loss_increases(
     model: ElasticModel, tokens: torch.Tensor, around: Subnet, widths: Widths, advance: Callable[[], None]
 ) -> dict[str, np.ndarray[Any, Any]]:
     """Return, by axis, how much the loss rises when one sub-layer of `around` is narrowed from full, [L, widths]."""
     losses = {axis: np.zeros((around.layers, len(widths[axis]))) for axis in AXES}
-    for tokens_BT in _batches(tokens):
+    for tokens_BT in batches_of(tokens):
         part = len(tokens_BT) / len(tokens)
         for axis, layer, index, loss in _changed_losses(model, tokens_BT.to(model.device), around, widths, advance):
             losses[axis][layer, index] += loss * part
     return {axis: losses[axis] - losses[axis][:, -1:] for axis in AXES}
 
 
-def _batches(tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def batches_of(tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Split blocks into batches of BATCH_TOKENS tokens."""
     return torch.split(tokens, max(1, BATCH_TOKENS // tokens.shape[1]))
 
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from flextron.inference.per_token import TokenWidths, use_token_widths
     from flextron.inference.speculative import Draft, draft_model
     from flextron.model import ElasticModel
+    from flextron.ranking.curvature import estimate_sensitivity
     from flextron.ranking.importance import rank
     from flextron.ranking.refit import refit
     from flextron.ranking.sensitivity import Sensitivity, measure_sensitivity
@@ -88,6 +89,7 @@ __all__ = [
     "WatchOptions",
     "choose",
     "draft_model",
+    "estimate_sensitivity",
     "evaluate",
     "evaluate_tasks",
     "export",
@@ -134,6 +136,7 @@ _HOMES = {
     "evaluate": "evaluation",
     "Sensitivity": "ranking.sensitivity",
     "measure_sensitivity": "ranking.sensitivity",
+    "estimate_sensitivity": "ranking.curvature",
     "CostTable": "costs.table",
     "Runner": "costs.timing",
     "measure_latency": "costs.latency",

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from flextron.model import ElasticModel
 
 # What may change between an interrupted `rank` and the run that takes it up.
-_NOT_OF_THE_RANKING = ("out", "overwrite", "sensitivity_tokens", "device")
+_NOT_OF_THE_RANKING = ("out", "overwrite", "sensitivity_tokens", "sensitivities", "device")
 
 
 def run(config: RankConfig) -> None:
@@ -33,6 +33,7 @@ def run(config: RankConfig) -> None:
 
 def _measure_sensitivity(model: ElasticModel, config: RankConfig) -> None:
     from flextron.atomic import keeping
+    from flextron.ranking.curvature import estimate_sensitivity
     from flextron.ranking.sensitivity import measure_sensitivity, sensitivity_blocks
 
     blocks = sensitivity_blocks(
@@ -42,7 +43,8 @@ def _measure_sensitivity(model: ElasticModel, config: RankConfig) -> None:
         after=_blocks(model, config).documents,
         block_tokens=model.fitting(256),
     )
-    sensitivity = measure_sensitivity(model, blocks, show=True)
+    learn = estimate_sensitivity if config.sensitivities == "estimated" else measure_sensitivity
+    sensitivity = learn(model, blocks, show=True)
     with keeping("The ranked model is kept: the same command, without --overwrite, measures only the sensitivities."):
         sensitivity.save(config.out)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from flextron.config.fields import (
     DeviceArgument,
@@ -40,7 +41,9 @@ class RankConfig:
     refit_tokens: int = 16384
     """Number of tokens on which the closing projections of the MLPs are refitted, so that kept units make up for those left out. 0 skips this and leaves the full model exactly as it was."""
     sensitivity_tokens: int = 2048
-    """Number of tokens on which to measure the cost of each removal. 0 skips this, and then you cannot ask for shares such as 60%."""
+    """Number of tokens on which to learn the cost of each removal. 0 skips this, and then you cannot ask for shares such as 60%."""
+    sensitivities: Literal["estimated", "measured"] = "estimated"
+    """estimated: from one backward pass and two measured widths of each sub-layer. measured: every width with forward passes, which takes some five times as long."""
     neuron_step: OptionalInt = None
     """Distance in neurons between the MLP widths of the search space. The default gives 16 to 32 widths."""
     overwrite: bool = False

@@ -23,8 +23,6 @@ class Size:
     """Of what is timed."""
     designs: int
     """Sub-networks that the latency table is fitted to."""
-    coarse: bool
-    """Whether sensitivities are measured at fewer widths."""
     refit_tokens: int
     """Tokens that the closing projections are refitted on."""
     sensitivity_tokens: int
@@ -43,9 +41,8 @@ class Size:
 _SIZES: dict[str, tuple[Any, Any]] = {  # quick, thorough
     "prompt_tokens": (256, 512),
     "designs": (12, 16),
-    "coarse": (True, False),
     "refit_tokens": (4096, 16384),
-    "sensitivity_tokens": (256, 256),
+    "sensitivity_tokens": (1024, 2048),
     "sensitivity_block": (64, 256),
     "loss_tokens": (1024, 2048),
     "block_tokens": (256, 512),

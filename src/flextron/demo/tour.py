@@ -38,9 +38,10 @@ from flextron.evaluation import evaluate
 from flextron.generation import generate
 from flextron.model import ElasticModel
 from flextron.progress import progress
+from flextron.ranking.curvature import estimate_sensitivity
 from flextron.ranking.importance import rank
 from flextron.ranking.refit import refit
-from flextron.ranking.sensitivity import Sensitivity, measure_sensitivity
+from flextron.ranking.sensitivity import Sensitivity
 from flextron.routers.static.making import make_router
 from flextron.routers.static.router import Router, metrics_with_router
 from flextron.routers.token.batch import TokenRouting
@@ -86,7 +87,6 @@ class Tour:
 
     def _until_picture(self) -> list[Stage]:
         size, tokens = self.size, self.config.rank_tokens
-        changes = 3.5 if size.coarse else 6.2  # forward passes for each layer
         return [
             Stage(
                 f"Rank the neurons and KV groups of each layer on {tokens:,} tokens, and refit what reads them",
@@ -99,7 +99,7 @@ class Tour:
                 "Measure what each layer is worth",
                 "Layers differ: those that matter little are narrowed first.",
                 lambda: Sensitivity.is_in(self.elastic),
-                changes * size.sensitivity_tokens * len(self.model.layers),
+                (5 + 0.2 * len(self.model.layers)) * size.sensitivity_tokens,
                 self._measure_sensitivity,
             ),
             Stage(
@@ -216,7 +216,7 @@ class Tour:
             max_characters=4 * size.sensitivity_block,  # about one document for each block
             skip_documents=load_blocks(tokenizer, TEXT, tokens=self.config.rank_tokens).documents,
         )
-        sensitivity = measure_sensitivity(self.model, blocks, coarse=size.coarse, show=True)
+        sensitivity = estimate_sensitivity(self.model, blocks, show=True)
         sensitivity.save(self.elastic)
         widths = sensitivity.allocate(max(0.6, sensitivity.share(sensitivity.search_space.smallest))).neurons
         return f"with 60% of the weights, layers keep from {min(widths)} to {max(widths)} neurons."

@@ -153,9 +153,7 @@ def sensitivity_blocks(
     return blocks_after(tokenizer, text, after, tokens=tokens, block_tokens=block_tokens, max_characters=1000)
 
 
-def measure_sensitivity(
-    model: ElasticModel, blocks: TokenBlocks, *, coarse: bool = False, show: bool = False
-) -> Sensitivity:
+def measure_sensitivity(model: ElasticModel, blocks: TokenBlocks, *, show: bool = False) -> Sensitivity:
     """Narrow one sub-layer at a time and measure the loss, always on the same tokens.
 
     The loss is half cross-entropy to the text and half to the full model's own predictions, which has less noise. Each
@@ -164,14 +162,9 @@ def measure_sensitivity(
     What a unit is worth depends on what else is gone. So half of the blocks are measured around the full model, and
     half around the 60% sub-network that the first half leads to. The increases are the mean of both. Layers below the
     changed one are not computed again: their outputs are kept for each batch.
-
-    Args:
-        coarse: measure 0, 1/2 and full on both axes only, in about half the time.
     """
     space = model.search_space
     widths = {**{axis: space[axis] for axis in AXES}, "neurons": _parts(space.neurons, 4)}
-    if coarse:
-        widths = {axis: _parts(space[axis], 2) for axis in AXES}
     halves = [half for half in blocks.tokens.tensor_split(2) if len(half)]
     steps = sum(len(batches_of(half)) for half in halves) * space.layers
     with bar(steps, description="sensitivity", show=show) as advance, torch.inference_mode():

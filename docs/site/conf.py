@@ -29,7 +29,18 @@ python_maximum_signature_line_length = 100
 
 MENU = {
     "Start": ["/README", "install", "quickstart"],
-    "Guide": ["rank", "training", "budgets", "routing", "per_token", "evaluate", "tasks", "generate", "deploy"],
+    "Guide": [
+        "rank",
+        "training",
+        "packs",
+        "budgets",
+        "routing",
+        "per_token",
+        "evaluate",
+        "tasks",
+        "generate",
+        "deploy",
+    ],
     "Reference": ["reference", "formats", "glossary", "add_a_family", "architecture"],
     "Results": ["measured", "results"],
     "Project": ["/CONTRIBUTING", "/CHANGELOG", "decisions/index"],

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -185,13 +186,21 @@ def measure_sensitivity(model: ElasticModel, blocks: TokenBlocks, *, show: bool 
 
 
 def loss_increases(
-    model: ElasticModel, tokens: torch.Tensor, around: Subnet, widths: Widths, advance: Callable[[], None]
+    model: ElasticModel,
+    tokens: torch.Tensor,
+    around: Subnet,
+    widths: Widths,
+    advance: Callable[[], None],
+    *,
+    text_weight: float = 0.5,
 ) -> dict[str, np.ndarray[Any, Any]]:
     """Return, by axis, how much the loss rises when one sub-layer of `around` is narrowed from full, [L, widths]."""
     losses = {axis: np.zeros((around.layers, len(widths[axis]))) for axis in AXES}
     for tokens_BT in batches_of(tokens):
         part = len(tokens_BT) / len(tokens)
-        for axis, layer, index, loss in _changed_losses(model, tokens_BT.to(model.device), around, widths, advance):
+        loss_of = partial(mixed_loss, text_weight=text_weight)
+        changed = _changed_losses(model, tokens_BT.to(model.device), around, widths, advance, loss_of)
+        for axis, layer, index, loss in changed:
             losses[axis][layer, index] += loss * part
     return {axis: losses[axis] - losses[axis][:, -1:] for axis in AXES}
 
@@ -202,11 +211,16 @@ def batches_of(tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def _changed_losses(
-    model: ElasticModel, tokens_BT: torch.Tensor, around: Subnet, widths: Widths, advance: Callable[[], None]
+    model: ElasticModel,
+    tokens_BT: torch.Tensor,
+    around: Subnet,
+    widths: Widths,
+    advance: Callable[[], None],
+    loss_of: Callable[..., float],
 ) -> Iterator[tuple[str, int, int, float]]:
     """Yield axis, layer, index of the width, and loss on one batch, for every change."""
     probabilities_BTV = full_predictions(model, tokens_BT)
-    outputs, loss = _run(model, around, tokens_BT, probabilities_BTV)
+    outputs, loss = _run(model, around, lambda: loss_of(model, tokens_BT, probabilities_BTV))
     for layer in range(around.layers):
         with _reused([below.module for below in model.layers[:layer]], outputs):
             for axis, index, subnet in _changes(around, widths, layer):
@@ -214,7 +228,7 @@ def _changed_losses(
                     yield axis, layer, index, loss
                     continue
                 with model.use(subnet):
-                    yield axis, layer, index, mixed_loss(model, tokens_BT, probabilities_BTV)
+                    yield axis, layer, index, loss_of(model, tokens_BT, probabilities_BTV)
         advance()
 
 
@@ -236,7 +250,9 @@ def full_predictions(model: ElasticModel, tokens_BT: torch.Tensor) -> torch.Tens
     return logits_BTV.float().softmax(-1)
 
 
-def mixed_loss(model: ElasticModel, tokens_BT: torch.Tensor, probabilities_BTV: torch.Tensor) -> float:
+def mixed_loss(
+    model: ElasticModel, tokens_BT: torch.Tensor, probabilities_BTV: torch.Tensor, *, text_weight: float = 0.5
+) -> float:
     """Return the mean of two cross-entropies over predicted tokens: to the text, and to the full model's predictions.
 
     On text that is typical of the model both rise alike, but the second has no noise from single tokens.
@@ -247,13 +263,11 @@ def mixed_loss(model: ElasticModel, tokens_BT: torch.Tensor, probabilities_BTV: 
         logits = logits_TV[:-1].float()
         to_text = logits.gather(1, tokens_T[1:, None])[:, 0]
         to_full = torch.linalg.vecdot(logits, probabilities_TV[:-1])  # both in fp32
-        total += (logits.logsumexp(-1) - (to_text + to_full) / 2).mean().item()
+        total += (logits.logsumexp(-1) - text_weight * to_text - (1 - text_weight) * to_full).mean().item()
     return total / len(tokens_BT)
 
 
-def _run(
-    model: ElasticModel, subnet: Subnet, tokens_BT: torch.Tensor, probabilities_BTV: torch.Tensor
-) -> tuple[list[Any], float]:
+def _run(model: ElasticModel, subnet: Subnet, loss_of: Callable[[], float]) -> tuple[list[Any], float]:
     """Return the output of every layer of a sub-network, and its mean loss."""
     outputs: list[Any] = []
     hooks = [
@@ -262,7 +276,7 @@ def _run(
     ]
     try:
         with model.use(subnet):
-            return outputs, mixed_loss(model, tokens_BT, probabilities_BTV)
+            return outputs, loss_of()
     finally:
         for hook in hooks:
             hook.remove()

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,12 +19,12 @@ from transformers.utils import logging as transformers_logging
 
 from flextron.atomic import lost, new_folder
 from flextron.elastic import per_layer
-from flextron.elastic.accounting import check_accounted, check_shards_inside, untie_if_apart
+from flextron.elastic.accounting import check_accounted, check_finite, check_shards_inside, untie_if_apart
 from flextron.elastic.gguf_source import check_all_used, complete_config
 from flextron.elastic.older_transformers import add_old_names
 from flextron.environment import dtype_name
 from flextron.errors import CheckpointError, FlextronError
-from flextron.records import RecordError, check_version, read_record
+from flextron.records import RecordError, check_version, checked, read_record
 from flextron.subnet import AXES, SearchSpace
 
 VERSION = 1
@@ -67,6 +67,8 @@ class Ranking:
             order: torch.Tensor = getattr(self, name)
             if order.shape != shape:
                 raise ValueError(f"a ranking of this model has {name} of shape {shape}, not {tuple(order.shape)}.")
+            if order.dtype != torch.int32:
+                raise ValueError(f"{name} of the ranking is {dtype_name(order.dtype)}, not int32.")
             if not torch.equal(order.sort().values, torch.arange(shape[-1], dtype=order.dtype).expand(shape)):
                 raise ValueError(f"{name} of the ranking is no permutation: a unit is missing or named twice.")
 
@@ -111,6 +113,7 @@ def load(path: str | Path, *, dtype: str | torch.dtype = "auto", **kwargs: Any) 
     except Exception as error:  # damaged files make transformers raise errors of many types
         raise CheckpointError(f"cannot load {path}: {first_line(error)}") from error
     check_accounted(path, lm, info)
+    check_finite(path, lm)
     if gguf:
         check_all_used(Path(path), lm)
     untie_if_apart(lm)
@@ -259,24 +262,47 @@ def load_metadata(source: str, options: dict[str, Any]) -> tuple[SearchSpace | N
     if file is None:
         return None, None
     with _clear_metadata(file):
-        data = read_record(file, version=VERSION)
-        search_space = None if data["search_space"] is None else SearchSpace(**data["search_space"])
-        ranking_file = _find(source, RANKING_FILE, options)
-        if ranking_file is None and RANKING_FILE in data.get("files", []):
+        data = checked(read_record(file, version=VERSION), _Metadata)
+    ranking_file = _find(source, RANKING_FILE, options)
+    if ranking_file is None:
+        if RANKING_FILE in data.get("files", ()):
             raise CheckpointError(f"{source} is not whole: it lacks {RANKING_FILE}. {_AGAIN}.")
-        ranking = None if ranking_file is None else _load_ranking(ranking_file)
-    return search_space, ranking
+        return data["search_space"], None
+    with _clear_metadata(ranking_file):
+        return data["search_space"], _load_ranking(ranking_file)
+
+
+def search_space_in(folder: str | Path) -> SearchSpace | None:
+    """Return the search space of the elastic checkpoint in a local folder; None where there is none.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    file = Path(folder) / METADATA_FILE
+    if not file.is_file():
+        return None
+    with _clear_metadata(file):
+        return checked(read_record(file, version=VERSION), _Metadata)["search_space"]
+
+
+class _Space(TypedDict):
+    search_space: SearchSpace | None
+
+
+class _Metadata(_Space, total=False):
+    """What METADATA_FILE holds besides its version."""
+
+    files: tuple[str, ...]
 
 
 @contextmanager
 def _clear_metadata(file: Path) -> Iterator[None]:
     try:
         yield
-    except FlextronError:
-        raise
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        reason = first_line(error).rstrip(".")
         way_out = "Install the flextron that wrote it, or rank the original again."
-        raise CheckpointError(f"cannot read {file}: {first_line(error)}. {way_out}") from error
+        raise CheckpointError(f"cannot read {file}: {reason}. {way_out}") from error
 
 
 def _save_ranking(ranking: Ranking, file: Path) -> None:

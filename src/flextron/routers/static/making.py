@@ -89,7 +89,7 @@ def make_router(
         "documents_left_out": after,
     }
     with reserved(Path(folder) / FOLDER, grows=True):
-        pairs = Pairs.beside(folder, about)
+        pairs = Pairs.beside(folder, about, model.search_space)
         if len(pairs):
             say(f"resuming with {len(pairs)} measured sub-networks from {pairs.file}")
         table = _table(model, folder, phase, any_device=any_device, show=show, say=say)

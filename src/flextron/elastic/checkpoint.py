@@ -22,6 +22,7 @@ from flextron.elastic import per_layer
 from flextron.elastic.accounting import check_accounted, check_finite, check_shards_inside, untie_if_apart
 from flextron.elastic.gguf_source import check_all_used, complete_config
 from flextron.elastic.older_transformers import add_old_names
+from flextron.elastic.sizes import check_config
 from flextron.environment import dtype_name
 from flextron.errors import CheckpointError, FlextronError
 from flextron.records import RecordError, check_version, checked, read_record
@@ -99,6 +100,8 @@ def load(path: str | Path, *, dtype: str | torch.dtype = "auto", **kwargs: Any) 
     try:
         if gguf and "config" not in read:
             read["config"] = complete_config(Path(path))
+        elif Path(source).is_dir() and not gguf:
+            check_config(Path(source))
         lm, info = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,

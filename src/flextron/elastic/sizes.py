@@ -34,7 +34,7 @@ def check_config(folder: Path) -> None:
     except (OSError, RecordError, RecursionError) as error:
         raise CheckpointError(f"cannot read {file}: {error}. Get the checkpoint again.") from None
     _check_numbers(raw, file)
-    shapes = [shape for weights in sorted(folder.glob("*.safetensors")) for shape in _shapes(weights)]
+    shapes = [shape for weights in sorted(folder.glob("model*.safetensors")) for shape in _shapes(weights)]
     if shapes and "quantization_config" not in raw and "auto_map" not in raw:
         check_layers(max((raw.get(key) or 0 for key in _LAYERS), default=0), shapes, file)
         check_weights(AutoConfig.from_pretrained(folder), shapes, file)

@@ -15,7 +15,7 @@ from flextron.data.blocks import TokenBlocks, batch_tokens
 from flextron.elastic.model import ElasticModel
 from flextron.errors import RouterError
 from flextron.ranking.sensitivity import full_predictions, mixed_loss
-from flextron.records import Journal, checked
+from flextron.records import Journal, RecordError, checked
 from flextron.subnet import AXES, SearchSpace, Subnet
 
 VERSION = 1
@@ -99,7 +99,7 @@ class Pairs:
         self.subnets: list[Subnet] = []
         self.losses: list[float] = []
         self._journal, header = Journal(file), {"version": VERSION, **about}
-        if self.file.is_file() and self.file.stat().st_size:
+        if self.file.is_file():
             self._read(header, space)
         else:
             self._journal.replace([header])
@@ -109,13 +109,16 @@ class Pairs:
     def _read(self, header: dict[str, Any], space: SearchSpace | None) -> None:
         try:
             found = self._journal.read(partial(_header_or_pair, space=space))
-        except OSError as error:
+            if not found or not isinstance(found[0], dict):
+                raise RecordError("the first line, which says what they belong to, is broken")
+        except (OSError, RecordError) as error:
             raise RouterError(
                 f"cannot read the measured pairs in {self.file}: {error}. Delete it to start again."
             ) from None
-        if found[:1] != [header]:
-            kept = f"pairs of another checkpoint or text: {found[0]}" if found else "no pairs"
-            raise RouterError(f"{self.file} holds {kept}. Delete it to start again.")
+        if found[0] != header:
+            raise RouterError(
+                f"{self.file} holds pairs of another checkpoint or text: {found[0]}. Delete it to start again."
+            )
         for pair in (line for line in found if isinstance(line, _Pair)):
             self.subnets.append(Subnet(pair.neurons, pair.kv_groups))
             self.losses.append(pair.loss)

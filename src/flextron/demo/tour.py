@@ -196,7 +196,7 @@ class Tour:
 
     def _read(self, name: str) -> Any:
         with self._readable(name):
-            return checked(json.loads((self.out / name).read_text(encoding="utf8")), Any)  # type: ignore[arg-type]
+            return checked(json.loads((self.out / name).read_text(encoding="utf8")), Any)
 
     @contextmanager
     def _readable(self, name: str) -> Iterator[None]:

@@ -60,6 +60,7 @@ def make_folder(root: Path) -> Path:
     """Everything that 0.1.0 wrote, with what it did not write: exports, a cache, journals, recipes."""
     shutil.copytree(WRITTEN, root, dirs_exist_ok=True)
     (root / "elastic" / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    shutil.copy(root / "run" / "train.json", root / "elastic")
     model = ElasticModel.from_pretrained(root / "elastic", dtype="float32")
     subnet = model.search_space.full.with_width("neurons", 0, 16)
     HfExporter().write(model, subnet, root / "per_layer", verify=False)
@@ -73,7 +74,8 @@ def make_folder(root: Path) -> Path:
     kept = _Kept(root / "results.jsonl")
     for number in range(3):
         kept.add(
-            {"run": number}, {"scores": {"acc": [1.0, 0.0]}, "documents": ["a/0", "a/1"], "share": 1.0, "cost": None}
+            {"run": number},
+            {"scores": {"acc": [1.0, 0.0]}, "documents": ["a/0", "a/1"], "share": 1.0, "cost": None, "chance": 0.5},
         )
     slopes = Slopes(*(torch.ones(size, dtype=dtype) for size, dtype in SLOPES))
     KeptSlopes(root, {}).save(0, slopes)
@@ -386,6 +388,7 @@ EVALUATE_GGUF = on_command_line(
 READERS: dict[str, tuple[Callable[[Path, Any], None], ...]] = {
     **{f"elastic/{name}": (read_model, GENERATE, EVALUATE) for name in MODEL_FILES},
     "elastic/sensitivity.json": (read_sensitivity, ROUTE),
+    "elastic/train.json": (on_command_line("export", "@/elastic", "@/../export", "--overwrite", "--no-verify"),),
     "elastic/rank.json": (on_command_line("rank", "@/elastic", "@/elastic"),),
     "elastic/latency/*": (read_tables, ROUTE),
     "elastic/routers/tpot/*": (read_router, ROUTE),

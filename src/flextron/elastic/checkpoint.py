@@ -25,7 +25,7 @@ from flextron.elastic.older_transformers import add_old_names
 from flextron.elastic.sizes import check_config
 from flextron.environment import dtype_name
 from flextron.errors import CheckpointError, FlextronError
-from flextron.records import RecordError, check_version, checked, read_record
+from flextron.records import check_version, checked, read_record
 from flextron.subnet import AXES, SearchSpace
 
 VERSION = 1
@@ -169,10 +169,9 @@ def missing_files(folder: Path) -> list[str]:
         CheckpointError: flextron.json cannot be read.
     """
     with _clear_metadata(folder / METADATA_FILE):
-        files = read_record(folder / METADATA_FILE, version=VERSION).get("files", [])
-        if not isinstance(files, list):
-            raise RecordError(f"its files are a {type(files).__name__} instead of a list")
-    return [str(name) for name in files if not (str(name).startswith("model") or (folder / str(name)).is_file())]
+        files = checked(read_record(folder / METADATA_FILE, version=VERSION), _Files).get("files", ())
+    present = {file.name for file in folder.iterdir() if file.is_file()}
+    return [name for name in files if not name.startswith("model") and name not in present]
 
 
 def check_whole(folder: Path) -> None:
@@ -264,8 +263,7 @@ def load_metadata(source: str, options: dict[str, Any]) -> tuple[SearchSpace | N
     file = _find(source, METADATA_FILE, options)
     if file is None:
         return None, None
-    with _clear_metadata(file):
-        data = checked(read_record(file, version=VERSION), _Metadata)
+    data = _read_metadata(file)
     ranking_file = _find(source, RANKING_FILE, options)
     if ranking_file is None:
         if RANKING_FILE in data.get("files", ()):
@@ -282,20 +280,22 @@ def search_space_in(folder: str | Path) -> SearchSpace | None:
         CheckpointError: it cannot be read.
     """
     file = Path(folder) / METADATA_FILE
-    if not file.is_file():
-        return None
-    with _clear_metadata(file):
-        return checked(read_record(file, version=VERSION), _Metadata)["search_space"]
+    return _read_metadata(file)["search_space"] if file.is_file() else None
 
 
-class _Space(TypedDict):
+class _Files(TypedDict, total=False):
+    files: tuple[str, ...]
+
+
+class _Metadata(_Files):
+    """What METADATA_FILE holds besides its version."""
+
     search_space: SearchSpace | None
 
 
-class _Metadata(_Space, total=False):
-    """What METADATA_FILE holds besides its version."""
-
-    files: tuple[str, ...]
+def _read_metadata(file: Path) -> _Metadata:
+    with _clear_metadata(file):
+        return checked(read_record(file, version=VERSION), _Metadata)
 
 
 @contextmanager

@@ -299,6 +299,7 @@ class _Scored(TypedDict):
     documents: tuple[str, ...]
     share: float
     cost: float | None
+    chance: float
 
 
 def _kept(entry: dict[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -210,15 +210,38 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
+class _Text(TypedDict):
+    tokens: int
+    data: tuple[str, ...]
+
+
+class _Optimizer(TypedDict):
+    learning_rate: float
+    text_weight: float
+    lora_rank: int
+
+
+class _Trained(TypedDict):
+    """Those settings of train.json that are told to people."""
+
+    text: _Text
+    optimizer: _Optimizer
+
+
 def training_of(folder: Path) -> dict[str, Any]:
     """How a checkpoint was trained, for people: tokens, data and settings; {} for one that `train` did not write."""
     file = folder / SETTINGS_FILE
     if not file.is_file():
         return {}
-    settings = read_record(file, version=VERSION)
+    try:
+        settings = checked(read_record(file, version=VERSION), _Trained)
+    except (OSError, RecordError) as error:
+        raise CheckpointError(f"cannot read {file}: {error}. Delete it to do without.") from None
     text, optimizer = settings["text"], settings["optimizer"]
     return {
         "tokens": text["tokens"],
         "data": [Path(Source.parse(source).path).name for source in text["data"]],
-        **{key: optimizer[key] for key in ("learning_rate", "text_weight", "lora_rank")},
+        "learning_rate": optimizer["learning_rate"],
+        "text_weight": optimizer["text_weight"],
+        "lora_rank": optimizer["lora_rank"],
     }

@@ -185,6 +185,7 @@ def measure_sensitivity(model: ElasticModel, blocks: TokenBlocks, *, show: bool 
     half around the 60% sub-network that the first half leads to. The increases are the mean of both. Layers below the
     changed one are not computed again: their outputs are kept for each batch.
     """
+    model.check_tokens(blocks.tokens)
     space = model.search_space
     widths = {**{axis: space[axis] for axis in AXES}, "neurons": _parts(space.neurons, 4)}
     halves = [half for half in blocks.tokens.tensor_split(2) if len(half)]

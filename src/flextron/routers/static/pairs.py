@@ -36,6 +36,7 @@ class LossMeter:
         Args:
             arithmetic: dtype to compute in, by default the weights'.
         """
+        model.check_tokens(blocks.tokens)
         self.model = model
         self.blocks = blocks
         self.arithmetic = arithmetic or model.dtype

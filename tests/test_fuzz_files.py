@@ -66,7 +66,7 @@ def test_a_damaged_file_is_read_or_refused_in_one_line(folder, model, place, how
 
 
 @pytest.mark.slow
-@settings(max_examples=3000, **QUIET)
+@settings(max_examples=1000, **QUIET)
 @given(places, kinds, seeds)
 def test_thousands_of_damaged_files(folder, model, place, how, seed):
     check(folder, model, place, how, seed)

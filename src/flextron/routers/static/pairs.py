@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -15,7 +15,7 @@ from flextron.data.blocks import TokenBlocks, batch_tokens
 from flextron.elastic.model import ElasticModel
 from flextron.errors import RouterError
 from flextron.ranking.sensitivity import full_predictions, mixed_loss
-from flextron.records import Journal, RecordError, checked
+from flextron.records import Journal, RecordError, checked, parse_record
 from flextron.subnet import AXES, SearchSpace, Subnet
 
 VERSION = 1
@@ -80,13 +80,13 @@ class Pairs:
         return cls(Path(folder) / FOLDER / f"pairs-{digest}.jsonl", about, space)
 
     @classmethod
-    def most_of(cls, folder: str | Path, fingerprint: str) -> Pairs | None:
+    def most_of(cls, folder: str | Path, fingerprint: str, space: SearchSpace | None = None) -> Pairs | None:
         """Open the file with most pairs of these weights beside a checkpoint; None if there is none."""
         found = []
         for file in sorted((Path(folder) / FOLDER).glob("pairs-*.jsonl")):
-            header = next(iter(Journal(file).read()), {})
-            if header.get("fingerprint") == fingerprint:
-                found.append(cls(file, {key: value for key, value in header.items() if key != "version"}))
+            about = _about(file)
+            if about.get("fingerprint") == fingerprint:
+                found.append(cls(file, about, space))
         return max(found, key=len, default=None)
 
     def __init__(self, file: str | Path, about: dict[str, Any], space: SearchSpace | None = None) -> None:
@@ -143,6 +143,21 @@ class _Pair(Subnet):
     """One line of the file."""
 
     loss: float
+
+
+class _About(TypedDict, total=False):
+    fingerprint: str
+    text: str
+    tokens: int
+
+
+def _about(file: Path) -> dict[str, Any]:
+    """Return what the first line says that the pairs belong to; {} where it cannot be read."""
+    try:
+        with file.open("rb") as lines:
+            return dict(checked(parse_record(lines.readline(), version=VERSION), _About))
+    except (OSError, RecordError):
+        return {}
 
 
 def _header_or_pair(record: dict[str, Any], space: SearchSpace | None) -> dict[str, Any] | _Pair:

@@ -8,9 +8,12 @@ import torch
 
 import tiny
 from flextron.data.blocks import BATCH_TOKENS, TokenBlocks
-from flextron.errors import SubnetError
+from flextron.errors import CheckpointError, SubnetError
 from flextron.evaluation import evaluate
 from flextron.model import ElasticModel
+from flextron.ranking.importance import measure_importance
+from flextron.ranking.sensitivity import measure_sensitivity
+from flextron.routers.static.pairs import LossMeter
 from flextron.subnet import Subnet
 
 
@@ -122,3 +125,16 @@ def test_share_counts_the_weights_of_the_kept_units(llama, subnets):
     assert llama.layer_weights(subnets[0]) == layers * (mlp + attention)
     assert llama.layer_weights(subnets[1]) == layers * (mlp // 2 + attention * 2 // 3)
     assert (llama.share(subnets[0]), llama.share(llama.search_space.smallest)) == (1, 0)
+
+
+def test_a_token_that_the_model_has_not(llama):
+    blocks = tiny.blocks()
+    blocks.tokens[3, 4] = tiny.VOCAB
+    for use in (
+        lambda: evaluate(llama, [llama.search_space.full], blocks),
+        lambda: measure_importance(llama, blocks),
+        lambda: measure_sensitivity(llama, blocks),
+        lambda: LossMeter(llama, blocks),
+    ):
+        with pytest.raises(CheckpointError, match="gives token 101, but the model has 101 tokens"):
+            use()

@@ -73,7 +73,7 @@ class TestJson:
         ("content", "message"),
         [
             ("{", "not a Subnet: it is not JSON (Expecting property name"),
-            ("[1]", "not a Subnet: it holds a list instead of an object with a version."),
+            ("[1]", "not a Subnet: it holds a list instead of an object."),
             ('{"version": 1, "neurons": [1]}', "it has the keys ['neurons'] instead of ['kv_groups', 'neurons']."),
             (text(heads=[1]), "it has the keys ['heads', 'kv_groups', 'neurons'] instead of ['kv_groups', 'neurons']."),
             (text(version=2), "not a Subnet: it has version 2; this flextron reads 1."),

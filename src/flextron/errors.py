@@ -12,9 +12,16 @@ FlextronError
 └── ExportError           the target format cannot express a sub-network
 """
 
+LONGEST = 480
+"""Characters of a message. Of a longer one the middle is left out, because the way out stands at its end."""
+
 
 class FlextronError(Exception):
-    """Base of all errors that flextron raises. The command line prints them in one line, without a traceback."""
+    """Base of all errors that flextron raises. The message is one line, whatever a file or library put into it."""
+
+    def __init__(self, message: str = "") -> None:
+        line = " ".join(part.strip() for part in message.splitlines())
+        super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST - 163]} … {line[-160:]}")
 
 
 class UnknownFamilyError(FlextronError):

@@ -75,6 +75,7 @@ def evaluate(
         SubnetError: a sub-network is not in the model's search space; raised before anything is computed.
         ValueError: `original` has another vocabulary.
     """
+    model.check_tokens(blocks.tokens)
     for run in runs:
         if isinstance(run, Subnet):
             model.search_space.check(run)

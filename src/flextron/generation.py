@@ -78,6 +78,7 @@ def stream(
     if draft is not None:
         draft.check(model, subnet)
     prompt_BT = _encode(model, prompt, chat=chat)
+    model.check_tokens(prompt_BT)
     _check_length(model, prompt_BT.shape[1], max_new_tokens)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     tokens = _new_tokens(model, subnet, prompt_BT, routing=routing, draft=draft, fast=fast, **options)

@@ -155,6 +155,27 @@ class TestBrokenWeights:
         change_json(folder / "config.json", intermediate_size=tiny.NEURONS + 8)
         refusal(folder)
 
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_a_weight_that_is_no_number(self, folder, value):
+        weights = load_file(folder / WEIGHTS_FILE)
+        weights["model.layers.1.mlp.up_proj.weight"][3, 4] = value
+        save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        assert "is damaged: model.layers.1.mlp.up_proj.weight has values that are no numbers" in refusal(folder)
+
+    @pytest.mark.parametrize(
+        ("changes", "problem"),
+        [
+            ({"num_hidden_layers": 10**9}, "config.json asks for 1e+09 layers; there are"),
+            ({"intermediate_size": 10**9}, "weights; there are"),
+            ({"vocab_size": 10**12}, "weights; there are"),
+            ({"rms_norm_eps": float("nan")}, "config.json has NaN for rms_norm_eps"),
+            ({"max_position_embeddings": -1}, "config.json has -1 for max_position_embeddings"),
+        ],
+    )
+    def test_a_config_that_cannot_be(self, folder, changes, problem):
+        change_json(folder / "config.json", **changes)
+        assert problem in refusal(folder)
+
     def test_pickled_weights_are_never_read(self, folder):
         """A pickle can run any code: this one would make a folder."""
         (folder / WEIGHTS_FILE).unlink()

@@ -170,6 +170,48 @@ def test_bad_files_are_named(tmp_path, content):
         Sensitivity.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (
+            lambda data: data["increases"]["neurons"][0].__setitem__(0, float("nan")),
+            r"\[0\]\[0\] is nan",
+        ),
+        (lambda data: data["increases"]["neurons"][0].__setitem__(0, float("inf")), "is inf, not a finite number"),
+        (lambda data: data["increases"]["neurons"].pop(), r"increases\.neurons are not \d for each of the \d layers"),
+        (
+            lambda data: data["widths"]["neurons"].__setitem__(0, -1),
+            r"is \[-1, .*not ascending widths of",
+        ),
+        (
+            lambda data: data["widths"]["neurons"].__setitem__(1, 999),
+            "neurons is .*999.*not ascending widths",
+        ),
+        (lambda data: data["widths"]["kv_groups"].pop(), "widths.kv_groups do not reach from"),
+        (lambda data: data["widths"].pop("kv_groups"), "widths.kv_groups do not reach from"),
+        (lambda data: data["unit_weights"]["neurons"].__setitem__(0, 0), "unit_weights.neurons is"),
+        (lambda data: data.update(tokens=True), "tokens is True, not a whole number"),
+        (lambda data: data.update(increases=[]), "increases is .*, not an object"),
+        (lambda data: data["search_space"].update(layers=7), "for each of the 7 layers"),
+    ],
+)
+def test_values_that_are_none_are_named(tmp_path, change, problem):
+    CONVEX.save(tmp_path)
+    file = tmp_path / "sensitivity.json"
+    data = json.loads(file.read_text())
+    change(data)
+    file.write_text(json.dumps(data))
+    with pytest.raises(CheckpointError, match=rf"sensitivity\.json: .*{problem}.* Rank again\."):
+        Sensitivity.load(tmp_path)
+
+
+def test_those_of_another_checkpoint_are_refused(tmp_path, llama):
+    llama.save_pretrained(tmp_path / "llama")
+    CONVEX.save(tmp_path / "llama")
+    with pytest.raises(CheckpointError, match="belongs to a checkpoint with another search space"):
+        Sensitivity.load(tmp_path / "llama")
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_never_above_the_share_whatever_the_curves(seed):
     """Also on straight curves, whose steps all cost the same up to rounding."""

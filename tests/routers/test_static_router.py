@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 import tiny
 from flextron import cli
@@ -268,11 +269,22 @@ class TestPairs:
         with pytest.raises(RouterError, match=r"pairs of another checkpoint or text.*Delete it"):
             Pairs(pairs.file, {**self.ABOUT, "fingerprint": "beef"})
 
-    @pytest.mark.parametrize("text", ["hello\n", "7\n", "", '{"version": 1}\n{"loss": 3}\n{"loss": 4}\n'])
+    @pytest.mark.parametrize("text", ["hello\n", "7\n", "", '{"loss": 3}\n{"loss": 4}\n'])
     def test_a_file_that_is_no_pairs_is_an_error(self, tmp_path, text):
         (tmp_path / "pairs.jsonl").write_text(text)
         with pytest.raises(RouterError, match=r"cannot read the measured pairs in .*pairs\.jsonl"):
             Pairs(tmp_path / "pairs.jsonl", self.ABOUT)
+
+    def test_a_broken_line_in_the_middle_is_told_and_left_out(self, tmp_path, llama, capsys):
+        pairs = Pairs(tmp_path / "pairs.jsonl", self.ABOUT)
+        for loss in (3.0, 4.0, 5.0, 6.0):
+            pairs.add(llama.search_space.full, loss)
+        lines = pairs.file.read_text().splitlines()
+        lines[1:4] = ["{garbled", lines[2].replace("4.0", "NaN"), lines[3].replace(f"{tiny.NEURONS}", "7")]
+        pairs.file.write_text("\n".join(lines) + "\n")
+        assert Pairs(pairs.file, self.ABOUT, llama.search_space).losses == [6.0]
+        assert "line 2 is left out, because it is not JSON" in capsys.readouterr().err
+        assert pairs.file.read_text().splitlines() == lines
 
     def test_the_meter_is_the_mixed_loss(self, llama, sensitivity):
         tokens = torch.randint(0, 90, (6, 16), generator=torch.Generator().manual_seed(0))
@@ -423,6 +435,31 @@ class TestFolder:
             other.layers[0].mlp.closes.weight.neg_()
         with pytest.raises(RouterError, match=r"trained for another checkpoint.*train-router"):
             Router.load(folder, "tpot", other)
+
+    @pytest.mark.parametrize(
+        ("name", "change", "problem"),
+        [
+            (
+                "router.utilities_SK",
+                lambda tensor: tensor * float("nan"),
+                "utilities_SK has numbers that are not",
+            ),
+            ("router.log_prices", lambda tensor: tensor[:-1], r"log_prices is torch.float32 of \(32,\) instead of"),
+            ("surrogate.base", lambda tensor: tensor.half(), "base is torch.float16 of"),
+            ("router.costs_SK", lambda tensor: -tensor, "costs or its lowest budget"),
+            ("router.ends", lambda tensor: tensor + 1, "costs or its lowest budget"),
+            ("router.allowed_SK", lambda tensor: ~tensor, "allowed_SK belongs to another search space"),
+            ("surrogate.more", None, "tensor more is unknown"),
+        ],
+    )
+    def test_weights_that_are_none(self, folder, trained, name, change, problem):
+        del trained
+        file = folder / "routers" / "tpot" / WEIGHTS
+        weights = load_file(file)
+        weights[name] = torch.zeros(1) if change is None else change(weights[name]).contiguous()
+        save_file(weights, file)
+        with pytest.raises(RouterError, match=rf"cannot read the router in .*{problem}.*train-router"):
+            Router.load(folder, "tpot", ElasticModel.from_pretrained(folder))
 
     @pytest.mark.parametrize("damage", ["about", "weights", "version", "keys"])
     def test_a_damaged_one_is_an_error(self, folder, trained, damage):

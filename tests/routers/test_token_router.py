@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import tiny
 from flextron import cli, config, generate
@@ -320,6 +321,23 @@ class TestFolder:
             other.layers[0].mlp.closes.weight.neg_()
         with pytest.raises(RouterError, match=r"trained for another checkpoint.*--per-token"):
             load_token_router(folder, "tpot", other)
+
+    @pytest.mark.parametrize(
+        ("name", "change", "problem"),
+        [
+            ("out_LR", lambda tensor: tensor * float("nan"), "out_LR has numbers that are not finite"),
+            ("reads_LRD", lambda tensor: tensor[..., 1:], "reads_LRD is torch.float32 of"),
+            ("bias_LR", lambda tensor: tensor.double(), "bias_LR is torch.float64 of"),
+            ("budgets_C", lambda tensor: tensor.flip(0), "calibrated budgets do not ascend"),
+            ("static.costs_SK", lambda tensor: -tensor, "costs or its lowest budget"),
+        ],
+    )
+    def test_weights_that_are_none(self, folder, name, change, problem):
+        file = folder / "routers" / "tpot-per-token" / WEIGHTS
+        weights = load_file(file)
+        save_file({**weights, name: change(weights[name]).contiguous()}, file)
+        with pytest.raises(RouterError, match=rf"cannot read the token router in .*{problem}.*train-router"):
+            load_token_router(folder, "tpot", ElasticModel.from_pretrained(folder))
 
     @pytest.mark.parametrize("damage", ["about", "weights", "version", "keys"])
     def test_a_damaged_one_is_an_error(self, folder, damage):

@@ -339,9 +339,17 @@ class TestResumption:
         assert evaluate_tasks(model, runs, ["piqa"], data=data, keep=file) == first
         assert done == ["piqa"]
         assert len(file.read_text().splitlines()) == 2
-        file.write_text("{}\n")
-        with pytest.raises(FlextronError, match="Delete it"):
-            evaluate_tasks(model, runs, ["piqa"], data=data, keep=file)
+
+    def test_a_broken_line_is_told_and_left_out(self, model, runs, data, tmp_path, monkeypatch, capsys):
+        file = tmp_path / "scores.jsonl"
+        first = evaluate_tasks(model, runs, ["piqa"], data=data, keep=file)
+        good = file.read_text()
+        file.write_text('{"key": 1, "scored": {"scores": {"acc": [NaN]}}}\n' + good)
+        done = self.computed(monkeypatch)
+        assert evaluate_tasks(model, runs, ["piqa"], data=data, keep=file) == first
+        assert not done
+        assert "line 1 is left out, because scored" in capsys.readouterr().err
+        assert file.read_text().endswith(good)
 
 
 @pytest.fixture(scope="module")

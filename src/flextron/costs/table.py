@@ -9,18 +9,38 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypedDict
 
 from flextron.atomic import clear_errors, write_text
 from flextron.errors import CostError
-from flextron.records import read_record
+from flextron.records import checked, read_record
 from flextron.subnet import AXES, SearchSpace, Subnet
 
 VERSION = 1
 CostRows: TypeAlias = tuple[tuple[float, ...], ...]
+UNITS = {"tpot": "ms", "ttft": "ms", "kv": "bytes", "weights": "bytes", "parameters": "parameters", "flops": "FLOPs"}
+"""The unit of each metric that a saved table may have."""
+
+
+class Conditions(TypedDict, total=False):
+    """Those conditions of a table that are computed with; there may be others."""
+
+    device: str
+    dtype: str
+    engine: str
+    quantization: str
+    batch: int
+    prompt_tokens: int
+    context_tokens: int
+    held_out: int | None
+    error_median: float | None
+    error_worst: float | None
+    machine_noise: float | None
+    other_programs: float | None
+    warning: str | None
 
 
 @dataclass(frozen=True)
@@ -133,12 +153,18 @@ class CostTable:
         """Read what `save` wrote.
 
         Raises:
-            CostError: the file is missing, unreadable, or of another version.
+            CostError: the file is missing, damaged, of another version or in another unit than flextron's.
         """
         try:
-            data = read_record(file, version=VERSION, keys={field.name for field in fields(cls)})
-            return cls(**{**data, "search_space": SearchSpace(**data["search_space"])})
-        except (OSError, ValueError, TypeError, OverflowError, CostError) as error:
+            table = checked(read_record(file, version=VERSION, keys=cls.__dataclass_fields__), cls)
+            checked(table.conditions, Conditions, "conditions")
+            if UNITS.get(table.metric) != table.unit:
+                known = ", ".join(f"{metric} in {unit}" for metric, unit in UNITS.items())
+                raise CostError(f"it has {table.metric[:60]!r} in {table.unit[:60]!r}; flextron keeps {known}")
+            if not 0 < table.full < math.inf:
+                raise CostError(f"the full model costs {table.full}; it must be above 0")
+            return table
+        except (OSError, ValueError, CostError) as error:
             reason = str(error).rstrip(".")
             raise CostError(
                 f"cannot read the cost table {file}: {reason}. Measure again, or delete the file."

@@ -17,6 +17,7 @@ from flextron.elastic.checkpoint import quiet_transformers
 from flextron.elastic.smollm2 import smollm2_path
 from flextron.errors import FlextronError
 from flextron.locks import check_unlocked
+from flextron.records import RecordError, parse_object
 
 __all__ = ["quickstart", "smollm2_path"]
 VERSION = 4
@@ -84,7 +85,7 @@ def _prepare(config: QuickstartConfig) -> None:
 def _read_settings(file: Path) -> dict[str, Any]:
     """What the run in a folder was asked for; nothing where the folder is not a quickstart's."""
     try:
-        settings = json.loads(file.read_text(encoding="utf8"))
-    except (OSError, ValueError):
+        settings = parse_object(file.read_bytes())
+    except (OSError, RecordError):
         return {}
-    return settings if isinstance(settings, dict) and "quickstart" in settings else {}
+    return settings if "quickstart" in settings else {}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -33,7 +35,7 @@ from flextron.demo.stages import Pace, Stage, in_words, run_stages, time_left
 from flextron.elastic.checkpoint import METADATA_FILE
 from flextron.elastic.smollm2 import named
 from flextron.environment import default_device, dtype_name, faster_dtype
-from flextron.errors import CostError, RouterError
+from flextron.errors import CheckpointError, CostError, RouterError
 from flextron.evaluation import evaluate
 from flextron.generation import generate
 from flextron.model import ElasticModel
@@ -42,6 +44,7 @@ from flextron.ranking.curvature import estimate_sensitivity
 from flextron.ranking.importance import rank
 from flextron.ranking.refit import refit
 from flextron.ranking.sensitivity import Sensitivity
+from flextron.records import checked
 from flextron.routers.static.making import make_router
 from flextron.routers.static.router import Router, metrics_with_router
 from flextron.routers.token.batch import TokenRouting
@@ -73,7 +76,8 @@ class Tour:
         run_stages([*until_picture, *rest], pace)
         results = self._read("results.json")
         results["per_token"] = self._read("per_token.json") if self.size.per_token else []
-        return report.write(self.out, results)
+        with self._readable("results.json"):
+            return report.write(self.out, results)
 
     def _pace(self) -> Pace:
         """How fast the full model reads a prompt here: the least of three times, after a warm-up."""
@@ -191,7 +195,18 @@ class Tour:
         )
 
     def _read(self, name: str) -> Any:
-        return json.loads((self.out / name).read_text(encoding="utf8"))
+        with self._readable(name):
+            return checked(json.loads((self.out / name).read_text(encoding="utf8")), Any)
+
+    @contextmanager
+    def _readable(self, name: str) -> Iterator[None]:
+        """Name the file where a stage's numbers cannot be read back."""
+        try:
+            yield
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+            raise CheckpointError(
+                f"cannot read {self.out / name}: {error!r}. Delete it, so that its stage runs again."
+            ) from None
 
     def _write(self, name: str, content: Any) -> None:
         write_text(self.out / name, json.dumps(content, indent=1) + "\n")

@@ -58,6 +58,22 @@ def check_accounted(path: str | Path, lm: PreTrainedModel, info: dict[str, Any])
         )
 
 
+def check_finite(path: str | Path, lm: PreTrainedModel) -> None:
+    """Pass if all weights are numbers.
+
+    Raises:
+        CheckpointError: one is NaN or infinite; the message names its tensor.
+    """
+    for name, weight in lm.named_parameters():
+        if not weight.is_meta and not bool(weight.detach().sum(dtype=_wide(weight.dtype)).isfinite()):
+            raise CheckpointError(f"{path} is damaged: {name} has values that are no numbers. Get it again.")
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Where a sum of weights overflows only if one of them is infinite."""
+    return torch.float64 if dtype in (torch.float32, torch.float64) else torch.float32
+
+
 def _is_tied(lm: PreTrainedModel, key: str) -> bool:
     """Whether a weight is the output projection of a model that has its embeddings there."""
     return key == "lm_head.weight" and are_tied(lm)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,12 +19,13 @@ from transformers.utils import logging as transformers_logging
 
 from flextron.atomic import lost, new_folder
 from flextron.elastic import per_layer
-from flextron.elastic.accounting import check_accounted, check_shards_inside, untie_if_apart
+from flextron.elastic.accounting import check_accounted, check_finite, check_shards_inside, untie_if_apart
 from flextron.elastic.gguf_source import check_all_used, complete_config
 from flextron.elastic.older_transformers import add_old_names
+from flextron.elastic.sizes import check_config
 from flextron.environment import dtype_name
 from flextron.errors import CheckpointError, FlextronError
-from flextron.records import RecordError, check_version, read_record
+from flextron.records import check_version, checked, read_record
 from flextron.subnet import AXES, SearchSpace
 
 VERSION = 1
@@ -67,6 +68,8 @@ class Ranking:
             order: torch.Tensor = getattr(self, name)
             if order.shape != shape:
                 raise ValueError(f"a ranking of this model has {name} of shape {shape}, not {tuple(order.shape)}.")
+            if order.dtype != torch.int32:
+                raise ValueError(f"{name} of the ranking is {dtype_name(order.dtype)}, not int32.")
             if not torch.equal(order.sort().values, torch.arange(shape[-1], dtype=order.dtype).expand(shape)):
                 raise ValueError(f"{name} of the ranking is no permutation: a unit is missing or named twice.")
 
@@ -97,6 +100,8 @@ def load(path: str | Path, *, dtype: str | torch.dtype = "auto", **kwargs: Any) 
     try:
         if gguf and "config" not in read:
             read["config"] = complete_config(Path(path))
+        elif Path(source).is_dir() and not gguf:
+            check_config(Path(source))
         lm, info = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
@@ -111,6 +116,7 @@ def load(path: str | Path, *, dtype: str | torch.dtype = "auto", **kwargs: Any) 
     except Exception as error:  # damaged files make transformers raise errors of many types
         raise CheckpointError(f"cannot load {path}: {first_line(error)}") from error
     check_accounted(path, lm, info)
+    check_finite(path, lm)
     if gguf:
         check_all_used(Path(path), lm)
     untie_if_apart(lm)
@@ -163,10 +169,9 @@ def missing_files(folder: Path) -> list[str]:
         CheckpointError: flextron.json cannot be read.
     """
     with _clear_metadata(folder / METADATA_FILE):
-        files = read_record(folder / METADATA_FILE, version=VERSION).get("files", [])
-        if not isinstance(files, list):
-            raise RecordError(f"its files are a {type(files).__name__} instead of a list")
-    return [str(name) for name in files if not (str(name).startswith("model") or (folder / str(name)).is_file())]
+        files = checked(read_record(folder / METADATA_FILE, version=VERSION), _Files).get("files", ())
+    present = {file.name for file in folder.iterdir() if file.is_file()}
+    return [name for name in files if not name.startswith("model") and name not in present]
 
 
 def check_whole(folder: Path) -> None:
@@ -258,25 +263,49 @@ def load_metadata(source: str, options: dict[str, Any]) -> tuple[SearchSpace | N
     file = _find(source, METADATA_FILE, options)
     if file is None:
         return None, None
-    with _clear_metadata(file):
-        data = read_record(file, version=VERSION)
-        search_space = None if data["search_space"] is None else SearchSpace(**data["search_space"])
-        ranking_file = _find(source, RANKING_FILE, options)
-        if ranking_file is None and RANKING_FILE in data.get("files", []):
+    data = _read_metadata(file)
+    ranking_file = _find(source, RANKING_FILE, options)
+    if ranking_file is None:
+        if RANKING_FILE in data.get("files", ()):
             raise CheckpointError(f"{source} is not whole: it lacks {RANKING_FILE}. {_AGAIN}.")
-        ranking = None if ranking_file is None else _load_ranking(ranking_file)
-    return search_space, ranking
+        return data["search_space"], None
+    with _clear_metadata(ranking_file):
+        return data["search_space"], _load_ranking(ranking_file)
+
+
+def search_space_in(folder: str | Path) -> SearchSpace | None:
+    """Return the search space of the elastic checkpoint in a local folder; None where there is none.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    file = Path(folder) / METADATA_FILE
+    return _read_metadata(file)["search_space"] if file.is_file() else None
+
+
+class _Files(TypedDict, total=False):
+    files: tuple[str, ...]
+
+
+class _Metadata(_Files):
+    """What METADATA_FILE holds besides its version."""
+
+    search_space: SearchSpace | None
+
+
+def _read_metadata(file: Path) -> _Metadata:
+    with _clear_metadata(file):
+        return checked(read_record(file, version=VERSION), _Metadata)
 
 
 @contextmanager
 def _clear_metadata(file: Path) -> Iterator[None]:
     try:
         yield
-    except FlextronError:
-        raise
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        reason = first_line(error).rstrip(".")
         way_out = "Install the flextron that wrote it, or rank the original again."
-        raise CheckpointError(f"cannot read {file}: {first_line(error)}. {way_out}") from error
+        raise CheckpointError(f"cannot read {file}: {reason}. {way_out}") from error
 
 
 def _save_ranking(ranking: Ranking, file: Path) -> None:

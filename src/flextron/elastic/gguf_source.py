@@ -15,6 +15,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from flextron.elastic.sizes import check_layers, check_weights
 from flextron.errors import CheckpointError
 
 ROPE_KEY = "flextron.rope_parameters"
@@ -38,6 +39,9 @@ def complete_config(file: Path) -> Any:
 
     reader = gguf.GGUFReader(file)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
+    shapes = [tensor.shape.tolist() for tensor in tensors.values()]
+    layers = reader.fields.get(f"{reader.fields['general.architecture'].contents()}.block_count")
+    check_layers(None if layers is None else layers.contents(), shapes, file)
     config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
     for field, ending in _BIASES.items():
         if hasattr(config, field):
@@ -49,6 +53,7 @@ def complete_config(file: Path) -> Any:
         else:
             factors = torch.tensor(gguf.dequantize(tensors[ROPE_TENSOR].data, tensors[ROPE_TENSOR].tensor_type))
             config.rope_parameters = _rope_of(config, factors, file)
+    check_weights(config, shapes, file)
     return config
 
 

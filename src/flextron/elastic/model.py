@@ -263,6 +263,19 @@ class ElasticModel:
         if self.positions is not None and tokens > self.positions:
             raise ValueError(f"{tokens} tokens are more than the {self.positions} positions of this model. {way_out}")
 
+    def check_tokens(self, tokens: torch.Tensor) -> None:
+        """Pass if the model has an embedding for each of these tokens.
+
+        Raises:
+            CheckpointError: it has not, because its tokenizer is damaged or another model's.
+        """
+        rows = self.lm.get_input_embeddings().weight.shape[0]
+        if tokens.numel() and int(tokens.max()) >= rows:
+            raise CheckpointError(
+                f"the tokenizer gives token {int(tokens.max())}, but the model has {rows} tokens: the tokenizer is "
+                "damaged or belongs to another model. Put the model's own tokenizer files into its folder."
+            )
+
     @property
     def config(self) -> Any:
         """Config of the full model."""

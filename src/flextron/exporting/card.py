@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from flextron.costs.pricing import format_cost
 from flextron.costs.saved import FOLDER
@@ -15,7 +14,8 @@ from flextron.costs.table import CostTable
 from flextron.costs.timing import trust_warning
 from flextron.elastic.model import ElasticModel
 from flextron.environment import describe_environment
-from flextron.errors import FlextronError
+from flextron.errors import CheckpointError, FlextronError
+from flextron.records import RecordError, checked, parse_object
 from flextron.routers.static.router import Router, metrics_with_router
 from flextron.subnet import Subnet
 
@@ -55,13 +55,13 @@ def model_card(model: ElasticModel, subnet: Subnet, parameters: int) -> str:
 
 
 def _history(model: ElasticModel) -> Iterator[str]:
-    origin = (_read_json(model.folder, "config.json") or {}).get("_name_or_path")
+    origin = _read(model.folder, "config.json", _Config).get("_name_or_path")
     named = f", made from {_name(origin)}" if origin else ""
     yield f"Base model: `{base_model(model) or model.config.model_type}`, a {model.config.model_type} model{named}"
     ranking = model.ranking
     if ranking is not None:
         yield f"Ranked by {ranking.score} on {ranking.tokens:,} tokens of {_name(ranking.text)}"
-    run = _read_json(model.folder, "train.json")
+    run = _read(model.folder, "train.json", _Run)
     if run:
         text, optimizer = run["text"], run["optimizer"]
         names = ", ".join(map(_name, text["data"]))
@@ -125,9 +125,40 @@ def _quality(model: ElasticModel) -> list[str]:
     return sections
 
 
-def _read_json(folder: Path | None, name: str) -> Any:
-    file = None if folder is None else folder / name
-    return json.loads(file.read_text(encoding="utf8")) if file is not None and file.is_file() else None
+class _Config(TypedDict, total=False):
+    _name_or_path: str | None
+
+
+class _Text(TypedDict):
+    tokens: int
+    data: tuple[str, ...]
+
+
+class _Optimizer(TypedDict):
+    learning_rate: float
+
+
+class _Run(TypedDict):
+    """Those settings of train.json that a card tells."""
+
+    text: _Text
+    optimizer: _Optimizer
+    arithmetic: str
+    seed: int
+
+
+def _read(folder: Path | None, name: str, kind: type[Any]) -> Any:
+    """Return what a card tells of a JSON file beside a model; {} where there is none.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    if folder is None or not (folder / name).is_file():
+        return {}
+    try:
+        return checked(parse_object((folder / name).read_bytes()), kind)
+    except (OSError, RecordError) as error:
+        raise CheckpointError(f"cannot read {folder / name} for the model card: {error}. Mend it.") from None
 
 
 def _name(text: str) -> str:

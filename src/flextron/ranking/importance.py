@@ -84,6 +84,7 @@ def measure_importance(
     """
     if score not in SCORES:
         raise ValueError(f"unknown score {score!r}; the scores are {', '.join(SCORES)}.")
+    model.check_tokens(blocks.tokens)
     mlps = [_Statistic(layer.mlp, score) for layer in model.layers]
     attentions = [_Statistic(layer.attention, score) for layer in model.layers]
     batches = list(blocks.batches(min(BATCH_TOKENS, blocks.tokens.numel() // 2)))

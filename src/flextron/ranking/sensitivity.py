@@ -21,10 +21,11 @@ from transformers import PreTrainedTokenizerBase
 
 from flextron.atomic import write_text
 from flextron.data.blocks import TokenBlocks, blocks_after
+from flextron.elastic.checkpoint import search_space_in
 from flextron.elastic.model import ElasticModel
 from flextron.errors import CheckpointError, SubnetError
 from flextron.progress import bar
-from flextron.records import read_record
+from flextron.records import checked, read_record
 from flextron.subnet import AXES, SearchSpace, Subnet
 
 VERSION = 1
@@ -120,14 +121,35 @@ class Sensitivity:
         """Read what `save` wrote.
 
         Raises:
-            CheckpointError: the file is missing, unreadable, or of another version.
+            CheckpointError: the file is missing, damaged, of another version, or of another search space than the
+                checkpoint in the folder.
         """
-        file = Path(folder) / FILE
+        file, space = Path(folder) / FILE, search_space_in(folder)
         try:
-            data = read_record(file, version=VERSION)
-            return cls(**{**data, "search_space": SearchSpace(**data["search_space"])})
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"cannot read {file}: {error}. Rank again.") from error
+            sensitivity = checked(read_record(file, version=VERSION), cls)
+            sensitivity.check(space or sensitivity.search_space)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"cannot read {file}: {str(error).rstrip('.')}. Rank again.") from error
+        return sensitivity
+
+    def check(self, space: SearchSpace) -> None:
+        """Pass if these are measurements of every layer of a model with this search space.
+
+        Raises:
+            ValueError: they are of another one, or do not go together.
+        """
+        if self.search_space != space:
+            raise ValueError("it belongs to a checkpoint with another search space")
+        for axis in AXES:
+            widths, units = self.widths.get(axis, ()), self.unit_weights.get(axis, ())
+            if not set(widths) <= set(space[axis]) or list(widths) != sorted(set(widths)):
+                raise ValueError(f"widths.{axis} is {list(widths)}, not ascending widths of the search space")
+            if (*widths[:1], *widths[-1:]) != (space[axis][0], space[axis][-1]):
+                raise ValueError(f"widths.{axis} do not reach from {space[axis][0]} to {space[axis][-1]}")
+            if [len(row) for row in self.increases.get(axis, ())] != [len(widths)] * space.layers:
+                raise ValueError(f"increases.{axis} are not {len(widths)} for each of the {space.layers} layers")
+            if len(units) != space.layers or min(units) < 1:
+                raise ValueError(f"unit_weights.{axis} is {list(units)}, not a number above 0 for each layer")
 
 
 class _Step(NamedTuple):
@@ -164,6 +186,7 @@ def measure_sensitivity(model: ElasticModel, blocks: TokenBlocks, *, show: bool 
     half around the 60% sub-network that the first half leads to. The increases are the mean of both. Layers below the
     changed one are not computed again: their outputs are kept for each batch.
     """
+    model.check_tokens(blocks.tokens)
     space = model.search_space
     widths = {**{axis: space[axis] for axis in AXES}, "neurons": _parts(space.neurons, 4)}
     halves = [half for half in blocks.tokens.tensor_split(2) if len(half)]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from flextron.costs.timing import PHASES, phase_of
 from flextron.errors import RouterError
+from flextron.records import RecordError, checked
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,21 @@ class MadeFrom:
     """Source of the text that the router learnt from."""
     tokens: int
     """Number of tokens of the text that were measured."""
+
+
+About = TypeVar("About", bound=MadeFrom)
+
+
+def checked_about(data: dict[str, Any], kind: type[About], metric: str) -> About:
+    """Return the record of a router that lies in the folder of a metric.
+
+    Raises:
+        ValueError: as `records.checked`, or it is of another metric.
+    """
+    about = checked(data, kind)
+    if about.metric != metric:
+        raise RecordError(f"it is for {about.metric[:60]}, not for {metric}")
+    return about
 
 
 def routed_phase(metric: str) -> str:

@@ -17,13 +17,13 @@ from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypedDict
 
 from flextron.atomic import reserved
 from flextron.data.blocks import require_tokenizer
 from flextron.elastic.model import ElasticModel
 from flextron.errors import FlextronError
-from flextron.records import Journal
+from flextron.records import Journal, RecordError, checked
 from flextron.routers.token.batch import TokenRouting
 from flextron.subnet import Subnet
 from flextron.tasks.results import TaskResult, plain_name
@@ -275,9 +275,8 @@ class _Kept:
 
     def _read(self, journal: Journal) -> None:
         try:
-            for entry in journal.read():
-                self._scored[_text(entry["key"])] = entry["scored"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            self._scored.update(journal.read(_kept))
+        except OSError as error:
             where = f"the results kept in {journal.file}"
             raise FlextronError(f"cannot read {where}: {error}. Delete it to start anew.") from None
 
@@ -291,6 +290,23 @@ class _Kept:
         self._scored[_text(key)] = scored
         if self._journal is not None:
             self._journal.append({"key": dict(key), "scored": scored})
+
+
+class _Scored(TypedDict):
+    """What a run scored on a task."""
+
+    scores: dict[str, tuple[float, ...]]
+    documents: tuple[str, ...]
+    share: float
+    cost: float | None
+    chance: float
+
+
+def _kept(entry: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    scored: dict[str, Any] = dict(checked(entry["scored"], _Scored, "scored"))
+    if "acc" not in scored["scores"] or {len(each) for each in scored["scores"].values()} != {len(scored["documents"])}:
+        raise RecordError("it has not one score for each document")
+    return _text(entry["key"]), scored
 
 
 def _text(key: Mapping[str, Any]) -> str:

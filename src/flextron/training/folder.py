@@ -8,7 +8,7 @@ import shutil
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from flextron.atomic import check_apart, clear_errors, keeping, reserved, tell_dropped, write_text
 from flextron.config import TrainConfig
@@ -19,7 +19,7 @@ from flextron.elastic.model import ElasticModel
 from flextron.errors import CheckpointError
 from flextron.locks import INSIDE, check_unlocked
 from flextron.ranking.sensitivity import Sensitivity
-from flextron.records import Journal, read_record
+from flextron.records import Journal, RecordError, checked, parse_object, read_record
 from flextron.training.snapshot import latest_snapshot
 
 VERSION = 1
@@ -107,10 +107,9 @@ class RunFolder:
         if not file.is_file():
             return {}
         try:
-            found = json.loads(file.read_text(encoding="utf8"))
-        except (OSError, ValueError) as error:
+            return parse_object(file.read_bytes())
+        except (OSError, RecordError) as error:
             raise CheckpointError(f"cannot read {file}: {error}. Name another folder, or remove this one.") from None
-        return found if isinstance(found, dict) else {}
 
     def forget_after(self, step: int) -> None:
         """Delete the metrics of steps after `step`, which will run again."""
@@ -123,7 +122,10 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return all logged records, without lines that a crash cut short, and of a step's doubles the last."""
-        records = [record for record in self._metrics.read(strict=False) if type(record.get("step")) is int]
+        try:
+            records = self._metrics.read(lambda record: checked(record, _Metrics))
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self._metrics.file}: {error}.") from None
         return list({(record["step"], "held_out" in record): record for record in records}.values())
 
     def finish(self, model: ElasticModel, weights: Any, sensitivity: Sensitivity | None) -> None:
@@ -155,6 +157,17 @@ class RunFolder:
             shutil.rmtree(leftover, ignore_errors=True)
         if snapshots:
             shutil.rmtree(self.snapshots, ignore_errors=True)
+
+
+class _Step(TypedDict):
+    step: int
+
+
+class _Metrics(_Step, total=False):
+    """Those values of a line of metrics.jsonl that are read back; there are others."""
+
+    seconds: float
+    held_out: dict[str, float]
 
 
 def _settings(config: TrainConfig, model: str) -> dict[str, Any]:
@@ -197,15 +210,38 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
+class _Text(TypedDict):
+    tokens: int
+    data: tuple[str, ...]
+
+
+class _Optimizer(TypedDict):
+    learning_rate: float
+    text_weight: float
+    lora_rank: int
+
+
+class _Trained(TypedDict):
+    """Those settings of train.json that are told to people."""
+
+    text: _Text
+    optimizer: _Optimizer
+
+
 def training_of(folder: Path) -> dict[str, Any]:
     """How a checkpoint was trained, for people: tokens, data and settings; {} for one that `train` did not write."""
     file = folder / SETTINGS_FILE
     if not file.is_file():
         return {}
-    settings = read_record(file, version=VERSION)
+    try:
+        settings = checked(read_record(file, version=VERSION), _Trained)
+    except (OSError, RecordError) as error:
+        raise CheckpointError(f"cannot read {file}: {error}. Delete it to do without.") from None
     text, optimizer = settings["text"], settings["optimizer"]
     return {
         "tokens": text["tokens"],
         "data": [Path(Source.parse(source).path).name for source in text["data"]],
-        **{key: optimizer[key] for key in ("learning_rate", "text_weight", "lora_rank")},
+        "learning_rate": optimizer["learning_rate"],
+        "text_weight": optimizer["text_weight"],
+        "lora_rank": optimizer["lora_rank"],
     }

@@ -17,7 +17,7 @@ from contextlib import closing, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
-from typing import Any, cast
+from typing import Any, TypedDict, cast
 
 import torch
 from accelerate import Accelerator
@@ -30,9 +30,10 @@ from flextron.costs.saved import find_table
 from flextron.data.corpus import Corpus
 from flextron.elastic.adapters import merge_adapters
 from flextron.environment import arithmetic_dtype, describe_device, dtype_name
-from flextron.errors import FlextronError, TrainingError
+from flextron.errors import CheckpointError, FlextronError, TrainingError
 from flextron.model import ElasticModel
 from flextron.ranking.sensitivity import Sensitivity
+from flextron.records import checked
 from flextron.routers.static.making import keep_router, remake_router
 from flextron.routers.static.router import Router, metrics_with_router
 from flextron.routers.token.learning import TokenRouterAbout
@@ -307,9 +308,12 @@ class TrainingRun:
             on_first(lambda: self.folder.forget_after(-1))
             return
         state = load_snapshot(snapshot, model=self.distiller, optimizers=[self.optimizer])
-        self.step = state["step"]
-        self.held_out.load_state_dict(state)
-        self.sampler.load_state_dict(state["sampler"])
+        try:
+            self.step = checked(state, _State, "state")["step"]
+            self.held_out.load_state_dict(state)
+            self.sampler.load_state_dict(state["sampler"])
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
+            raise CheckpointError(f"cannot use {snapshot}: {error}. Delete it to resume from an earlier one.") from None
         on_first(lambda: self._set_corpus(state["corpus"]))
         on_first(lambda: self.folder.forget_after(self.step))
         self.say(f"resuming from step {self.step} of {self.steps}")
@@ -378,6 +382,16 @@ class TrainingRun:
 
     def _set_corpus(self, state: dict[str, Any]) -> None:
         cast(Corpus, self.corpus).load_state_dict(state)
+
+
+class _State(TypedDict):
+    """What a snapshot says about the run."""
+
+    step: int
+    before: dict[str, float]
+    held_out: Any
+    sampler: dict[str, Any]
+    corpus: dict[str, Any]
 
 
 def _check_vocabulary(model: ElasticModel) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from flextron.config import VisitOptions
 from flextron.costs.table import CostTable
 from flextron.elastic.model import ElasticModel
 from flextron.ranking.sensitivity import Sensitivity
+from flextron.records import checked
 from flextron.routers.static.learning import sample_answer
 from flextron.routers.static.router import Router
 from flextron.routers.token.batch import TokenRouting
@@ -34,6 +35,14 @@ ATTENTION_PRICE = 4
 In SmolLM2, a third of all KV groups (8% of the weights) costs 0.9 nats; a quarter of all neurons (19%) costs 0.4.
 """
 _GOLDEN = (5**0.5 - 1) / 2
+
+
+class _Position(TypedDict):
+    """What `Sampler.state_dict` returns."""
+
+    generator: dict[str, Any]
+    place: float
+    visits: tuple[int, ...]
 
 
 class TokenRouterInUse(NamedTuple):
@@ -129,10 +138,17 @@ class SubnetSampler:
         return {"generator": self._generator.bit_generator.state, "place": self._position, "visits": list(self._visits)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from the position that `state_dict` returned."""
-        self._generator.bit_generator.state = state["generator"]
-        self._position = state["place"]
-        self._visits = list(state["visits"])
+        """Continue from the position that `state_dict` returned.
+
+        Raises:
+            ValueError, KeyError, TypeError, OverflowError: `state` is no such position.
+        """
+        position = checked(state, _Position)
+        visits, place = position["visits"], position["place"]
+        if len(visits) != len(KINDS) or min(visits) < 0 or not 0 <= place < 1:
+            raise ValueError(f"visits {visits} at place {place} are no position of the sampler")
+        self._generator.bit_generator.state = position["generator"]
+        self._position, self._visits = place, list(visits)
 
     def _full(self) -> Visit:
         return Visit("full", self._sensitivities[0].search_space.full)

@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -37,7 +37,7 @@ from torch.optim import Optimizer
 
 from flextron.atomic import write_text
 from flextron.errors import CheckpointError
-from flextron.records import RecordError, check_version
+from flextron.records import RecordError, check_version, checked
 
 VERSION = 1
 STATE_FILE = "state.json"
@@ -198,12 +198,12 @@ def _split(tensors: dict[str, Tensor]) -> dict[str, int]:
 
 
 def _empty_states(
-    snapshot: Path, weights: dict[str, nn.Parameter], optimizers: Sequence[Optimizer], kinds: list[str]
+    snapshot: Path, weights: dict[str, nn.Parameter], optimizers: Sequence[Optimizer], kinds: Sequence[str]
 ) -> list[dict[Tensor, dict[str, Tensor]]]:
     """Return zero tensors for the stored optimizer states, sharded like the weights, after checking the model."""
-    if _kinds(optimizers) != kinds:
+    if _kinds(optimizers) != list(kinds):
         raise CheckpointError(
-            f"it belongs to the optimizers {kinds}, not {_kinds(optimizers)}. Build those of that run."
+            f"it belongs to the optimizers {list(kinds)}, not {_kinds(optimizers)}. Build those of that run."
         )
     stored = HuggingFaceStorageReader(str(snapshot)).read_metadata().state_dict_metadata
     _check_same_weights({name: stored.pop(name) for name in list(stored) if name.startswith("model.")}, weights)
@@ -315,11 +315,25 @@ def _delete_old(runs: Path, keep_last: int) -> None:
 def _read_record(snapshot: Path) -> dict[str, Any]:
     try:
         record = json.loads((snapshot / STATE_FILE).read_text(encoding="utf8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{STATE_FILE} cannot be read ({error}). {_DELETE}") from error
     if not isinstance(record, dict) or "version" not in record:
         raise CheckpointError(f"{STATE_FILE} does not describe a snapshot. {_DELETE}")
     return record
+
+
+class _File(TypedDict):
+    bytes: int
+    crc32: int
+
+
+class _Record(TypedDict):
+    """What STATE_FILE holds besides its version."""
+
+    step: int
+    optimizers: tuple[str, ...]
+    files: dict[str, _File]
+    state: dict[str, Any]
 
 
 def _checked_record(snapshot: Path) -> dict[str, Any]:
@@ -329,6 +343,10 @@ def _checked_record(snapshot: Path) -> dict[str, Any]:
         check_version(record["version"], VERSION)
     except RecordError as error:
         raise CheckpointError(f"{error}. Update flextron.") from None
+    try:
+        record = dict(checked(record, _Record))
+    except RecordError as error:
+        raise CheckpointError(f"{STATE_FILE} is damaged: {error}. {_DELETE}") from None
     written = record["files"]
     paths = {path.name: path for path in snapshot.iterdir() if path.name != STATE_FILE}
     if wrong := sorted(paths.keys() ^ written.keys()):

@@ -89,7 +89,7 @@ def make_router(
         "documents_left_out": after,
     }
     with reserved(Path(folder) / FOLDER, grows=True):
-        pairs = Pairs.beside(folder, about)
+        pairs = Pairs.beside(folder, about, model.search_space)
         if len(pairs):
             say(f"resuming with {len(pairs)} measured sub-networks from {pairs.file}")
         table = _table(model, folder, phase, any_device=any_device, show=show, say=say)
@@ -127,7 +127,7 @@ def router_from_pairs(
     """
     check_phase(phase)
     say: Say = partial(print, file=sys.stderr) if show else lambda _: None
-    sensitivity, pairs = sensitivity_of(model, folder), Pairs.most_of(folder, model.fingerprint())
+    sensitivity, pairs = sensitivity_of(model, folder), Pairs.most_of(folder, model.fingerprint(), model.search_space)
     if pairs is None:
         raise RouterError(f"{folder} has no measured pairs of these weights. Measure some: --evaluations 256.")
     with reserved(Path(folder) / FOLDER, grows=True):

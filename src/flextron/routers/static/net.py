@@ -19,6 +19,8 @@ from flextron.costs.table import CostTable
 from flextron.errors import RouterError
 from flextron.ranking.sensitivity import Sensitivity
 from flextron.routers.choices import Floats, Indices, Mask, allowed, cost_matrix, increase_matrix, prices
+from flextron.routers.state import load_state
+from flextron.subnet import SearchSpace
 
 HIDDEN = 128
 KNOTS = 33
@@ -73,11 +75,19 @@ class StaticRouter(nn.Module):
         return cls(-increase_matrix(sensitivity), cost_matrix(table) / full, table.fixed / full, allowed(space), lowest)
 
     @classmethod
-    def from_state(cls, state: dict[str, torch.Tensor]) -> StaticRouter:
-        """Return the router that had this `state_dict()`."""
-        costs, allowed_SK = np.asarray(state["costs_SK"].double()), np.asarray(state["allowed_SK"])
-        router = cls(np.zeros_like(costs), costs, 0.0, allowed_SK, 0.5)
-        router.load_state_dict(state)
+    def from_state(cls, state: dict[str, torch.Tensor], space: SearchSpace) -> StaticRouter:
+        """Return the router for this search space that had this `state_dict()`.
+
+        Raises:
+            ValueError: it was none's.
+        """
+        allowed_SK = allowed(space)
+        router = cls(np.zeros(allowed_SK.shape), np.zeros(allowed_SK.shape), 0.0, allowed_SK, 0.5)
+        load_state(router, state)
+        if not 0 < router.lowest < 1 or router.fixed < 0 or (router.costs_SK < 0).any():
+            raise ValueError("its costs or its lowest budget are not between 0 and 1")
+        if not np.array_equal(np.asarray(router.allowed_SK), allowed_SK):
+            raise ValueError("allowed_SK belongs to another search space")
         return router
 
     def continue_from(self, other: StaticRouter) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -13,8 +15,8 @@ from flextron.data.blocks import TokenBlocks, batch_tokens
 from flextron.elastic.model import ElasticModel
 from flextron.errors import RouterError
 from flextron.ranking.sensitivity import full_predictions, mixed_loss
-from flextron.records import Journal
-from flextron.subnet import AXES, Subnet
+from flextron.records import Journal, RecordError, checked, parse_record
+from flextron.subnet import AXES, SearchSpace, Subnet
 
 VERSION = 1
 FOLDER = "routers"
@@ -34,6 +36,7 @@ class LossMeter:
         Args:
             arithmetic: dtype to compute in, by default the weights'.
         """
+        model.check_tokens(blocks.tokens)
         self.model = model
         self.blocks = blocks
         self.arithmetic = arithmetic or model.dtype
@@ -71,23 +74,23 @@ class Pairs:
     """
 
     @classmethod
-    def beside(cls, folder: str | Path, about: dict[str, Any]) -> Pairs:
+    def beside(cls, folder: str | Path, about: dict[str, Any], space: SearchSpace | None = None) -> Pairs:
         """Open the pairs of the checkpoint and text that `about` describes, in a file of their own."""
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
-        return cls(Path(folder) / FOLDER / f"pairs-{digest}.jsonl", about)
+        return cls(Path(folder) / FOLDER / f"pairs-{digest}.jsonl", about, space)
 
     @classmethod
-    def most_of(cls, folder: str | Path, fingerprint: str) -> Pairs | None:
+    def most_of(cls, folder: str | Path, fingerprint: str, space: SearchSpace | None = None) -> Pairs | None:
         """Open the file with most pairs of these weights beside a checkpoint; None if there is none."""
         found = []
         for file in sorted((Path(folder) / FOLDER).glob("pairs-*.jsonl")):
-            header = next(iter(Journal(file).read()), {})
-            if header.get("fingerprint") == fingerprint:
-                found.append(cls(file, {key: value for key, value in header.items() if key != "version"}))
+            about = _about(file)
+            if about.get("fingerprint") == fingerprint:
+                found.append(cls(file, about, space))
         return max(found, key=len, default=None)
 
-    def __init__(self, file: str | Path, about: dict[str, Any]) -> None:
-        """Read the pairs in `file`, or start the file.
+    def __init__(self, file: str | Path, about: dict[str, Any], space: SearchSpace | None = None) -> None:
+        """Read the pairs in `file`, those within `space`, or start the file.
 
         Raises:
             RouterError: the file belongs to another checkpoint or text, or cannot be read.
@@ -98,26 +101,28 @@ class Pairs:
         self.losses: list[float] = []
         self._journal, header = Journal(file), {"version": VERSION, **about}
         if self.file.is_file():
-            self._read(header)
+            self._read(header, space)
         else:
             self._journal.replace([header])
         known = self.measured()  # doubles count once
         self.subnets, self.losses = list(known), list(known.values())
 
-    def _read(self, header: dict[str, Any]) -> None:
+    def _read(self, header: dict[str, Any], space: SearchSpace | None) -> None:
         try:
-            kept, *pairs = self._journal.read()
-            for pair in pairs:
-                self.subnets.append(Subnet(**{axis: pair[axis] for axis in AXES}))
-                self.losses.append(float(pair["loss"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            found = self._journal.read(partial(_header_or_pair, space=space))
+            if not found or not isinstance(found[0], dict):
+                raise RecordError("the first line, which says what they belong to, is broken")
+        except (OSError, RecordError) as error:
             raise RouterError(
                 f"cannot read the measured pairs in {self.file}: {error}. Delete it to start again."
             ) from None
-        if kept != header:
+        if found[0] != header:
             raise RouterError(
-                f"{self.file} holds pairs of another checkpoint or text: {kept}. Delete it to start again."
+                f"{self.file} holds pairs of another checkpoint or text: {found[0]}. Delete it to start again."
             )
+        for pair in (line for line in found if isinstance(line, _Pair)):
+            self.subnets.append(Subnet(pair.neurons, pair.kv_groups))
+            self.losses.append(pair.loss)
 
     def __len__(self) -> int:
         return len(self.subnets)
@@ -131,3 +136,34 @@ class Pairs:
     def measured(self) -> dict[Subnet, float]:
         """Return the losses by sub-network."""
         return dict(zip(self.subnets, self.losses, strict=True))
+
+
+@dataclass(frozen=True)
+class _Pair(Subnet):
+    """One line of the file."""
+
+    loss: float
+
+
+class _About(TypedDict, total=False):
+    fingerprint: str
+    text: str
+    tokens: int
+
+
+def _about(file: Path) -> dict[str, Any]:
+    """Return what the first line says that the pairs belong to; {} where it cannot be read."""
+    try:
+        with file.open("rb") as lines:
+            return dict(checked(parse_record(lines.readline(), version=VERSION), _About))
+    except (OSError, RecordError):
+        return {}
+
+
+def _header_or_pair(record: dict[str, Any], space: SearchSpace | None) -> dict[str, Any] | _Pair:
+    if "version" in record:
+        return record
+    pair = checked(record, _Pair)
+    if space is not None:
+        space.check(pair)
+    return pair

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +17,8 @@ from flextron.atomic import new_folder
 from flextron.costs.pricing import Ceiling
 from flextron.elastic.model import ElasticModel
 from flextron.errors import RouterError
-from flextron.records import read_record
-from flextron.routers.about import MadeFrom
+from flextron.records import checked, read_record
+from flextron.routers.about import MadeFrom, checked_about
 from flextron.routers.choices import Floats, Indices, Mask, allowed, to_indices, usable
 from flextron.routers.static.answering import answer
 from flextron.routers.static.net import StaticRouter
@@ -123,23 +122,18 @@ class Router:
             raise RouterError(f"{folder} has no router for {metric}. {way_out}")
         try:
             data = read_record(source / ABOUT, version=VERSION)
-            space = SearchSpace(**data.pop("search_space"))
-            if data.pop("fingerprint") != model.fingerprint() or space != model.search_space:
+            space = checked(data.pop("search_space", None), SearchSpace, "search_space")
+            if data.pop("fingerprint", None) != model.fingerprint() or space != model.search_space:
                 raise RouterError(f"the router in {source} was trained for another checkpoint. {way_out}")
             tensors = load_file(source / WEIGHTS)
             states = [
                 {name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.startswith(part)}
                 for part in ("router.", "surrogate.")
             ]
-            return cls(space, StaticRouter.from_state(states[0]), Surrogate.from_state(states[1]), _about(data))
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            raise RouterError(f"cannot read the router in {source}: {error}. {way_out}") from None
-
-
-def _about(data: dict[str, Any]) -> RouterAbout:
-    checks = tuple(Check(**{**check, "subnet": Subnet(**check["subnet"])}) for check in data["checks"])
-    errors = {key: SurrogateError(**data[key]) for key in ("error", "cross_validated")}
-    return RouterAbout(**{**data, **errors, "checks": checks})
+            nets = StaticRouter.from_state(states[0], space), Surrogate.from_state(states[1], space)
+            return cls(space, *nets, checked_about(data, RouterAbout, metric))
+        except (OSError, ValueError, SafetensorError) as error:
+            raise RouterError(f"cannot read the router in {source}: {str(error).rstrip('.')}. {way_out}") from None
 
 
 def metrics_with_router(folder: str | Path) -> list[str]:

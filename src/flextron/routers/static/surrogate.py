@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -19,7 +20,10 @@ from torch import nn
 
 from flextron.environment import one_thread
 from flextron.ranking.sensitivity import Sensitivity
+from flextron.records import MAY_BE_NAN
 from flextron.routers.choices import Floats, Indices, increase_matrix, parts_left_out
+from flextron.routers.state import load_state
+from flextron.subnet import SearchSpace
 
 EFFECTS = 4
 HIDDEN = 32
@@ -39,7 +43,7 @@ class SurrogateError:
 
     mean_absolute: float
     """Nats per token."""
-    rank_correlation: float
+    rank_correlation: Annotated[float, MAY_BE_NAN]
     """Spearman's rank correlation."""
     pairs: int
     """Number of sub-networks compared."""
@@ -90,10 +94,15 @@ class Surrogate(nn.Module):
         return cls(increase_matrix(sensitivity), parts_left_out(sensitivity.search_space))
 
     @classmethod
-    def from_state(cls, state: dict[str, torch.Tensor]) -> Surrogate:
-        """Return the surrogate that had this `state_dict()`."""
-        surrogate = cls(np.asarray(state["increases_SK"].double()), np.asarray(state["basis_SKP"][..., 0].double()))
-        surrogate.load_state_dict(state)
+    def from_state(cls, state: dict[str, torch.Tensor], space: SearchSpace) -> Surrogate:
+        """Return the surrogate for this search space that had this `state_dict()`.
+
+        Raises:
+            ValueError: it was none's.
+        """
+        left_out_SK = parts_left_out(space)
+        surrogate = cls(np.zeros_like(left_out_SK), left_out_SK)
+        load_state(surrogate, state)
         return surrogate
 
     def _untrained(self, seed: int) -> Surrogate:

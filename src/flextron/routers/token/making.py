@@ -22,7 +22,8 @@ from flextron.environment import faster_dtype
 from flextron.errors import RouterError
 from flextron.ranking.sensitivity import sensitivity_blocks
 from flextron.records import read_record
-from flextron.routers.about import routed_phase
+from flextron.routers.about import checked_about, routed_phase
+from flextron.routers.state import load_state
 from flextron.routers.static.making import sensitivity_of, unused_blocks
 from flextron.routers.static.net import StaticRouter
 from flextron.routers.static.pairs import FOLDER
@@ -148,21 +149,29 @@ def load_token_router(folder: str | Path, metric: str, model: ElasticModel) -> t
         raise RouterError(f"{folder} has no token router for {metric}. {way_out}")
     try:
         data = read_record(source / ABOUT, version=VERSION)
-        if data.pop("fingerprint") != model.fingerprint():
+        if data.pop("fingerprint", None) != model.fingerprint():
             raise RouterError(f"the token router in {source} was trained for another checkpoint. {way_out}")
-        router = _of_state(load_file(source / WEIGHTS))
-        return router, TokenRouterAbout(**data)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise RouterError(f"cannot read the token router in {source}: {error}. {way_out}") from None
+        router = _of_state(load_file(source / WEIGHTS), model)
+        return router, checked_about(data, TokenRouterAbout, metric)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise RouterError(f"cannot read the token router in {source}: {str(error).rstrip('.')}. {way_out}") from None
 
 
-def _of_state(state: dict[str, torch.Tensor]) -> TokenRouter:
+def _of_state(state: dict[str, torch.Tensor], model: ElasticModel) -> TokenRouter:
+    """Return the token router for a model that had this `state_dict()`.
+
+    Raises:
+        ValueError: it was none's.
+    """
     static = {name.removeprefix("static."): tensor for name, tensor in state.items() if name.startswith("static.")}
-    _, rank, size = state["reads_LRD"].shape
-    router = TokenRouter(StaticRouter.from_state(static), size, rank=rank)
+    rank, budgets = (state.get(name, torch.empty(0)).shape[-1:].numel() for name in ("out_LR", "budgets_C"))
+    router = TokenRouter(StaticRouter.from_state(static, model.search_space), model.config.hidden_size, rank=rank)
     for name in ("budgets_C", "offsets_C", "plan_CL"):
-        setattr(router, name, torch.empty_like(state[name]))
-    router.load_state_dict(state)
+        buffer: torch.Tensor = getattr(router, name)
+        setattr(router, name, buffer.new_empty(budgets, *buffer.shape[1:]))
+    load_state(router, state)
+    if budgets < 2 or not bool((router.budgets_C.diff() > 0).all()) or bool((router.plan_CL < 0).any()):
+        raise ValueError("its calibrated budgets do not ascend, or their costs are negative")
     return router
 
 

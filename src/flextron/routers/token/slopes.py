@@ -45,9 +45,10 @@ class KeptSlopes:
     def load(self, round_: int) -> Slopes | None:
         """Read a round that an earlier run measured; None if there is none or it cannot be read."""
         try:
-            return Slopes(**load_file(self._of(round_) / FILE))
+            slopes = Slopes(**load_file(self._of(round_) / FILE))
         except (OSError, SafetensorError, TypeError):
             return None
+        return slopes if all(bool(tensor.isfinite().all()) for tensor in slopes) else None
 
     def save(self, round_: int, slopes: Slopes) -> None:
         """Write a round, whole or not at all.

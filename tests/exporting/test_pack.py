@@ -111,7 +111,16 @@ def test_damage_is_named(folders):
     with pytest.raises(CheckpointError, match="cannot read the pack"):
         Pack.load(folders / "pack")
     weights.write_bytes(good)
-    record.write_text(json.dumps({**json.loads(record.read_text()), "version": 9}))
+    read = json.loads(record.read_text())
+    for change, problem in (
+        ({"dtype": 3}, "dtype is 3, not text"),
+        ({"ranking": {}}, "ranking lacks"),
+        ({"about": []}, "about is"),
+    ):
+        record.write_text(json.dumps({**read, **change}))
+        with pytest.raises(CheckpointError, match=f"cannot read the pack .*{problem}"):
+            Pack.load(folders / "pack")
+    record.write_text(json.dumps({**read, "version": 9}))
     with pytest.raises(CheckpointError, match="it has version 9; this flextron reads 1"):
         ElasticModel.from_pretrained(folders / "pack")
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,7 +24,7 @@ from flextron.elastic.checkpoint import ORDERS, Ranking
 from flextron.elastic.model import ElasticModel, projections_of
 from flextron.elastic.permutation import permute
 from flextron.errors import CheckpointError
-from flextron.records import read_record
+from flextron.records import checked, read_record
 from flextron.subnet import SearchSpace
 
 VERSION = 1
@@ -144,16 +144,22 @@ class Pack:
             CheckpointError: a file is missing, damaged, or of another version.
         """
         try:
-            record = read_record(folder / FILE, version=VERSION, keys=_KEYS)
+            record = checked(read_record(folder / FILE, version=VERSION, keys=_KEYS), _Record)
             with safe_open(folder / WEIGHTS, framework="pt") as stored:
                 tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - no mapping
             orders = {name: tensors.pop(f"ranking.{name}").to(torch.int32) for name in ORDERS}
             whole = [name for name in tensors if name.endswith(".whole")]
             others = {name.removesuffix(".whole"): tensors.pop(name) for name in whole}
             names = {name.rpartition(".")[0] for name in tensors}
+            if not all(tensor.isfinite().all() for tensor in others.values()):
+                raise ValueError("it has numbers that are not finite")
             return cls(
-                **{key: record[key] for key in (*_NAMES, "about")},
-                search_space=SearchSpace(**record["search_space"]),
+                base=record["base"],
+                base_fingerprint=record["base_fingerprint"],
+                fingerprint=record["fingerprint"],
+                dtype=record["dtype"],
+                about=record["about"],
+                search_space=record["search_space"],
                 ranking=Ranking(**orders, **record["ranking"]),
                 changes={name: _change(name, tensors) for name in sorted(names)},
                 others=others,
@@ -162,9 +168,28 @@ class Pack:
             raise CheckpointError(f"cannot read the pack {folder}: {error}. Fetch or make it again.") from error
 
 
+class _Ranked(TypedDict):
+    score: str
+    tokens: int
+    text: str
+
+
+class _Record(TypedDict):
+    """What FILE holds besides its version."""
+
+    base: str
+    base_fingerprint: str
+    fingerprint: str
+    dtype: str
+    search_space: SearchSpace
+    ranking: _Ranked
+    about: dict[str, Any]
+
+
 def _change(name: str, tensors: Mapping[str, torch.Tensor]) -> LowRank:
     a, b, scales = (tensors[f"{name}.{part}"] for part in ("a", "b", "scales"))
-    if not (a.dtype == b.dtype == torch.int8 and len(a) == b.shape[1] == len(scales) and scales.isfinite().all()):
+    matrices = a.dtype == b.dtype == torch.int8 and a.dim() == b.dim() == 2
+    if not (matrices and scales.dim() == 1 and len(a) == b.shape[1] == len(scales) and scales.isfinite().all()):
         raise ValueError(f"the change of {name} is damaged")
     return LowRank(a, b, scales)
 

@@ -65,9 +65,8 @@ def main(settings: Settings) -> None:
     start = time.perf_counter()
     learn = estimate_sensitivity if settings.sensitivities == "estimated" else measure_sensitivity
     sensitivity = learn(model, blocks, show=True)
-    print(
-        f"{settings.sensitivities} sensitivities on {settings.sensitivity_tokens} tokens: {time.perf_counter() - start:.0f} s"
-    )
+    seconds = time.perf_counter() - start
+    print(f"{settings.sensitivities} sensitivities on {settings.sensitivity_tokens} tokens: {seconds:.0f} s")
     subnets = [sensitivity.allocate(share) for share in settings.shares]
     subnets += [equal_widths(model.search_space, sensitivity, share) for share in settings.shares]
     subnets.append(model.search_space.uniform(neurons=model.search_space.neurons[-1] // 2))

@@ -82,6 +82,7 @@ def _ranked(config: RankConfig) -> ElasticModel:
     ranked_on = _blocks(model, config)
     rank(model, ranked_on, score=config.score, show=True)
     if config.refit_tokens:
-        refit(model, _blocks(model, config, tokens=config.refit_tokens, after=ranked_on.documents), show=True)
+        text = _blocks(model, config, tokens=config.refit_tokens, after=ranked_on.documents)
+        refit(model, text, rank=config.refit_rank, show=True)
     model.save_pretrained(config.out, overwrite=config.overwrite, beside={asked.name: wanted})
     return model

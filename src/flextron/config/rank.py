@@ -40,6 +40,8 @@ class RankConfig:
     """How to score a unit. docs/decisions/ compares the scores."""
     refit_tokens: int = 16384
     """Number of tokens on which the closing projections of the MLPs are refitted, so that kept units make up for those left out. 0 skips this and leaves the full model exactly as it was."""
+    refit_rank: OptionalInt = None
+    """Give each refitted weight a change of at most this rank, so that it fits into a small pack (`flextron pack`), such as 64. The default sets no limit, which is better where size does not matter."""
     sensitivity_tokens: int = 2048
     """Number of tokens on which to learn the cost of each removal. 0 skips this, and then you cannot ask for shares such as 60%."""
     sensitivities: Literal["estimated", "measured"] = "estimated"
@@ -55,5 +57,7 @@ class RankConfig:
         check_at_least("tokens", self.tokens, 512)
         if self.refit_tokens:
             check_at_least("refit_tokens", self.refit_tokens, 512)
+        if self.refit_rank is not None:
+            check_at_least("refit_rank", self.refit_rank, 1)
         if self.sensitivity_tokens:
             check_at_least("sensitivity_tokens", self.sensitivity_tokens, 256)

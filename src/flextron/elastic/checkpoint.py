@@ -22,7 +22,7 @@ from flextron.elastic import per_layer
 from flextron.elastic.accounting import check_accounted, check_finite, check_shards_inside, untie_if_apart
 from flextron.elastic.gguf_source import check_all_used, complete_config
 from flextron.elastic.older_transformers import add_old_names
-from flextron.elastic.sizes import check_config
+from flextron.elastic.stored import check_config
 from flextron.environment import dtype_name
 from flextron.errors import CheckpointError, FlextronError
 from flextron.records import check_version, checked, read_record

@@ -15,7 +15,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from flextron.elastic.sizes import check_layers, check_weights
+from flextron.elastic.stored import check_layers, check_weights
 from flextron.errors import CheckpointError
 
 ROPE_KEY = "flextron.rope_parameters"

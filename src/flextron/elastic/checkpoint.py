@@ -208,7 +208,9 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> N
     config = json.loads(config_file.read_text(encoding="utf8"))
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        config_file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf8")
+    if isinstance(config.get("extra_special_tokens"), list):  # transformers 4 takes only names with tokens there
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    config_file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf8")
 
 
 def quiet_transformers() -> None:

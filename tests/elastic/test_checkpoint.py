@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
 
 import tiny
 from flextron.elastic import checkpoint
@@ -77,6 +77,25 @@ class TestRoundTrip:
             assert tokenizer.encode(tiny.TEXT) == tiny.tokenizer().encode(tiny.TEXT)
         config = json.loads((written / "tokenizer_config.json").read_text())
         assert config["tokenizer_class"] == "PreTrainedTokenizerFast"  # transformers 4 knows this one
+
+    def test_special_tokens_added_later_stay_and_are_stated_as_transformers_4_reads_them(self, tmp_path):
+        tokenizer = copy.deepcopy(tiny.tokenizer())
+        tokenizer.add_special_tokens({"extra_special_tokens": ["<|tool|>", "<|é|>"]})
+        ElasticModel(tiny.plain_model("llama", vocab_size=302), tokenizer).save_pretrained(tmp_path / "out")
+        again = ElasticModel.from_pretrained(tmp_path / "out").tokenizer
+        ids = tokenizer("a <|tool|> b<|é|>").input_ids
+        assert ids[-1] == 301
+        assert again("a <|tool|> b<|é|>").input_ids == ids
+        assert again.decode(ids, skip_special_tokens=True) == "a  b"
+        config = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+        assert config["additional_special_tokens"] == ["<|tool|>", "<|é|>"]
+        assert "extra_special_tokens" not in config
+
+    def test_a_tokenizer_in_python_comes_along(self, tmp_path):
+        ElasticModel(tiny.plain_model("llama", vocab_size=400), ByT5Tokenizer()).save_pretrained(tmp_path / "out")
+        again = ElasticModel.from_pretrained(tmp_path / "out").tokenizer
+        text = "é<extra_id_3> b"
+        assert again(text).input_ids == ByT5Tokenizer()(text).input_ids
 
     def test_a_plain_folder_has_no_ranking(self, plain_llama, tmp_path):
         plain_llama.save_pretrained(tmp_path)

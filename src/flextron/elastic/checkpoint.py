@@ -22,6 +22,7 @@ from flextron.elastic import per_layer
 from flextron.elastic.accounting import check_accounted, check_shards_inside, untie_if_apart
 from flextron.elastic.gguf_source import check_all_used, complete_config
 from flextron.elastic.older_transformers import add_old_names
+from flextron.elastic.source import source_of
 from flextron.environment import dtype_name
 from flextron.errors import CheckpointError, FlextronError
 from flextron.records import RecordError, check_version, read_record
@@ -218,24 +219,6 @@ def quiet_transformers() -> None:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-
-
-def source_of(path: str | Path) -> tuple[str, dict[str, Any]]:
-    """Return the folder or hub id to read, and for a GGUF file the option that transformers needs."""
-    local = Path(path)
-    if str(path).endswith(".gguf"):
-        if not local.is_file():
-            raise CheckpointError(f"no such file: {path}")
-        return str(local.parent), {"gguf_file": local.name}
-    if local.is_dir():
-        check_whole(local)
-        if not (local / "config.json").is_file():
-            raise CheckpointError(f"{path} is not a checkpoint: it has no config.json.")
-    elif way_back := lost(local):
-        raise CheckpointError(f"no such checkpoint: {path}.{way_back}")
-    elif local.exists() or str(path).count("/") > 1 or str(path).startswith((".", "/", "~")):
-        raise CheckpointError(f"no such checkpoint: {path}. Name a folder, a hub id such as org/name, or a .gguf file.")
-    return str(path), {}
 
 
 def load_tokenizer(source: str, options: dict[str, Any]) -> PreTrainedTokenizerBase | None:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from inspect import cleandoc
 from pathlib import Path
 from textwrap import fill
@@ -59,6 +60,8 @@ LONGEST_RECIPE = 100_000
 """Characters of a recipe; YAML of a thousand times as many would take minutes to read."""
 TEXT_COLUMNS = 100
 """Columns of the help's text, on a terminal that has as many."""
+_NO_MEMORY = re.compile(r"^MemoryError|OutOfMemoryError|can't allocate memory|Storage size calculation overflowed")
+"""How Python, torch on a GPU and torch on a CPU say it."""
 _RUN: dict[type, Callable[[Any], None]] = {
     RankConfig: rank.run,
     TrainConfig: train.run,
@@ -87,8 +90,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _drop_outputs()
         return 1
     except OSError as error:  # such as a full disk behind the output
-        _drop_outputs(sys.stdout)
-        print(f"error: cannot print the output: {_said(error)}", file=sys.stderr)
+        with suppress(OSError):
+            print(f"error: cannot print the output: {_said(error)}", file=sys.stderr)
+        _drop_outputs()
         return 2
 
 
@@ -108,7 +112,11 @@ def _run(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted; finished work is kept.", file=sys.stderr)
         return 130
-    except Exception:
+    except Exception as error:
+        if _NO_MEMORY.search(repr(error)):
+            wanted = str(error).strip().splitlines() or ["the machine has no more"]
+            print(f"error: not enough memory: {shortened(wanted[0], arguments)}", file=sys.stderr)
+            return 2
         print(
             "this is a bug in flextron. Report it with the lines below and what `flextron env` prints.", file=sys.stderr
         )
@@ -125,9 +133,9 @@ def _prepare_outputs() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _drop_outputs(*streams: Any) -> None:
-    """Let what is still to be written to these, or to both outputs, go nowhere."""
-    for stream in streams or (sys.stdout, sys.stderr):
+def _drop_outputs() -> None:
+    """Let what is still to be written go nowhere."""
+    for stream in (sys.stdout, sys.stderr):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 

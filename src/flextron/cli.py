@@ -189,7 +189,7 @@ def _config(kind: type, prog: str, arguments: list[str]) -> Any:
         _refuse(unknown, arguments)
     try:
         with redirect_stderr(io.StringIO()) as frame, _wide_terminal(sum(map(len, arguments))):
-            config = tyro.cli(kind, prog=prog, args=arguments)
+            config: Any = tyro.cli(kind, prog=prog, args=arguments)
     except SystemExit:
         _refuse(plain(frame.getvalue(), prog), arguments)
     absurd = absurd_number(config)

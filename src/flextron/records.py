@@ -9,6 +9,9 @@ from typing import Any
 
 from flextron.atomic import clear_errors, write_text
 
+LARGEST_BYTES = 100_000_000
+"""Bytes of a record, which is read whole."""
+
 
 class RecordError(ValueError):
     """A record cannot be used. The message gives the reason; the caller adds the file and the way out."""
@@ -49,9 +52,12 @@ def read_record(file: str | Path, *, version: int, keys: Collection[str] | None 
     """Return the JSON object in a file, without its version.
 
     Raises:
-        RecordError: as `parse_record`, or the file is not UTF-8.
+        RecordError: as `parse_record`, or the file is not UTF-8 or too large.
         OSError: the file cannot be read.
     """
+    size_bytes = Path(file).stat().st_size
+    if size_bytes > LARGEST_BYTES:
+        raise RecordError(f"it has {size_bytes} bytes; such a file has at most {LARGEST_BYTES}")
     try:
         text = Path(file).read_text(encoding="utf8")
     except UnicodeDecodeError as error:

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
 
 import tiny
 from flextron.elastic import checkpoint
-from flextron.elastic.checkpoint import METADATA_FILE, RANKING_FILE
 from flextron.elastic.permutation import permute
+from flextron.elastic.source import METADATA_FILE, RANKING_FILE
 from flextron.errors import CheckpointError, UnknownFamilyError
 from flextron.model import ElasticModel
 from flextron.subnet import SearchSpace

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,20 +16,25 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from flextron.atomic import lost, new_folder
+from flextron.atomic import new_folder
 from flextron.elastic import per_layer
 from flextron.elastic.accounting import check_accounted, check_shards_inside, untie_if_apart
 from flextron.elastic.gguf_source import check_all_used, complete_config
 from flextron.elastic.older_transformers import add_old_names
-from flextron.elastic.source import source_of
+from flextron.elastic.source import (
+    COPY_AGAIN,
+    METADATA_FILE,
+    RANKING_FILE,
+    VERSION,
+    clear_metadata,
+    first_line,
+    source_of,
+)
 from flextron.environment import dtype_name
 from flextron.errors import CheckpointError, FlextronError
-from flextron.records import RecordError, check_version, read_record
+from flextron.records import check_version, read_record
 from flextron.subnet import AXES, SearchSpace
 
-VERSION = 1
-METADATA_FILE = "flextron.json"
-RANKING_FILE = "ranking.safetensors"
 ORDERS = (*AXES, "query_heads")
 """Tensors of a ranking: an order on each axis, and of the query heads inside each KV group."""
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
@@ -157,43 +161,6 @@ def save(
         (partial / METADATA_FILE).write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf8")
 
 
-def missing_files(folder: Path) -> list[str]:
-    """The files that an elastic checkpoint was saved with and lacks now; weights may have other names since.
-
-    Raises:
-        CheckpointError: flextron.json cannot be read.
-    """
-    with _clear_metadata(folder / METADATA_FILE):
-        files = read_record(folder / METADATA_FILE, version=VERSION).get("files", [])
-        if not isinstance(files, list):
-            raise RecordError(f"its files are a {type(files).__name__} instead of a list")
-    return [str(name) for name in files if not (str(name).startswith("model") or (folder / str(name)).is_file())]
-
-
-def check_whole(folder: Path) -> None:
-    """Check that no part of a checkpoint is missing: a copy that ended halfway, or a run that is not done.
-
-    Raises:
-        CheckpointError: one is; the message names it.
-    """
-    if not (folder / METADATA_FILE).is_file():
-        for part, what in _SIGNS.items():
-            if (folder / part).is_file():
-                raise CheckpointError(f"{folder} has {part} but no {METADATA_FILE}: {what}.")
-        return
-    if missing := missing_files(folder):
-        raise CheckpointError(f"{folder} is not whole: it lacks {', '.join(missing)}. {_AGAIN}.")
-
-
-_AGAIN = "Copy the folder again, or make it again"
-_SIGNS = {
-    "train.json": "it is a training run that is not done. Run the same `flextron train` again to go on",
-    RANKING_FILE: f"it is not whole. {_AGAIN}",
-    "rank.json": f"it is not whole. {_AGAIN}",
-}
-"""Files that lie beside an elastic checkpoint, and what it means if that has no flextron.json."""
-
-
 def _set_dtype(file: Path, dtype: torch.dtype) -> None:
     config = json.loads(file.read_text(encoding="utf8"))
     config["dtype"] = dtype_name(dtype)
@@ -243,25 +210,14 @@ def load_metadata(source: str, options: dict[str, Any]) -> tuple[SearchSpace | N
     file = _find(source, METADATA_FILE, options)
     if file is None:
         return None, None
-    with _clear_metadata(file):
+    with clear_metadata(file, SafetensorError):
         data = read_record(file, version=VERSION)
         search_space = None if data["search_space"] is None else SearchSpace(**data["search_space"])
         ranking_file = _find(source, RANKING_FILE, options)
         if ranking_file is None and RANKING_FILE in data.get("files", []):
-            raise CheckpointError(f"{source} is not whole: it lacks {RANKING_FILE}. {_AGAIN}.")
+            raise CheckpointError(f"{source} is not whole: it lacks {RANKING_FILE}. {COPY_AGAIN}.")
         ranking = None if ranking_file is None else _load_ranking(ranking_file)
     return search_space, ranking
-
-
-@contextmanager
-def _clear_metadata(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except FlextronError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        way_out = "Install the flextron that wrote it, or rank the original again."
-        raise CheckpointError(f"cannot read {file}: {first_line(error)}. {way_out}") from error
 
 
 def _save_ranking(ranking: Ranking, file: Path) -> None:
@@ -286,8 +242,3 @@ def _load_ranking(file: Path) -> Ranking:
         check_version(record["version"], str(VERSION))
         orders = {name: stored.get_tensor(name) for name in ORDERS}
     return Ranking(**orders, score=record["score"], tokens=int(record["tokens"]), text=record["text"])
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or the name of its type if there is no message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,4 +1,4 @@
-"""Sizes that a config names, checked before anything is built: a few lines of it can ask for any memory. No torch here."""
+"""Sizes that a config names, checked before anything is built: one line of it can ask for any memory. No torch here."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ _NAMES = {
     "groups": ("num_key_value_heads", "attention.head_count_kv"),
     "head": ("head_dim", "attention.key_length"),
     "positions": ("n_positions",),
+    "context": ("max_position_embeddings", "context_length"),
 }
 """What a size is called in config.json and in GGUF files."""
 
@@ -98,5 +99,7 @@ def check_sizes(config: Mapping[str, Any], file: Path, weights_bytes: int | None
 def _least_weights(sizes: Mapping[str, int]) -> int:
     """Weights that a model of these sizes has at least: embeddings, two projections of an MLP, one of an attention."""
     hidden = sizes.get("hidden", 1)
-    layer = 2 * sizes.get("neurons", 0) + sizes.get("heads", 0) * sizes.get("head", 0)
+    heads = sizes.get("heads", 1)
+    head = sizes.get("head", hidden // heads)
+    layer = 2 * sizes.get("neurons", 0) + max(heads, sizes.get("groups", 1)) * head
     return hidden * (sizes.get("vocabulary", 0) + sizes.get("positions", 0) + sizes.get("layers", 0) * layer)

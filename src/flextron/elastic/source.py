@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from flextron.atomic import lost
 from flextron.elastic.sizes import check_folder, check_gguf
-from flextron.errors import CheckpointError
+from flextron.errors import CheckpointError, FlextronError
+from flextron.records import RecordError, read_record
+
+VERSION = 1
+METADATA_FILE = "flextron.json"
+RANKING_FILE = "ranking.safetensors"
 
 
 def source_of(path: str | Path) -> tuple[str, dict[str, Any]]:
@@ -23,9 +31,66 @@ def source_of(path: str | Path) -> tuple[str, dict[str, Any]]:
         check_gguf(local)
         return str(local.parent), {"gguf_file": local.name}
     if local.is_dir():
+        check_whole(local)
         if not (local / "config.json").is_file():
             raise CheckpointError(f"{path} is not a checkpoint: it has no config.json.")
         check_folder(local)
+    elif way_back := lost(local):
+        raise CheckpointError(f"no such checkpoint: {path}.{way_back}")
     elif local.exists() or str(path).count("/") > 1 or str(path).startswith((".", "/", "~")):
         raise CheckpointError(f"no such checkpoint: {path}. Name a folder, a hub id such as org/name, or a .gguf file.")
     return str(path), {}
+
+
+def missing_files(folder: Path) -> list[str]:
+    """The files that an elastic checkpoint was saved with and lacks now; weights may have other names since.
+
+    Raises:
+        CheckpointError: flextron.json cannot be read.
+    """
+    with clear_metadata(folder / METADATA_FILE):
+        files = read_record(folder / METADATA_FILE, version=VERSION).get("files", [])
+        if not isinstance(files, list):
+            raise RecordError(f"its files are a {type(files).__name__} instead of a list")
+    return [str(name) for name in files if not (str(name).startswith("model") or (folder / str(name)).is_file())]
+
+
+def check_whole(folder: Path) -> None:
+    """Check that no part of a checkpoint is missing: a copy that ended halfway, or a run that is not done.
+
+    Raises:
+        CheckpointError: one is; the message names it.
+    """
+    if not (folder / METADATA_FILE).is_file():
+        for part, what in _SIGNS.items():
+            if (folder / part).is_file():
+                raise CheckpointError(f"{folder} has {part} but no {METADATA_FILE}: {what}.")
+        return
+    if missing := missing_files(folder):
+        raise CheckpointError(f"{folder} is not whole: it lacks {', '.join(missing)}. {COPY_AGAIN}.")
+
+
+COPY_AGAIN = "Copy the folder again, or make it again"
+_SIGNS = {
+    "train.json": "it is a training run that is not done. Run the same `flextron train` again to go on",
+    RANKING_FILE: f"it is not whole. {COPY_AGAIN}",
+    "rank.json": f"it is not whole. {COPY_AGAIN}",
+}
+"""Files that lie beside an elastic checkpoint, and what it means if that has no flextron.json."""
+
+
+@contextmanager
+def clear_metadata(file: Path, other: type[Exception] = ValueError) -> Iterator[None]:
+    """Turn what a damaged flextron.json raises, and `other` errors, into a CheckpointError with a way out."""
+    try:
+        yield
+    except FlextronError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, other) as error:
+        way_out = "Install the flextron that wrote it, or rank the original again."
+        raise CheckpointError(f"cannot read {file}: {first_line(error)}. {way_out}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its type if there is no message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

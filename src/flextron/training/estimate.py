@@ -19,7 +19,7 @@ from flextron.elastic import checkpoint, per_layer
 from flextron.elastic.families import family_of
 from flextron.elastic.loss import CHUNK_TOKENS, CHUNK_TOKENS_OF_A_GPU
 from flextron.elastic.model import ElasticLayer, ElasticModel, projections_of
-from flextron.elastic.source import source_of
+from flextron.elastic.source import first_line, source_of
 from flextron.environment import arithmetic_dtype, default_device, dtype_name
 from flextron.errors import CheckpointError
 from flextron.ranking.sensitivity import Sensitivity
@@ -170,7 +170,7 @@ def _without_weights(path: str) -> ElasticModel:
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **gguf)
     except Exception as error:  # transformers raises many types for damaged files
-        raise CheckpointError(f"cannot read the config of {path}: {checkpoint.first_line(error)}") from error
+        raise CheckpointError(f"cannot read the config of {path}: {first_line(error)}") from error
     family_of(config.model_type)
     try:
         with torch.device("meta"):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
 
 import tiny
-from flextron.elastic import checkpoint
+from flextron.elastic import checkpoint, source
 from flextron.elastic.permutation import permute
 from flextron.elastic.source import METADATA_FILE, RANKING_FILE
 from flextron.errors import CheckpointError, UnknownFamilyError
@@ -157,7 +157,7 @@ class TestBrokenWeights:
     @pytest.mark.parametrize("share", [0, 0.1, 0.999], ids=str)
     def test_truncated(self, folder, share):
         cut(folder / WEIGHTS_FILE, int((folder / WEIGHTS_FILE).stat().st_size * share))
-        assert "header" in refusal(folder)
+        assert ("header" if share > 0.5 else "they are cut off, or of another model") in refusal(folder)
 
     def test_absent(self, folder):
         (folder / WEIGHTS_FILE).unlink()
@@ -326,6 +326,7 @@ class TestBrokenMetadata:
         """An exported sub-network may lie in the folder of the elastic model that it came from."""
         (folder / "narrow.gguf").write_bytes(b"")
         loaded = copy.deepcopy(plain_llama), {"missing_keys": (), "mismatched_keys": (), "unexpected_keys": ()}
+        monkeypatch.setattr(source, "check_gguf", lambda _: None)
         monkeypatch.setattr(checkpoint, "complete_config", lambda _: plain_llama.config)
         monkeypatch.setattr(checkpoint, "check_all_used", lambda *_: None)
         monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: loaded)

@@ -44,7 +44,7 @@ def check_folder(folder: Path) -> None:
         raise CheckpointError(f"{file} is not JSON ({error}). Get the file again.") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{file} holds a {type(config).__name__} instead of an object. Get the file again.")
-    weights = [weights.stat().st_size for weights in folder.glob("*.safetensors")]
+    weights = [weights.stat().st_size for weights in folder.glob("model*.safetensors")]
     check_sizes(config, file, sum(weights) or None)
 
 
@@ -91,8 +91,8 @@ def check_sizes(config: Mapping[str, Any], file: Path, weights_bytes: int | None
     least = _least_weights(sizes)
     if weights_bytes is not None and least > 8 * weights_bytes:
         raise CheckpointError(
-            f"{file} describes at least {least} weights, but their files have {weights_bytes} bytes. "
-            "Get config and weights from the same place."
+            f"{file} describes at least {least} weights, but their files have {weights_bytes} bytes: they are cut "
+            "off, or of another model. Get config and weights again."
         )
 
 

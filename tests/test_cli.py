@@ -212,6 +212,10 @@ def test_lines_of_help_fit_the_terminal(monkeypatch, capsys):
         (["train"], "flextron train needs MODEL and OUT."),
         (["rank", "--out", "o", "--text", "t"], "flextron rank needs MODEL."),
         (["train", "m", "o", "--tokens", "5"], "--tokens is 5; it must be at least 512."),
+        (["generate", "m", "p", "--temperature", "nan"], "--temperature is nan; it must be"),
+        (["generate", "m", "p", "--temperature", "inf"], "--temperature is inf; it must be a number of at most 1e+15."),
+        (["rank", "m", "o", "--tokens", "9" * 30], f"--tokens is {'9' * 30}; it must be a number of at most 1e+15."),
+        (["evaluate", "m", "--text", "a\0b"], "'a\\x00b' has a NUL character, which no option takes."),
     ],
 )
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])  # tyro frames its messages differently
@@ -249,7 +253,18 @@ def test_long_values_are_shortened_in_messages(arguments, capsys):
 
 @pytest.mark.parametrize(
     ("recipe", "message"),
-    [("tokns: 5", "--tokens"), ("- a\n- b", "must list options"), ("a: [", "cannot read the recipe")],
+    [
+        ("tokns: 5", "--tokens"),
+        ("- a\n- b", "must list options"),
+        ("a: [", "cannot read the recipe"),
+        ("a: &a [x]\nb: [*a, *a]", "aliases (*name) are not for recipes"),
+        ("text: " + "x" * 100_000, "it is longer than 100000 characters"),
+        ("a: " + "[" * 5000, "cannot read the recipe"),
+        ("tokens: !!int x", "cannot read the recipe"),
+        ("tokens: !!timestamp x", "cannot read the recipe"),
+        ('text: "a\\0b"', "'a\\x00b' has a NUL character"),
+        ("tokens: 1000000000000000000000000000000", "it must be a number of at most 1e+15"),
+    ],
 )
 def test_bad_recipes_exit_2(recipe, message, tmp_path, capsys):
     path = tmp_path / "recipe.yaml"
@@ -259,7 +274,8 @@ def test_bad_recipes_exit_2(recipe, message, tmp_path, capsys):
     except SystemExit as stop:
         code = stop.code
     assert code == 2
-    assert message in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
 
 
 def test_users_errors_are_one_line_without_a_traceback(tmp_path):
@@ -747,3 +763,84 @@ def test_what_the_system_refuses_is_one_line_and_a_bug_keeps_its_traceback(monke
     with pytest.raises(KeyError, match="width"):
         cli.main(["env"])
     assert "this is a bug in flextron" in capsys.readouterr().err
+
+
+OUTPUTS = f"""
+. "$0"; cd "$1"
+{sys.executable} -m flextron.cli env >&-; echo "closed output: $?"
+{sys.executable} -m flextron.cli nosuch 2>&-; echo "closed errors: $?"
+{sys.executable} -m flextron.cli --help >&- 2>&-; echo "both closed: $?"
+{sys.executable} -m flextron.cli --help >/dev/full; echo "full disk: $?"
+{sys.executable} -m flextron.cli nosuch 2>/dev/full; echo "full disk of errors: $?"
+({sys.executable} -m flextron.cli --help; echo "reader gone: $?" >&2) | true
+"""
+
+
+def test_outputs_that_cannot_be_written_end_in_no_traceback(tmp_path):
+    found = subprocess.run(
+        ["bash", "-c", OUTPUTS, "/dev/null", tmp_path], capture_output=True, text=True, check=True, env=ENVIRONMENT
+    )
+    codes = dict(line.split(": ") for line in found.stdout.splitlines())
+    assert codes == {
+        "closed output": "0", "closed errors": "2", "both closed": "0", "full disk": "2", "full disk of errors": "2",
+    }  # fmt: skip
+    full, gone = found.stderr.splitlines()
+    assert full.startswith("error: ")
+    assert full.endswith("No space left on device.")
+    assert gone == "reader gone: 1"
+
+
+def test_a_terminal_of_ascii_shows_all_it_can(ranked, text, monkeypatch, capsysbinary):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert cli.main(["evaluate", str(ranked), "--text", str(text), "--tokens", "128", "--block-tokens", "64"]) == 0
+    assert b"\\xb1" in stdout.buffer.getvalue()
+
+
+WRONG_PLACES = [
+    (["route", "{}/nowhere", "--budget", "0.6x"], "no such checkpoint: {}/nowhere"),
+    (["route", "nowhere", "--budget", "0.6x"], "no such folder: nowhere"),
+    (["rank", "{}/nowhere", "{}/out"], "no such checkpoint: {}/nowhere"),
+    (["train-router", "nowhere"], "no such folder: nowhere"),
+    (["evaluate", "{}", "--tasks", "arc_easy"], "{} is not a checkpoint: it has no config.json."),
+    (["evaluate", "{}/m", "--tasks", "nosuch"], "there is no task 'nosuch' among those of lm-eval"),
+    (["evaluate", "{}/m", "--tasks", "piqa@x"], "cannot read the task 'piqa@x'; write NAME or NAME@SHOTS"),
+    (["evaluate", "{}/m", "--tasks", ""], "cannot read the task ''"),
+    (["generate", "x" * 300, "a"], "xxx"),
+]
+
+
+def test_wrong_places_and_tasks_are_told_before_torch_is_imported(checkpoint, tmp_path):
+    (tmp_path / "m").symlink_to(checkpoint)
+    cases = [[[part.format(tmp_path) for part in arguments], said.format(tmp_path)] for arguments, said in WRONG_PLACES]
+    code = (
+        "import io, json, sys; from contextlib import redirect_stderr; sys.argv = ['flextron']\n"
+        "from flextron import cli\n"
+        "for arguments, said in json.loads(sys.stdin.read()):\n"
+        "    with redirect_stderr(io.StringIO()) as errors: code = cli.main(arguments)\n"
+        "    lines = errors.getvalue().splitlines()\n"
+        "    assert (code, len(lines)) == (2, 1) and lines[0].startswith('error: ' + said), (arguments, code, lines)\n"
+        "    assert 'torch' not in sys.modules, arguments\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], input=json.dumps(cases), capture_output=True, text=True, env=ENVIRONMENT
+    )
+    assert found.stderr == ""
+
+
+@pytest.mark.parametrize(
+    "options", [["--device", device] for device in ("meta", "tpu", "cuda:99", "")] + [["--dtype", "int8"]], ids=str
+)
+def test_devices_that_are_not_there_are_one_line(checkpoint, options, capsys):
+    try:
+        code = cli.main(["generate", str(checkpoint), "The quick", *options])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+
+
+def test_too_little_memory_is_one_line(checkpoint, text, tmp_path, capsys):
+    sizes = ["--tokens", "256", "--block-tokens", "64", "--lora-rank", str(10**14)]
+    assert cli.main(["train", str(checkpoint), str(tmp_path / "out"), "--data", str(text), *sizes]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: not enough memory: ")

@@ -9,7 +9,7 @@ from itertools import zip_longest
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 import tiny
 from flextron.costs.pricing import formula_table
@@ -87,6 +87,17 @@ def test_a_text_longer_than_learned_positions_is_refused():
 def test_a_prompt_longer_than_the_model_reads_is_refused(model):
     with pytest.raises(ValueError, match=r"the prompt has \d+ tokens; this model reads at most 64"):
         generate(model, tiny.TEXT * 9)
+
+
+def test_absurd_numbers_of_new_tokens_are_refused(model):
+    most = model.config.max_position_embeddings
+    with pytest.raises(ValueError, match=rf"{10**30} new tokens are more than the {most} that this model reads"):
+        generate(model, "a", max_new_tokens=10**30)
+
+
+def test_a_prompt_that_is_no_text_is_one_line(model):
+    with pytest.raises(FlextronError, match="the prompt is not UTF-8"):
+        generate(model, "é\ud800")
 
 
 def test_errors_name_the_way_out(model):
@@ -370,3 +381,15 @@ class TestCharacters:
         pieces = list(text_pieces(tokenizer, [], ids))
         assert "".join(pieces) == tokenizer.decode(ids)
         assert len(pieces) > 2
+
+
+def test_a_tokenizer_in_python_gives_whole_characters():
+    """Three bytes that make a character are three tokens."""
+    lm = tiny.plain_model("llama", vocab_size=300)
+    model = ElasticModel(lm, ByT5Tokenizer())
+    greedy = model.lm.generate(torch.tensor([[101, 102]]), max_new_tokens=12, do_sample=False)[0, 2:]
+    pieces = list(text_pieces(model.tokenizer, [101, 102], [*greedy.tolist(), *model.tokenizer("é東").input_ids[:-1]]))
+    assert pieces[-2:] == ["é", "東"]
+    for fast in (True, False):
+        written = generate(model, "bc", max_new_tokens=12, fast=fast)
+        assert written == model.tokenizer.decode(greedy, skip_special_tokens=True)

@@ -6,7 +6,7 @@ import pytest
 
 import tiny
 from flextron import cli
-from flextron.elastic.checkpoint import METADATA_FILE
+from flextron.elastic.source import METADATA_FILE
 from folders import files_of_at_most, names, writer, writer_inside
 
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from inspect import cleandoc
 from pathlib import Path
 from textwrap import fill
@@ -47,15 +48,20 @@ from flextron.config import (
     TrainConfig,
     TrainRouterConfig,
 )
-from flextron.config.refusals import nearest, plain, shortened, unknown_option
+from flextron.config.refusals import absurd_number, nearest, plain, shortened, unknown_option
+from flextron.elastic.source import source_of
 from flextron.errors import FlextronError
 
 DESCRIPTION = "One checkpoint, every latency: nested sub-networks of any Hugging Face LLM."
 RECIPE_HELP = (
     "--recipe FILE reads options from a YAML file, one a line, such as `tokens: 4096`. Options on the command line win."
 )
+LONGEST_RECIPE = 100_000
+"""Characters of a recipe; YAML of a thousand times as many would take minutes to read."""
 TEXT_COLUMNS = 100
 """Columns of the help's text, on a terminal that has as many."""
+_NO_MEMORY = re.compile(r"^MemoryError|OutOfMemoryError|can't allocate memory|Storage size calculation overflowed")
+"""How Python, torch on a GPU and torch on a CPU say it."""
 _RUN: dict[type, Callable[[Any], None]] = {
     RankConfig: rank.run,
     TrainConfig: train.run,
@@ -74,12 +80,30 @@ _RUN: dict[type, Callable[[Any], None]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for a user's error, 130 for Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    _prepare_outputs()
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            sys.stdout.flush()  # here, where its errors are caught, and not when Python ends
+    except BrokenPipeError:  # the reader of the output, such as `head`, has gone
+        _drop_outputs()
+        return 1
+    except OSError as error:  # such as a full disk behind the output
+        with suppress(OSError):
+            print(f"error: cannot print the output: {_said(error)}", file=sys.stderr)
+        _drop_outputs()
+        return 2
+
+
+def _run(arguments: Sequence[str]) -> int:
     try:
         config = parse(arguments)
+        if config.__dict__.get("model", "smollm2") != "smollm2":
+            source_of(config.model)  # before torch is imported, which takes seconds
         _RUN[type(config)](config)
-    except BrokenPipeError:  # the reader of the output, such as `head`, has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    except BrokenPipeError:
+        raise
     except (FlextronError, ValueError, OSError) as error:
         if os.environ.get("FLEXTRON_DEBUG"):
             raise
@@ -88,12 +112,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted; finished work is kept.", file=sys.stderr)
         return 130
-    except Exception:
+    except Exception as error:
+        if _NO_MEMORY.search(repr(error)):
+            wanted = str(error).strip().splitlines() or ["the machine has no more"]
+            print(f"error: not enough memory: {shortened(wanted[0], arguments)}", file=sys.stderr)
+            return 2
         print(
             "this is a bug in flextron. Report it with the lines below and what `flextron env` prints.", file=sys.stderr
         )
         raise
     return 0
+
+
+def _prepare_outputs() -> None:
+    """Let no output fail: what a terminal cannot show is spelled out, and what was closed goes nowhere."""
+    sys.stdout = sys.stdout or Path(os.devnull).open("w", encoding="utf8")  # noqa: SIM115 - to the end
+    sys.stderr = sys.stderr or Path(os.devnull).open("w", encoding="utf8")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _drop_outputs() -> None:
+    """Let what is still to be written go nowhere."""
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _said(error: Exception) -> str:
@@ -126,7 +169,11 @@ def parse(arguments: Sequence[str]) -> Any:
     if {"-h", "--help"} & set(rest):
         print(_explained(COMMANDS[verb]))
         rest = ["--help"]
-    return _config(COMMANDS[verb], f"flextron {verb}", _with_recipes(rest))
+    rest = _with_recipes(rest)
+    nul = next((word for word in rest if "\0" in word), None)
+    if nul is not None:
+        _refuse(f"{nul!r} has a NUL character, which no option takes.", arguments)
+    return _config(COMMANDS[verb], f"flextron {verb}", rest)
 
 
 def _config(kind: type, prog: str, arguments: list[str]) -> Any:
@@ -142,9 +189,13 @@ def _config(kind: type, prog: str, arguments: list[str]) -> Any:
         _refuse(unknown, arguments)
     try:
         with redirect_stderr(io.StringIO()) as frame, _wide_terminal(sum(map(len, arguments))):
-            return tyro.cli(kind, prog=prog, args=arguments)
+            config: Any = tyro.cli(kind, prog=prog, args=arguments)
     except SystemExit:
         _refuse(plain(frame.getvalue(), prog), arguments)
+    absurd = absurd_number(config)
+    if absurd:
+        _refuse(absurd, arguments)
+    return config
 
 
 def _refuse(message: str, arguments: Sequence[str]) -> NoReturn:
@@ -207,11 +258,34 @@ def _with_recipes(arguments: list[str]) -> list[str]:
     return [*given[:first_option], *_recipe_arguments(arguments[at + 1]), *given[first_option:]]
 
 
-def _recipe_arguments(file: str) -> list[str]:
+class _Loader(yaml.SafeLoader):
+    """YAML without aliases: a few of them, one inside the other, stand for more than any memory holds."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not for recipes; write the value out")
+        return super().compose_node(parent, index)
+
+
+def _recipe(file: str) -> Any:
+    """The content of a recipe.
+
+    Raises:
+        FlextronError: the file cannot be read, is too long, or is not YAML.
+    """
     try:
-        recipe = yaml.safe_load(Path(file).read_text(encoding="utf8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise FlextronError(f"cannot read the recipe {file}: {error}") from None
+        with Path(file).open(encoding="utf8") as opened:
+            text = opened.read(LONGEST_RECIPE + 1)
+        if len(text) > LONGEST_RECIPE:
+            raise yaml.YAMLError(f"it is longer than {LONGEST_RECIPE} characters, the most that a recipe may have")
+        return yaml.load(text, Loader=_Loader) or {}  # noqa: S506 - a child of the safe loader
+    except Exception as error:  # a value after a tag, such as !!int, makes yaml raise errors of many types
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise FlextronError(f"cannot read the recipe {file}: {reason}.") from None
+
+
+def _recipe_arguments(file: str) -> list[str]:
+    recipe = _recipe(file)
     if not isinstance(recipe, dict):
         raise FlextronError(f"the recipe {file} must list options, one a line, such as `tokens: 4096`.")
     arguments = []

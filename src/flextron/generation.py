@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from flextron.choosing.routing import route
-from flextron.data.blocks import require_tokenizer
+from flextron.data.blocks import document_start, require_tokenizer
 from flextron.elastic.model import ElasticModel
 from flextron.errors import FlextronError
 from flextron.inference.background import generated_tokens
@@ -170,7 +170,7 @@ def _check(
 
 
 def _encode(model: ElasticModel, prompt: str, *, chat: bool) -> torch.Tensor:
-    """Token ids of the prompt, [1, T]."""
+    """Token ids of the prompt, [1, T]. It begins as documents do, and has no end token, as it goes on."""
     tokenizer = require_tokenizer(model.tokenizer)
     if not prompt.strip():
         raise FlextronError("the prompt is empty; give some text to go on from.")
@@ -178,9 +178,13 @@ def _encode(model: ElasticModel, prompt: str, *, chat: bool) -> torch.Tensor:
         if not tokenizer.chat_template:
             raise FlextronError("this tokenizer has no chat template; leave out chat.")
         prompt = _in_chat_template(tokenizer, prompt)
-    encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)
-    tokens_BT: torch.Tensor = encoded["input_ids"].to(model.device)
-    return tokens_BT
+    try:
+        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    except (TypeError, UnicodeEncodeError):  # half of a surrogate pair
+        raise FlextronError("the prompt is not UTF-8; give text in that encoding.") from None
+    if not ids:
+        raise FlextronError(f"the tokenizer has no token for the prompt {prompt!r}; give another text to go on from.")
+    return torch.tensor([[*([] if chat else document_start(tokenizer)), *ids]], device=model.device)
 
 
 def _check_length(model: ElasticModel, prompt_tokens: int, max_new_tokens: int) -> None:
@@ -194,6 +198,11 @@ def _check_length(model: ElasticModel, prompt_tokens: int, max_new_tokens: int) 
         raise ValueError(f"the prompt has {prompt_tokens} tokens; this model reads at most {most}. Shorten the prompt.")
     left = None if model.positions is None else model.positions - prompt_tokens
     model.check_length(prompt_tokens + max_new_tokens, f"Ask for at most {left} new tokens (--max-new-tokens {left}).")
+    if most and max_new_tokens > most:
+        raise ValueError(
+            f"{max_new_tokens} new tokens are more than the {most} that this model reads. Ask for fewer "
+            f"(--max-new-tokens {most - prompt_tokens})."
+        )
 
 
 def _in_chat_template(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:

@@ -33,7 +33,7 @@ class ElasticModel(elastic.ElasticModel):
             loss = model(input_ids, labels=input_ids).loss
             text = model.generate(input_ids)
 
-    The choice is part of the model's state, so use one model in one thread at a time.
+    The choice is part of the model's state: inside `use`, other threads get an error. Load one model for each thread.
     """
 
     @classmethod
@@ -97,7 +97,8 @@ class ElasticModel(elastic.ElasticModel):
 
         Raises:
             SubnetError: `subnet` is not in the search space of this model.
-            FlextronError: as `flextron.route` or `flextron.route_tokens`.
+            FlextronError: as `flextron.route` or `flextron.route_tokens`; or another thread is inside such a block, or
+                runs the model.
             ValueError: neither or both of `subnet` and `budget` are given, or several budgets without `per_token`.
         """
         if (subnet is None) == (budget is None) or (per_token and budget is None):

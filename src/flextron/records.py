@@ -15,6 +15,8 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_typ
 from flextron.atomic import clear_errors, write_text
 
 T = TypeVar("T")
+LARGEST_BYTES = 100_000_000
+"""Bytes of a record, which is read whole."""
 MAY_BE_NAN = "may be NaN"
 """Annotates a float that may be undefined: `Annotated[float, MAY_BE_NAN]`."""
 
@@ -68,9 +70,12 @@ def read_record(file: str | Path, *, version: int, keys: Collection[str] | None 
     """Return the JSON object in a file, without its version.
 
     Raises:
-        RecordError: as `parse_record`.
+        RecordError: as `parse_record`, or the file is too large.
         OSError: the file cannot be read.
     """
+    size_bytes = Path(file).stat().st_size
+    if size_bytes > LARGEST_BYTES:
+        raise RecordError(f"it has {size_bytes} bytes; such a file has at most {LARGEST_BYTES}")
     return parse_record(Path(file).read_bytes(), version=version, keys=keys)
 
 

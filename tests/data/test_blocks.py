@@ -9,10 +9,11 @@ import lzma
 import pytest
 import torch
 from tokenizers import Tokenizer, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, CanineTokenizer, PreTrainedTokenizerFast
 
 import tiny
-from flextron.data.blocks import BATCH_TOKENS, batch_tokens, document_end, documents, load_blocks
+from flextron.data import blocks as blocks_module
+from flextron.data.blocks import BATCH_TOKENS, Piece, batch_tokens, document_end, documents, load_blocks, pieces
 from flextron.errors import CheckpointError, FlextronError
 
 DOCUMENTS = ["First, é 😀.", "Second\nline.", "Third " + "long " * 50]
@@ -111,10 +112,80 @@ class TestDocuments:
             ('["text"]', 'line 3: not a JSON object with a "text" field'),
             ("null", 'line 3: not a JSON object with a "text" field'),
             ('{"text": 5}', 'line 3: "text" is a int, not a string.'),
+            (f'{{"text": "a", "b": {"1" * 5000}}}', 'line 3: not a JSON object with a "text" field (Exceeds the limit'),
+            ("[" * 100_000, 'line 3: not a JSON object with a "text" field'),
         ],
     )
     def test_names_the_line(self, tmp_path, line, message):
         assert message in refusal(write(tmp_path, "a.jsonl", json_lines(["good"]) + "\n" + line + "\n"))
+
+
+class TestPieces:
+    """A text is read and tokenised in pieces; what is shorter than one is as if there were none."""
+
+    TEXT = "one two\nthree\nfour five six seven eight\n\nnine" + "0123456789" * 3
+
+    @pytest.fixture(autouse=True)
+    def small(self, monkeypatch):
+        monkeypatch.setattr(blocks_module, "PIECE", 16)
+
+    @pytest.mark.parametrize("name", ["a.txt", "a.md.gz", "a.jsonl", "a.jsonl.xz"])
+    def test_end_at_a_line_else_at_a_blank_else_anywhere(self, tmp_path, name):
+        texts = ["short", self.TEXT] if "jsonl" in name else [self.TEXT]
+        file = write(tmp_path, name, json_lines(texts) if "jsonl" in name else self.TEXT)
+        cut = ["one two\nthree\n", "four five six", " seven eight\n\n", "nine012345678901", "2345678901234567", "89"]
+        expected = [Piece(text, number == 0, number == 5) for number, text in enumerate(cut)]
+        assert list(pieces(file)) == [*(Piece(text, True, True) for text in texts[:-1]), *expected]
+        assert list(documents(file)) == texts
+
+    @pytest.mark.parametrize("length", [15, 16, 17, 32])
+    def test_none_is_lost_at_the_end(self, tmp_path, length):
+        file = write(tmp_path, "a.txt", "x" * length)
+        found = list(pieces(file))
+        assert "".join(piece.text for piece in found) == "x" * length
+        assert [piece.first for piece in found] == [True] + [False] * (len(found) - 1)
+        assert [piece.last for piece in found] == [False] * (len(found) - 1) + [True]
+
+    @pytest.mark.parametrize("limit", [1, 15, 16, 17, 40, 1000])
+    @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+    def test_a_document_is_cut(self, tmp_path, name, limit):
+        file = write(tmp_path, name, json_lines([self.TEXT]) if name == "a.jsonl" else self.TEXT)
+        found = list(pieces(file, max_characters=limit))
+        assert "".join(piece.text for piece in found) == self.TEXT[:limit]
+        assert [piece.last for piece in found] == [False] * (len(found) - 1) + [True]
+
+    def test_what_is_cut_off_is_not_read(self, tmp_path):
+        assert list(pieces(write(tmp_path, "a.txt", b"good text" * 2000 + b"\xff"), max_characters=4)) == [
+            Piece("good", True, True)
+        ]
+
+    def test_blocks_are_the_same_where_words_stay_whole(self, tokenizer, tmp_path):
+        file = write(tmp_path, "a.jsonl", json_lines([tiny.TEXT * 3, "a", "é" * 40]))
+        options = {"tokens": 10_000, "block_tokens": 8, "max_characters": None}
+        cut = load_blocks(tokenizer, file, **options)
+        blocks_module.PIECE = 1 << 18
+        whole = load_blocks(tokenizer, file, **options)
+        assert torch.equal(cut.tokens, whole.tokens)
+        assert torch.equal(cut.bytes, whole.bytes)
+        assert cut.documents == whole.documents == 3
+        skipped = load_blocks(tokenizer, file, **options, skip_documents=1)
+        blocks_module.PIECE = 16
+        assert torch.equal(load_blocks(tokenizer, file, **options, skip_documents=1).tokens, skipped.tokens)
+
+    def test_a_line_of_json_has_a_limit(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(blocks_module, "LONGEST_LINE", 30)
+        texts = ["x" * 17, "x" * 18]
+        lines = [json.dumps({"text": text}) + "\n" for text in texts]
+        assert [len(line) for line in lines] == [30, 31]
+        file = write(tmp_path, "a.jsonl.gz", "\n" + "".join(lines))
+        assert refusal(file) == (
+            f"{file}, line 3 is longer than 30 characters, the most that a line may have. "
+            "Write its text into a .txt file, which may be of any size."
+        )
+
+    def test_a_cut_of_nothing_is_refused(self, tokenizer):
+        with pytest.raises(ValueError, match="max_characters is 0; give at least 1, or None"):
+            load_blocks(tokenizer, "any.txt", tokens=8, block_tokens=8, max_characters=0)
 
 
 class TestDocumentEnd:
@@ -233,6 +304,24 @@ class TestBytes:
         file = write(tmp_path, "a.jsonl", json_lines(["good"]) + '{"text": "abc \\ud83d def"}\n')
         with pytest.raises(FlextronError, match=f"{file}, line 2"):
             load_blocks(tokenizer, file, tokens=16, block_tokens=4)
+
+
+class TestTokenizerInPython:
+    """It says nothing of where its tokens are in the text."""
+
+    @pytest.mark.parametrize("kind", [ByT5Tokenizer, CanineTokenizer])
+    def test_all_bytes_are_counted_in_equal_parts(self, kind, tmp_path):
+        tokenizer, texts = kind(), ["é😀 and more", "plain words"]
+        file = write(tmp_path, "a.jsonl", json_lines(texts))
+        ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        start = [tokenizer.bos_token_id] if kind is CanineTokenizer else []
+        expected = [token for part in ids for token in (*start, *part, tokenizer.eos_token_id)]
+        blocks = load_blocks(tokenizer, file, tokens=len(expected), block_tokens=len(expected))
+        assert blocks.tokens.flatten().tolist() == expected
+        sizes = blocks.bytes.flatten()[len(start) : len(start) + len(ids[0])]
+        assert sizes.sum() == len(texts[0].encode())
+        assert sizes.max() - sizes.min() <= 1
+        assert blocks.bytes.sum() == sum(len(text.encode()) for text in texts)
 
 
 def test_documents_start_with_bos_where_the_tokenizer_puts_it(tmp_path):

@@ -4,18 +4,21 @@ import copy
 import gzip
 import json
 import lzma
+import os
 import random
 import re
 import resource
+import subprocess
 import sys
 
 import pytest
 import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 import tiny
+from flextron.data import blocks as blocks_module
 from flextron.data import corpus as corpus_module
 from flextron.data import sources as sources_module
 from flextron.data.blocks import document_end, load_blocks
@@ -209,6 +212,96 @@ class TestBlocks:
             Corpus(None, [str(numbers)], block_tokens=T)
 
 
+class TestPieces:
+    @pytest.fixture(autouse=True)
+    def small(self, monkeypatch):
+        for module in (blocks_module, sources_module):
+            monkeypatch.setattr(module, "PIECE", 64)
+
+    @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+    def test_the_tokens_of_whole_documents(self, make, tmp_path, name):
+        """Where lines end at blanks, a piece more or less changes no token."""
+        texts = ["\n".join(NUMBERS)] if name == "a.txt" else ["\n".join(NUMBERS[:9]), "b", "\n".join(WORDS)]
+        file = write(tmp_path / name, texts[0] if name == "a.txt" else json_lines(texts))
+        shards = epoch_blocks(texts)
+        corpus = make(file)
+        for blocks in shards:
+            assert sorted(corpus.next_blocks(len(blocks)).tolist() if blocks else []) == sorted(blocks)
+
+    def test_goes_on_inside_a_document(self, make, tmp_path):
+        file = write(tmp_path / "a.jsonl", json_lines(["c", "\n".join(NUMBERS), "d"]))
+        expected = make(file).next_blocks(200)
+        for removed in range(len(shard_files(tmp_path))):
+            shard_files(tmp_path)[removed].unlink()
+            assert torch.equal(make(file).next_blocks(200), expected)
+
+    def test_a_text_in_pieces_is_another_text_to_the_cache(self, make, tmp_path):
+        short, long = write(tmp_path / "a.txt", "x" * 64), write(tmp_path / "b.txt", "x" * 65)
+        for file, known in ((short, 3), (long, 4)):
+            make(file).next_blocks(1)
+            told = [json.loads(about.read_text())["text"][0] for about in tmp_path.rglob("source.json")]
+            (mine,) = (text for text in told if text[0] == str(file))
+            assert len(mine) == known
+
+
+MEASURED = """
+import resource, sys
+from pathlib import Path
+import pyarrow.parquet
+import tiny
+from flextron.data.blocks import load_blocks
+from flextron.data.corpus import Corpus
+tiny.tokenizer()("a")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+cache, *files = sys.argv[1:]
+for file in files:
+    try:
+        corpus = Corpus(tiny.tokenizer(), [file], block_tokens=64, shard_tokens=1 << 14, cache=Path(cache))
+        print(*corpus.next_blocks(32).shape)
+        if not file.endswith(".parquet"):
+            load_blocks(tiny.tokenizer(), file, tokens=2048, block_tokens=64, max_characters=None)
+    except Exception as error:
+        print(type(error).__name__, error)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
+"""
+
+
+def test_memory_is_bounded_whatever_a_text_is(tmp_path):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    files = [write(tmp_path / "large.txt", tiny.TEXT * (40_000_000 // len(tiny.TEXT)))]
+    for name, start in (("expands.txt.xz", b""), ("expands.jsonl.xz", b'{"text": "')):
+        files.append(tmp_path / name)
+        with lzma.open(files[-1], "wb", preset=0) as file:
+            file.write(start)
+            for _ in range(60):
+                file.write(b"a" * 1_000_000)
+    files.append(tmp_path / "same.parquet")
+    parquet.write_table(arrow.table({"text": ["word " * 1_000_000] * 80}), files[-1])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONWARNINGS": "ignore"}
+    found = subprocess.run(
+        [sys.executable, "-c", MEASURED, tmp_path / "cache", *files],
+        capture_output=True, text=True, check=True, env=environment, timeout=100,
+    )  # fmt: skip
+    *said, megabytes = found.stdout.splitlines()
+    assert [line for line in said if "longer than 16777216" not in line] == ["32 64"] * 3
+    assert int(megabytes) < 300
+
+
+class TestTokenizerInPython:
+    def test_its_tokens_and_its_cache(self, make, numbers, tmp_path):
+        tokenizer = ByT5Tokenizer()
+        expected = make(numbers, tokenizer=tokenizer).next_blocks(9)
+        ids = {token for text in NUMBERS for token in tokenizer(text).input_ids}
+        assert set(expected.flatten().tolist()) <= ids
+        tokenizer.save_pretrained(tmp_path / "saved")
+        again = AutoTokenizer.from_pretrained(tmp_path / "saved")
+        assert torch.equal(make(numbers, tokenizer=again).next_blocks(9), expected)
+        assert len(list((tmp_path / "cache/tokens").iterdir())) == 1
+        again.add_tokens(["1 2"])
+        make(numbers, tokenizer=again).next_blocks(1)
+        assert len(list((tmp_path / "cache/tokens").iterdir())) == 2
+
+
 class TestMixing:
     @pytest.mark.parametrize("weights", [(1, 1), (0.7, 0.3), (5, 1, 1e-3), (0.1, 0.2, 0.3, 0.4)], ids=str)
     def test_shares_hold_at_every_length(self, make, tmp_path, weights):
@@ -332,7 +425,7 @@ def fails(error):
 class TestCache:
     def test_tokenised_once_for_all_sizes_and_seeds(self, make, numbers, monkeypatch):
         make(numbers).next_blocks(count_blocks(NUMBERS) + 5)
-        monkeypatch.setattr(sources_module, "documents", pytest.fail)
+        monkeypatch.setattr(sources_module, "pieces", pytest.fail)
         assert len(make(numbers, block_tokens=5, seed=3).next_blocks(100)) == 100
 
     def test_reads_no_more_than_it_needs(self, make, tmp_path):
@@ -552,6 +645,8 @@ class TestParquet:
         assert self.refusal(make(table(text=["a", None]))) == f'{file}, row 2: "text" is a NoneType, not a string.'
         assert self.refusal(make(table(text=[" "]))) == f"{file} is empty."
         assert self.refusal(make(table(text=[]))) == f"{file} is empty."
+        assert self.refusal(make(table(text=[1, 2]))) == f'{file}: the column "text" is of type int64, not string.'
+        assert self.refusal(make(table(text=[b"a"]))) == f'{file}: the column "text" is of type binary, not string.'
 
     def test_garbled(self, make, table):
         file = shorten(table(text=NUMBERS))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from gguf import GGUFReader, dequantize
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 import tiny
 from flextron import cli, export_gguf
@@ -283,6 +283,12 @@ class TestRefused:
         with pytest.raises(ExportError, match=reason):
             export_gguf(model, UNEVEN, tmp_path / "small.gguf")
         assert not list(tmp_path.iterdir())
+
+    def test_a_tokenizer_in_python(self, tmp_path):
+        model = elastic("llama")
+        model.tokenizer = ByT5Tokenizer()
+        with pytest.raises(ExportError, match="needs a byte-level BPE tokenizer; this one is a ByT5Tokenizer"):
+            export_gguf(model, UNEVEN, tmp_path / "small.gguf")
 
     def test_what_is_there_stays_unless_told_otherwise(self, tmp_path):
         model, file = elastic("llama"), tmp_path / "small.gguf"

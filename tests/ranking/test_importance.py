@@ -203,17 +203,22 @@ class TestBrokenModels:
             measure_importance(llama, blocks, score=score)
 
 
+def hooks_of(model) -> list:
+    return [(list(module._forward_pre_hooks), list(module._forward_hooks)) for module in model.lm.modules()]
+
+
 class TestLeavesNoTrace:
     @pytest.fixture(autouse=True)
     def untouched(self, model):
         before = {name: value.clone() for name, value in model.lm.state_dict().items()}
+        hooks = hooks_of(model)
         subnet = model.search_space.uniform(20, 1)
         with model.use(subnet):
             yield
             assert model.subnet == subnet
         after = model.lm.state_dict()
         assert all(torch.equal(after[name], value) for name, value in before.items())
-        assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.lm.modules())
+        assert hooks_of(model) == hooks
 
     @pytest.mark.parametrize("score", SCORES)
     def test_when_it_ends_well(self, model, blocks, score):

@@ -27,8 +27,9 @@ from flextron.routers.token.making import TokenRouterAbout, save_token_router
 from flextron.routers.token.net import TokenRouter
 from flextron.subnet import Subnet
 from flextron.tasks import harness, local
-from flextron.tasks.harness import PAPER, evaluate_tasks, sample
+from flextron.tasks.harness import evaluate_tasks, sample
 from flextron.tasks.lm import LEAST_SHARED, ElasticLM
+from flextron.tasks.names import PAPER
 from flextron.tasks.results import HEADLINE, TaskResult, averages, floored
 
 WORDS = tiny.TEXT.lower().replace(".", "").split()

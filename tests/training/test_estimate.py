@@ -236,7 +236,7 @@ def test_missing_and_unknown_models_are_refused(tmp_path):
     T5Config().save_pretrained(tmp_path / "t5")
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         estimate_training(asked(str(tmp_path / "none")))
-    with pytest.raises(CheckpointError, match=r"cannot read the config of .*broken"):
+    with pytest.raises(CheckpointError, match=r"broken.config.json is not JSON"):
         estimate_training(asked(str(tmp_path / "broken")))
     with pytest.raises(UnknownFamilyError, match="no family spec for the architecture 't5'"):
         estimate_training(asked(str(tmp_path / "t5")))

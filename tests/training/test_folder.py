@@ -10,7 +10,7 @@ import torch
 import folders
 import tiny
 from flextron.config import TrainConfig, VisitOptions
-from flextron.elastic.checkpoint import METADATA_FILE
+from flextron.elastic.source import METADATA_FILE
 from flextron.errors import CheckpointError
 from flextron.locks import INSIDE
 from flextron.model import ElasticModel

@@ -11,6 +11,10 @@ from flextron.config import EvaluateConfig
 
 def run(config: EvaluateConfig) -> None:
     """Losses of sub-networks on a text, or accuracies on tasks."""
+    if config.tasks:
+        from flextron.tasks.names import check_names, data_folder
+
+        check_names(config.tasks, data_folder(config.task_data))
     results = None if config.out_dir is None else config.out_dir / "results.json"
     with shared.outputs(config.picture, results):
         _run(config)

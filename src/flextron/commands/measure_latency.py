@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 def run(config: MeasureLatencyConfig) -> None:
     """Measure latency tables, or read one from a CSV file."""
+    folder = shared.folder_of(config.model)
     from flextron.atomic import reserved
     from flextron.costs.saved import FOLDER
 
-    folder = shared.folder_of(config.model)
     with reserved(folder / FOLDER, grows=True):
         _save_all(folder, config)
 

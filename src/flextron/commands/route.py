@@ -13,9 +13,10 @@ from flextron.subnet import Subnet
 
 def run(config: RouteConfig) -> None:
     """Answer a budget, as text or JSON, with a picture."""
+    folder = shared.folder_of(config.model)
     _check_replaceable(config.out)
     with shared.outputs(config.out, config.picture):
-        _run(config)
+        _run(config, folder)
 
 
 def _check_replaceable(file: Path | None) -> None:
@@ -32,13 +33,12 @@ def _check_replaceable(file: Path | None) -> None:
         raise CheckpointError(f"{file} is not a sub-network that flextron wrote. Name another file.") from None
 
 
-def _run(config: RouteConfig) -> None:
+def _run(config: RouteConfig, folder: Path) -> None:
     from flextron.atomic import write_text
     from flextron.choosing.explaining import as_json, as_text, explain
     from flextron.choosing.routing import route
     from flextron.pictures.widths import save_figure, widths_figure
 
-    folder = shared.folder_of(config.model)
     model = shared.load(config)
     warnings: list[str] = []
     routed = route(

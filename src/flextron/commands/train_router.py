@@ -16,11 +16,11 @@ _OPTIONS = ("phase", "evaluations", "tokens", "text", "lowest", "seed", "any_dev
 
 def run(config: TrainRouterConfig) -> None:
     """Train a router, with --per-token for every token."""
+    folder = shared.folder_of(config.model)
     from flextron.routers.static.making import describe_router, make_router, router_from_pairs
     from flextron.routers.static.pairs import FOLDER
 
     started = time.monotonic()
-    folder = shared.folder_of(config.model)
     if config.per_token:
         _train_token_router(config, folder)
         return

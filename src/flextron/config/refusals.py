@@ -15,6 +15,8 @@ LONGEST = 200
 """Characters of a word or argument that a message repeats whole."""
 SHORTENED = 80
 """Characters of a longer one that a message repeats."""
+LARGEST = 1e15
+"""Largest number that an option takes: more tokens than any text has."""
 LEAST_ALIKE = 0.72
 """How much a known word must resemble a wrong one to be suggested, 0 to 1."""
 _LONG = re.compile(rf"(?:(?<=')[^']{{{LONGEST + 1},}}(?=')|\S{{{LONGEST + 1},}})")
@@ -51,6 +53,19 @@ def unknown_option(kind: type, arguments: Sequence[str], prog: str) -> str | Non
             near = nearest(name, known)
             way_out = f"did you mean --{near}?" if near else f"`{prog} --help` lists its options."
             return f"unknown option --{name} for {prog}; {way_out}"
+    return None
+
+
+def absurd_number(config: Any) -> str | None:
+    """The message about the first number that no machine could work with; None if all are possible."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        inner = absurd_number(value) if is_dataclass(value) else None
+        if inner:
+            return inner
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int | float) and not abs(number) <= LARGEST:
+                return f"{option(field.name)} is {number}; it must be a number of at most {LARGEST:.0e}."
     return None
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from transformers import PreTrainedTokenizerBase
 
-from flextron.data.blocks import document_end, document_start, require_tokenizer
+from flextron.data.blocks import Piece, document_end, document_start, require_tokenizer
 from flextron.data.sources import Source, open_source
 from flextron.errors import CheckpointError, FlextronError, TooLittleTextError
 from flextron.progress import bar
@@ -29,7 +29,10 @@ from flextron.progress import bar
 VERSION = 1
 """Version of the cache's files and of saved positions."""
 GROUP_CHARACTERS = 1 << 18
-"""Characters to tokenise at once: many documents, so that the tokenizer uses all cores."""
+"""Characters to tokenise at once, at least: many documents, so that the tokenizer uses all cores."""
+
+_OF_THE_PLACE = re.compile(r"^name_or_path$|_file$|local|^model_max_length$")
+"""Settings of a tokenizer that change where it is loaded from, or that are not used here."""
 
 
 class Corpus:
@@ -230,7 +233,7 @@ class _Shards:
 
     def __init__(self, path: str, tokenizer: PreTrainedTokenizerBase, folder: Path, shard_tokens: int) -> None:
         self.path = path
-        self._texts: Callable[[], Iterator[str]]
+        self._texts: Callable[[], Iterator[Piece]]
         self._texts, identity = open_source(path)
         self._tokenizer, self._size = tokenizer, shard_tokens
         self._start, self._end = document_start(tokenizer), document_end(tokenizer)
@@ -291,36 +294,48 @@ class _Shards:
     def _pack(self, before: _Shard | None) -> Iterator[_Shard]:
         """Yield the shards that follow `before`. All but the last are full."""
         done, begun = (before.documents, before.begun) if before else (0, 0)
-        pieces: list[NDArray[Any]] = []
-        room = self._size
-        for document in self._tokenised(islice(self._texts(), done, None)):
-            while len(document) - begun > room:  # the document does not fit, so this shard is not the last
-                pieces.append(document[begun : begun + room])
+        parts: list[NDArray[Any]] = []
+        room, known = self._size, begun
+        for tokens, last in self._tokenised(_after(done, self._texts())):
+            part, known = tokens[known:], max(0, known - len(tokens))
+            while len(part) > room:  # the document does not fit, so this shard is not the last
                 begun += room
-                yield _Shard(np.concatenate(pieces), done, begun, last=False)
-                pieces, room = [], self._size
-            pieces.append(document[begun:])
-            room -= len(pieces[-1])
-            done, begun = done + 1, 0
-        if pieces:  # empty if `before` was the last shard
-            yield _Shard(np.concatenate(pieces), done, begun, last=True)
+                yield _Shard(np.concatenate([*parts, part[:room]]), done, begun, last=False)
+                part, parts, room = part[room:], [], self._size
+            parts.append(part)
+            room, begun = room - len(part), begun + len(part)
+            if last:
+                done, begun, known = done + 1, 0, 0
+        if parts:  # empty if `before` was the last shard
+            yield _Shard(np.concatenate(parts), done, begun, last=True)
 
-    def _tokenised(self, texts: Iterable[str]) -> Iterator[NDArray[Any]]:
-        """Yield the tokens of each document, including those that start and end it."""
+    def _tokenised(self, texts: Iterable[Piece]) -> Iterator[tuple[NDArray[Any], bool]]:
+        """Yield the tokens of each piece, with those that start and end a document, and whether it ends there."""
         top = max(*self._tokenizer.get_vocab().values(), *self._start, self._end)
         dtype = np.uint16 if top < 1 << 16 else np.int32
         for group in _groups(texts):
-            encoded = self._tokenizer(group, add_special_tokens=False, return_attention_mask=False, verbose=False)
-            for ids in encoded["input_ids"]:
-                yield np.array([*self._start, *ids, self._end], dtype)
+            encoded = self._tokenizer(
+                [piece.text for piece in group], add_special_tokens=False, return_attention_mask=False, verbose=False
+            )
+            for piece, ids in zip(group, encoded["input_ids"], strict=True):
+                start, end = self._start if piece.first else [], [self._end] if piece.last else []
+                yield np.array([*start, *ids, *end], dtype), piece.last
 
 
-def _groups(texts: Iterable[str]) -> Iterator[list[str]]:
-    group: list[str] = []
+def _after(documents: int, texts: Iterable[Piece]) -> Iterator[Piece]:
+    """Yield the pieces after so many documents."""
+    for piece in texts:
+        if documents <= 0:
+            yield piece
+        documents -= piece.last
+
+
+def _groups(texts: Iterable[Piece]) -> Iterator[list[Piece]]:
+    group: list[Piece] = []
     characters = 0
-    for text in texts:
-        group.append(text)
-        characters += len(text) + 1
+    for piece in texts:
+        group.append(piece)
+        characters += len(piece.text) + 1
         if characters >= GROUP_CHARACTERS:
             yield group
             group, characters = [], 0
@@ -330,7 +345,18 @@ def _groups(texts: Iterable[str]) -> Iterator[list[str]]:
 
 def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of the tokenizer's behaviour. Use the tokenizer once before: that clears its limits on text length."""
-    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+    if tokenizer.is_fast:
+        whole = tokenizer.backend_tokenizer.to_str()
+    else:  # written in Python: its settings and its tokens stand for it
+        kind = f"{type(tokenizer).__module__}.{type(tokenizer).__qualname__}"
+        added = {id_: repr(token) for id_, token in tokenizer.added_tokens_decoder.items()}
+        settings = {
+            name: value
+            for name, value in tokenizer.init_kwargs.items()
+            if isinstance(value, bool | int | float | str) and not _OF_THE_PLACE.search(name)
+        }
+        whole = json.dumps([kind, settings, tokenizer.get_vocab(), added], sort_keys=True, default=repr)
+    return hashlib.sha256(whole.encode()).hexdigest()
 
 
 def _default_cache() -> Path:

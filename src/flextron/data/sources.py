@@ -13,12 +13,16 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from flextron.data.blocks import ENDINGS, SAMPLES, documents
+from flextron.data.blocks import ENDINGS, PIECE, SAMPLES, Piece, in_pieces, pieces
 from flextron.errors import FlextronError
 
 _DATASET = "datasets:"
 _TEXT_FILE = re.compile(r"\.((jsonl|txt|md)(\.xz|\.gz|\.bz2)?|parquet)$")
 _ENDINGS = f"{ENDINGS} or .parquet"
+_STRINGS = re.compile(r"(dictionary<values=)?(large_)?string")
+"""Types of a parquet file's column that hold text."""
+_BATCH_ROWS, _BATCH_BYTES = 256, 1 << 24
+"""Rows of a parquet file that are read at once, and what they may take."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class Source:
         return cls(path, number)
 
 
-def open_source(path: str) -> tuple[Callable[[], Iterator[str]], Any]:
+def open_source(path: str) -> tuple[Callable[[], Iterator[Piece]], Any]:
     """Return a function that reads a source's documents from the start, and what identifies the source."""
     if path.startswith(_DATASET):
         name, *options = path.removeprefix(_DATASET).split(",")
@@ -67,13 +71,19 @@ def open_source(path: str) -> tuple[Callable[[], Iterator[str]], Any]:
         identity = [name if not files else _stats(files), config, split or "train"]
         return lambda: _strings(_rows(path, name, config, split or "train"), path), identity
     files = _files(path)
-    return lambda: chain.from_iterable(map(_documents, files)), _stats(files)
+    return lambda: chain.from_iterable(map(_pieces, files)), _stats(files)
 
 
-def _stats(files: list[Path]) -> list[tuple[str, int, int]]:
-    """The path, size in bytes and last change in nanoseconds of each file."""
+def _stats(files: list[Path]) -> list[tuple[Any, ...]]:
+    """The path, size in bytes and last change in nanoseconds of each file.
+
+    Of a text that is too large for one piece, the size of pieces, too: where it is cut, its tokens may differ.
+    """
     stats = [(file.resolve(), file.stat()) for file in files]
-    return [(str(place), stat.st_size, stat.st_mtime_ns) for place, stat in stats]
+    return [
+        (str(place), stat.st_size, stat.st_mtime_ns, *([PIECE] if stat.st_size > PIECE else []))
+        for place, stat in stats
+    ]
 
 
 def _files(path: str) -> list[Path]:
@@ -90,28 +100,38 @@ def _files(path: str) -> list[Path]:
     return files
 
 
-def _documents(file: Path) -> Iterator[str]:
-    return _strings(_parquet(file), str(file)) if file.suffix == ".parquet" else documents(file)
+def _pieces(file: Path) -> Iterator[Piece]:
+    return _strings(_parquet(file), str(file)) if file.suffix == ".parquet" else pieces(file)
 
 
-def _strings(values: Iterable[Any], name: str) -> Iterator[str]:
+def _strings(values: Iterable[Any], name: str) -> Iterator[Piece]:
     """Yield the values of a text column, checked: each is a string, and at least one is not blank."""
     empty = True
     for number, value in enumerate(values, start=1):
         if not isinstance(value, str):
             raise FlextronError(f'{name}, row {number}: "text" is a {type(value).__name__}, not a string.')
         empty = empty and not value.strip()
-        yield value
+        yield from in_pieces(value)
     if empty:
         raise FlextronError(f"{name} is empty.")
 
 
 def _parquet(file: Path) -> Iterator[Any]:
     parquet = _extra("pyarrow.parquet", file)
-    with _clear_errors(file), parquet.ParquetFile(file) as table:
-        _check_column(table.schema_arrow.names, file)
-        for batch in table.iter_batches(batch_size=256, columns=["text"]):
-            yield from batch.column(0).to_pylist()
+    with _clear_errors(file):
+        about = parquet.read_metadata(file)
+        schema = about.schema.to_arrow_schema()
+        _check_column(schema.names, file)
+        if about.num_rows and not _STRINGS.match(str(schema.field("text").type)):
+            raise FlextronError(f'{file}: the column "text" is of type {schema.field("text").type}, not string.')
+        groups = map(about.row_group, range(about.num_row_groups))
+        row_bytes = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
+        rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES // (1 + row_bytes)))
+        with parquet.ParquetFile(file, metadata=about, read_dictionary=["text"]) as table:
+            for batch in table.iter_batches(batch_size=rows, columns=["text"]) if about.num_rows else ():
+                words, places = batch.column(0).dictionary, batch.column(0).indices
+                for place in places.to_pylist():  # one by one: all of them may be far more than the words
+                    yield None if place is None else words[place].as_py()
 
 
 def _rows(path: str, name: str, config: str | None, split: str) -> Iterator[Any]:

@@ -32,8 +32,8 @@ from flextron.demo.plan import (
     TOKEN_TOKENS,
 )
 from flextron.demo.stages import Pace, Stage, in_words, run_stages, time_left
-from flextron.elastic.checkpoint import METADATA_FILE
 from flextron.elastic.smollm2 import named
+from flextron.elastic.source import METADATA_FILE
 from flextron.environment import default_device, dtype_name, faster_dtype
 from flextron.errors import CheckpointError, CostError, RouterError
 from flextron.evaluation import evaluate

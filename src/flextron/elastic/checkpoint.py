@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,20 +16,27 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from flextron.atomic import lost, new_folder
+from flextron.atomic import new_folder
 from flextron.elastic import per_layer
 from flextron.elastic.accounting import check_accounted, check_finite, check_shards_inside, untie_if_apart
 from flextron.elastic.gguf_source import check_all_used, complete_config
 from flextron.elastic.older_transformers import add_old_names
+from flextron.elastic.source import (
+    COPY_AGAIN,
+    METADATA_FILE,
+    RANKING_FILE,
+    VERSION,
+    clear_metadata,
+    first_line,
+    read_metadata,
+    source_of,
+)
 from flextron.elastic.stored import check_config
 from flextron.environment import dtype_name
 from flextron.errors import CheckpointError, FlextronError
-from flextron.records import check_version, checked, read_record
+from flextron.records import check_version
 from flextron.subnet import AXES, SearchSpace
 
-VERSION = 1
-METADATA_FILE = "flextron.json"
-RANKING_FILE = "ranking.safetensors"
 ORDERS = (*AXES, "query_heads")
 """Tensors of a ranking: an order on each axis, and of the query heads inside each KV group."""
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
@@ -162,42 +168,6 @@ def save(
         (partial / METADATA_FILE).write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf8")
 
 
-def missing_files(folder: Path) -> list[str]:
-    """The files that an elastic checkpoint was saved with and lacks now; weights may have other names since.
-
-    Raises:
-        CheckpointError: flextron.json cannot be read.
-    """
-    with _clear_metadata(folder / METADATA_FILE):
-        files = checked(read_record(folder / METADATA_FILE, version=VERSION), _Files).get("files", ())
-    present = {file.name for file in folder.iterdir() if file.is_file()}
-    return [name for name in files if not name.startswith("model") and name not in present]
-
-
-def check_whole(folder: Path) -> None:
-    """Check that no part of a checkpoint is missing: a copy that ended halfway, or a run that is not done.
-
-    Raises:
-        CheckpointError: one is; the message names it.
-    """
-    if not (folder / METADATA_FILE).is_file():
-        for part, what in _SIGNS.items():
-            if (folder / part).is_file():
-                raise CheckpointError(f"{folder} has {part} but no {METADATA_FILE}: {what}.")
-        return
-    if missing := missing_files(folder):
-        raise CheckpointError(f"{folder} is not whole: it lacks {', '.join(missing)}. {_AGAIN}.")
-
-
-_AGAIN = "Copy the folder again, or make it again"
-_SIGNS = {
-    "train.json": "it is a training run that is not done. Run the same `flextron train` again to go on",
-    RANKING_FILE: f"it is not whole. {_AGAIN}",
-    "rank.json": f"it is not whole. {_AGAIN}",
-}
-"""Files that lie beside an elastic checkpoint, and what it means if that has no flextron.json."""
-
-
 def _set_dtype(file: Path, dtype: torch.dtype) -> None:
     config = json.loads(file.read_text(encoding="utf8"))
     config["dtype"] = dtype_name(dtype)
@@ -213,7 +183,9 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> N
     config = json.loads(config_file.read_text(encoding="utf8"))
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        config_file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf8")
+    if isinstance(config.get("extra_special_tokens"), list):  # transformers 4 takes only names with tokens there
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    config_file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf8")
 
 
 def quiet_transformers() -> None:
@@ -221,24 +193,6 @@ def quiet_transformers() -> None:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-
-
-def source_of(path: str | Path) -> tuple[str, dict[str, Any]]:
-    """Return the folder or hub id to read, and for a GGUF file the option that transformers needs."""
-    local = Path(path)
-    if str(path).endswith(".gguf"):
-        if not local.is_file():
-            raise CheckpointError(f"no such file: {path}")
-        return str(local.parent), {"gguf_file": local.name}
-    if local.is_dir():
-        check_whole(local)
-        if not (local / "config.json").is_file():
-            raise CheckpointError(f"{path} is not a checkpoint: it has no config.json.")
-    elif way_back := lost(local):
-        raise CheckpointError(f"no such checkpoint: {path}.{way_back}")
-    elif local.exists() or str(path).count("/") > 1 or str(path).startswith((".", "/", "~")):
-        raise CheckpointError(f"no such checkpoint: {path}. Name a folder, a hub id such as org/name, or a .gguf file.")
-    return str(path), {}
 
 
 def load_tokenizer(source: str, options: dict[str, Any]) -> PreTrainedTokenizerBase | None:
@@ -263,49 +217,14 @@ def load_metadata(source: str, options: dict[str, Any]) -> tuple[SearchSpace | N
     file = _find(source, METADATA_FILE, options)
     if file is None:
         return None, None
-    data = _read_metadata(file)
+    data = read_metadata(file)
     ranking_file = _find(source, RANKING_FILE, options)
     if ranking_file is None:
         if RANKING_FILE in data.get("files", ()):
-            raise CheckpointError(f"{source} is not whole: it lacks {RANKING_FILE}. {_AGAIN}.")
+            raise CheckpointError(f"{source} is not whole: it lacks {RANKING_FILE}. {COPY_AGAIN}.")
         return data["search_space"], None
-    with _clear_metadata(ranking_file):
+    with clear_metadata(ranking_file, SafetensorError):
         return data["search_space"], _load_ranking(ranking_file)
-
-
-def search_space_in(folder: str | Path) -> SearchSpace | None:
-    """Return the search space of the elastic checkpoint in a local folder; None where there is none.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    file = Path(folder) / METADATA_FILE
-    return _read_metadata(file)["search_space"] if file.is_file() else None
-
-
-class _Files(TypedDict, total=False):
-    files: tuple[str, ...]
-
-
-class _Metadata(_Files):
-    """What METADATA_FILE holds besides its version."""
-
-    search_space: SearchSpace | None
-
-
-def _read_metadata(file: Path) -> _Metadata:
-    with _clear_metadata(file):
-        return checked(read_record(file, version=VERSION), _Metadata)
-
-
-@contextmanager
-def _clear_metadata(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        reason = first_line(error).rstrip(".")
-        way_out = "Install the flextron that wrote it, or rank the original again."
-        raise CheckpointError(f"cannot read {file}: {reason}. {way_out}") from error
 
 
 def _save_ranking(ranking: Ranking, file: Path) -> None:
@@ -330,8 +249,3 @@ def _load_ranking(file: Path) -> Ranking:
         check_version(record["version"], str(VERSION))
         orders = {name: stored.get_tensor(name) for name in ORDERS}
     return Ranking(**orders, score=record["score"], tokens=int(record["tokens"]), text=record["text"])
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or the name of its type if there is no message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from flextron.elastic import checkpoint
 from flextron.elastic.checkpoint import Checkpoint, Ranking
 from flextron.elastic.families import Axis, Family, family_of
+from flextron.elastic.holding import Holder
 from flextron.elastic.projections import Projection, Width, make_elastic, make_norm_skippable, make_skippable
 from flextron.environment import default_device
 from flextron.errors import CheckpointError, FlextronError
@@ -92,7 +93,7 @@ class ElasticModel:
             loss = model(input_ids, labels=input_ids).loss
             text = model.generate(input_ids)
 
-    The choice is part of the model's state, so use one model in one thread at a time.
+    The choice is part of the model's state: inside `use`, other threads get an error. Load one model for each thread.
     """
 
     def __init__(
@@ -127,6 +128,8 @@ class ElasticModel:
         self.search_space = search_space or SearchSpace.of_model(**sizes)
         _check_fits(self.search_space, sizes)
         self._subnet = self.search_space.full
+        self.holder = Holder()
+        lm.register_forward_pre_hook(self.holder.check)
 
     @classmethod
     def from_pretrained(
@@ -190,14 +193,16 @@ class ElasticModel:
 
         Raises:
             SubnetError: `subnet` is not in the search space of this model.
+            FlextronError: another thread is inside such a block, or runs the model.
         """
         self.search_space.check(subnet)
-        before = self._subnet
-        try:  # Ctrl-C may come while widths are set
-            self._choose(subnet)
-            yield self
-        finally:
-            self._choose(before)
+        with self.holder.held():
+            before = self._subnet
+            try:  # Ctrl-C may come while widths are set
+                self._choose(subnet)
+                yield self
+            finally:
+                self._choose(before)
 
     def _choose(self, subnet: Subnet) -> None:
         for layer, axis, sub in self.sub_layers():
@@ -233,11 +238,13 @@ class ElasticModel:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward pass of the transformers model with the sub-network in use."""
-        return self.lm(*args, **kwargs)
+        with self.holder.running():
+            return self.lm(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Call transformers' `generate` with the sub-network in use; the KV cache holds only its KV groups."""
-        return self.lm.generate(*args, **kwargs)
+        with self.holder.running():
+            return self.lm.generate(*args, **kwargs)
 
     @property
     def positions(self) -> int | None:
@@ -311,6 +318,8 @@ def move(lm: PreTrainedModel, device: str | torch.device) -> None:
     if device == "auto":
         device = default_device()
     try:
+        if torch.device(device).type == "meta":
+            raise RuntimeError("it holds no numbers")
         if torch.device(device) != lm.device:
             lm.to(device)
     except (RuntimeError, AssertionError) as error:

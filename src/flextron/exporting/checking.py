@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from flextron.data.blocks import documents
+from flextron.data.blocks import pieces
 
 _CHARACTERS_PER_TOKEN = 16
 """Above the average of any tokenizer, so that the text has enough tokens."""
@@ -17,8 +17,8 @@ _CHARACTERS_PER_TOKEN = 16
 def real_text(tokenizer: PreTrainedTokenizerBase, count: int) -> tuple[str, list[int]]:
     """Return the beginning of the sample's text, and its first `count` tokens."""
     text = ""
-    for document in documents("sample/validation"):
-        text += document
+    for piece in pieces("sample/validation"):
+        text += piece.text
         if len(text) >= _CHARACTERS_PER_TOKEN * count:
             break
     text = text[: _CHARACTERS_PER_TOKEN * count]

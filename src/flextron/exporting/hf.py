@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from flextron.atomic import check_new, new_folder
 from flextron.elastic import per_layer
-from flextron.elastic.checkpoint import METADATA_FILE, save_tokenizer
+from flextron.elastic.checkpoint import save_tokenizer
 from flextron.elastic.families import Axis
 from flextron.elastic.model import ElasticModel
 from flextron.elastic.older_transformers import add_old_names
+from flextron.elastic.source import METADATA_FILE
 from flextron.errors import CheckpointError, ExportError
 from flextron.exporting.card import CARD, model_card
 from flextron.exporting.checking import evaluating, real_text

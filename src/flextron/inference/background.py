@@ -1,7 +1,7 @@
 """Tokens of transformers' own `generate` as an iterator: it runs in a thread, which waits until the next is asked for.
 
 The thread and its reader take turns and never run at the same time. What the reader does between two tokens, with the
-model or with random numbers, is what it would do without a thread.
+model or with random numbers, is what it would do without a thread. The thread may use the model where its reader may.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import torch
 from transformers import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from flextron.elastic.holding import acted_for, acting_for
+
 
 class _Turns(BaseStreamer):  # type: ignore[misc]
     """What `generate` gives its tokens to, in its thread; it returns to `generate` when the reader wants more."""
@@ -25,6 +27,8 @@ class _Turns(BaseStreamer):  # type: ignore[misc]
         self._asked = Semaphore(0)
         self._closed = False
         self._has_prompt = False
+        self.reader = acted_for()
+        """The thread that asked last."""
 
     def put(self, value: torch.Tensor) -> None:
         """Hand over tokens, except the first ones, which are the prompt, and wait for the reader."""
@@ -39,12 +43,13 @@ class _Turns(BaseStreamer):  # type: ignore[misc]
 
     def ask(self) -> None:
         """Let `generate` go on."""
+        self.reader = acted_for()
         self._asked.release()
 
     def close(self) -> None:
         """Let `generate` stop after the forward pass that it is in."""
         self._closed = True
-        self._asked.release()
+        self.ask()
 
     def is_closed(self, tokens_BT: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         """A stopping criterion: whether to stop, for each row."""
@@ -74,7 +79,7 @@ def generated_tokens(
 
     def work() -> None:
         try:
-            with torch.inference_mode(), arithmetic:
+            with torch.inference_mode(), arithmetic, acting_for(lambda: turns.reader):
                 output_BT = generate(prompt_BT, attention_mask=torch.ones_like(prompt_BT), **options)
             if in_one:
                 turns.given.put(output_BT[0, prompt_BT.shape[1] :].tolist())

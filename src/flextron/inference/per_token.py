@@ -107,14 +107,15 @@ def use_token_widths(model: ElasticModel, widths: TokenWidths, *, masked: bool =
 def running(model: ElasticModel, runs: Sequence[tuple[Forward, Forward]]) -> Iterator[None]:
     """Let `runs`, one pair (MLP, attention) for each layer, run the sub-layers inside the block."""
     widths = [sub.width for _, _, sub in model.sub_layers()]
-    before = [width.run for width in widths]
-    for width, run in zip(widths, (run for pair in runs for run in pair), strict=True):
-        width.run = run
-    try:
-        yield
-    finally:
-        for width, run_before in zip(widths, before, strict=True):
-            width.run = run_before
+    with model.holder.held():
+        before = [width.run for width in widths]
+        try:  # Ctrl-C may come while they are set
+            for width, run in zip(widths, (run for pair in runs for run in pair), strict=True):
+                width.run = run
+            yield
+        finally:
+            for width, run_before in zip(widths, before, strict=True):
+                width.run = run_before
 
 
 def _with_widths(sub: SubLayer, widths_BT: torch.Tensor, *, masked: bool) -> Forward:

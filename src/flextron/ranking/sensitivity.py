@@ -21,8 +21,8 @@ from transformers import PreTrainedTokenizerBase
 
 from flextron.atomic import write_text
 from flextron.data.blocks import TokenBlocks, blocks_after
-from flextron.elastic.checkpoint import search_space_in
 from flextron.elastic.model import ElasticModel
+from flextron.elastic.source import search_space_in
 from flextron.errors import CheckpointError, SubnetError
 from flextron.progress import bar
 from flextron.records import checked, read_record

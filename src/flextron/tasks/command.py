@@ -25,7 +25,8 @@ from flextron.evaluation import evaluate
 from flextron.pictures.widths import save_figure
 from flextron.routers.token.batch import TokenRouting
 from flextron.subnet import Subnet
-from flextron.tasks.harness import data_folder, evaluate_tasks
+from flextron.tasks.harness import evaluate_tasks
+from flextron.tasks.names import data_folder
 from flextron.tasks.results import HEADLINE, Average, TaskResult, averages, floored, plain_name
 
 VERSION = 2

@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import logging
-import os
 import random
 import sys
 from collections import defaultdict
@@ -26,15 +25,13 @@ from flextron.errors import FlextronError
 from flextron.records import Journal, RecordError, checked
 from flextron.routers.token.batch import TokenRouting
 from flextron.subnet import Subnet
+from flextron.tasks.names import DATA, check_names, data_folder, name_and_shots, no_such_task, task_names
 from flextron.tasks.results import TaskResult, plain_name
 
-PAPER = ("arc_easy", "lambada_openai", "piqa", "winogrande", "mmlu", "hellaswag")
-"""The tasks in the tables of the Flextron paper."""
 SHOTS = {"mmlu": 5, "hellaswag": 10}
 """Default number of examples before each question. Other tasks have lm-eval's default."""
 METRICS = {"hellaswag": "acc_norm"}
 """The main metric of a task, if it is not `acc`."""
-DATA = "FLEXTRON_TASK_DATA"
 VERSION = 2
 _SEED = 1234
 _YAML = Path(__file__).parent / "yaml"
@@ -106,25 +103,6 @@ def evaluate_tasks(
     return sorted(results, key=lambda result: list(runs).index(result.run))
 
 
-def data_folder(data: str | Path | None) -> Path | None:
-    """The folder of local files: `data`, else `$FLEXTRON_TASK_DATA`, else None for lm-eval's data from the hub.
-
-    Raises:
-        FlextronError: the folder does not exist.
-    """
-    named = data or os.environ.get(DATA)
-    if not named:
-        return None
-    if not Path(named).is_dir():
-        raise FlextronError(f"there is no folder {named} with the data of tasks; docs/tasks.md says what it holds.")
-    return Path(named)
-
-
-def task_names(tasks: Sequence[str]) -> list[str]:
-    """Replace "paper" by the paper's tasks, and drop repeated names."""
-    return list(dict.fromkeys(name for wish in tasks for name in (PAPER if wish == "paper" else (wish,))))
-
-
 def sample(strata: Sequence[str], limit: int | None) -> list[int]:
     """Indices of at most `limit` documents, ascending: a fixed draw, in proportion to the size of each stratum.
 
@@ -146,6 +124,7 @@ def sample(strata: Sequence[str], limit: int | None) -> list[int]:
 
 
 def _load(tasks: Sequence[str], folder: Path | None, limit: int | None) -> list[_Loaded]:
+    check_names(tasks, folder)
     try:
         manager_of = import_module("lm_eval.tasks").TaskManager
     except ImportError as error:
@@ -157,12 +136,9 @@ def _load(tasks: Sequence[str], folder: Path | None, limit: int | None) -> list[
 
 
 def _load_one(manager: Any, wish: str, folder: Path | None, limit: int | None) -> _Loaded:
-    name, at, number = wish.partition("@")
-    if at and not number.isdecimal():
-        raise FlextronError(f"cannot read the task {wish!r}; write NAME or NAME@SHOTS, such as hellaswag@0.")
+    name, shots = name_and_shots(wish)
     if name not in manager.all_tasks:
-        known = f"in {folder}: {', '.join(PAPER)}" if folder else "of lm-eval; `lm-eval ls tasks` lists them"
-        raise FlextronError(f"there is no task {name!r} among those {known}.")
+        raise no_such_task(name, folder)
     try:
         found = manager.load([name])["tasks"]
     except FlextronError:
@@ -173,7 +149,7 @@ def _load_one(manager: Any, wish: str, folder: Path | None, limit: int | None) -
         raise FlextronError(f"cannot load the task {name}: {reason}." + ("" if folder else hint)) from None
     for task in found.values():
         default = task.get_config("num_fewshot") or 0
-        task.set_config("num_fewshot", int(number) if at else SHOTS.get(name, default))
+        task.set_config("num_fewshot", SHOTS.get(name, default) if shots is None else shots)
     shots = next(iter(found.values())).get_config("num_fewshot")
     data = "hub"
     if folder:

@@ -19,6 +19,7 @@ from flextron.elastic import checkpoint, per_layer
 from flextron.elastic.families import family_of
 from flextron.elastic.loss import CHUNK_TOKENS, CHUNK_TOKENS_OF_A_GPU
 from flextron.elastic.model import ElasticLayer, ElasticModel, projections_of
+from flextron.elastic.source import first_line, source_of
 from flextron.environment import arithmetic_dtype, default_device, dtype_name
 from flextron.errors import CheckpointError
 from flextron.ranking.sensitivity import Sensitivity
@@ -165,11 +166,11 @@ def _forward_flops(model: ElasticModel) -> int:
 def _without_weights(path: str) -> ElasticModel:
     """Return the elastic model on the meta device, which has sizes but no weights."""
     per_layer.register()
-    source, gguf = checkpoint.source_of(path)
+    source, gguf = source_of(path)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **gguf)
     except Exception as error:  # transformers raises many types for damaged files
-        raise CheckpointError(f"cannot read the config of {path}: {checkpoint.first_line(error)}") from error
+        raise CheckpointError(f"cannot read the config of {path}: {first_line(error)}") from error
     family_of(config.model_type)
     try:
         with torch.device("meta"):
@@ -199,7 +200,7 @@ def _teacher(model: ElasticModel, config: TrainConfig) -> ElasticModel | None:
     teacher = _without_weights(options.teacher)
     if teacher.config.vocab_size != model.config.vocab_size:
         for each, path in ((teacher, options.teacher), (model, config.model)):
-            source, gguf = checkpoint.source_of(path)
+            source, gguf = source_of(path)
             each.tokenizer = checkpoint.load_tokenizer(source, {"trust_remote_code": False, **gguf})
     check_teacher(teacher, model, options.teacher)
     return teacher

@@ -14,8 +14,9 @@ from flextron.atomic import check_apart, clear_errors, keeping, reserved, tell_d
 from flextron.config import TrainConfig
 from flextron.data.sources import Source
 from flextron.elastic import checkpoint
-from flextron.elastic.checkpoint import METADATA_FILE, Checkpoint, missing_files
+from flextron.elastic.checkpoint import Checkpoint
 from flextron.elastic.model import ElasticModel
+from flextron.elastic.source import METADATA_FILE, missing_files
 from flextron.errors import CheckpointError
 from flextron.locks import INSIDE, check_unlocked
 from flextron.ranking.sensitivity import Sensitivity

@@ -79,13 +79,13 @@ class TokenRouting:
                 zip(self.model.layers, rows.kv_groups, rows.query_heads, strict=True)
             )
         ]
-        hook = self.model.lm.register_forward_pre_hook(self._see_batch, with_kwargs=True)
-        try:
-            with running(self.model, runs):
+        with running(self.model, runs):
+            hook = self.model.lm.register_forward_pre_hook(self._see_batch, with_kwargs=True)
+            try:
                 yield self.model
-        finally:
-            hook.remove()
-            self._real_BT = None
+            finally:
+                hook.remove()
+                self._real_BT = None
 
     def forget(self) -> None:
         """Reset the counts of `used_LK`."""

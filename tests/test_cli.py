@@ -201,6 +201,8 @@ def test_lines_of_help_fit_the_terminal(monkeypatch, capsys):
             ["train", "m", "o", "--keep_lst=1"],
             "unknown option --keep-lst for flextron train; did you mean --keep",
         ),
+        (["a\nb"], "flextron has no verb a b; choose one of"),
+        (["a\x1bb"], "flextron has no verb a\\x1bb; choose one of"),
         (["rank", "m", "--xyz"], "unknown option --xyz for flextron rank; `flextron rank --help` lists its options."),
         (["evaluate", "m", "extra"], "flextron evaluate takes no such argument: extra."),
         (["evaluate", "m", "--tokens", "five"], "--tokens is 'five'; it must be a whole number."),

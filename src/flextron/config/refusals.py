@@ -20,6 +20,8 @@ LARGEST = 1e15
 LEAST_ALIKE = 0.72
 """How much a known word must resemble a wrong one to be suggested, 0 to 1."""
 _LONG = re.compile(rf"(?:(?<=')[^']{{{LONGEST + 1},}}(?=')|\S{{{LONGEST + 1},}})")
+_UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+"""Characters that a terminal obeys instead of showing them."""
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _NAME_INDENT = 4
 """Columns by which tyro indents the name of a missing argument; its help stands further in."""
@@ -88,11 +90,12 @@ def _indent(line: str) -> int:
 
 
 def shortened(message: str, arguments: Sequence[str]) -> str:
-    """Cut long arguments in a message, and other long words and quotations, to their beginning."""
+    """The message as one line, with long arguments, and other long words and quotations, cut to their beginning."""
     for argument in arguments:
         if len(argument) > LONGEST:
             message = message.replace(argument, f"{argument[:SHORTENED]}…")
-    return _LONG.sub(lambda found: f"{found[0][:SHORTENED]}…", message)
+    message = _LONG.sub(lambda found: f"{found[0][:SHORTENED]}…", " ".join(message.splitlines()))
+    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), message)
 
 
 def _field_names(kind: type) -> Iterator[str]:

@@ -19,6 +19,8 @@ def refused(text: str) -> str:
     with pytest.raises(BudgetError) as error:
         Budget.parse(text)
     opening = f"cannot read the budget {text!r}: "
+    if len(text) > 300:  # the middle of a long message is left out
+        return str(error.value).rpartition(": ")[2]
     assert str(error.value).startswith(opening)
     return str(error.value).removeprefix(opening)
 

@@ -122,7 +122,7 @@ def test_help_is_instant():
 
 
 def test_commands_stand_in_the_order_of_the_data():
-    expected = "quickstart rank train measure-latency train-router route evaluate generate export env"
+    expected = "quickstart rank train measure-latency train-router route evaluate generate export pack env"
     assert list(COMMANDS) == expected.split()
 
 
@@ -587,7 +587,7 @@ def test_a_router_needs_sensitivities(folder, text, capsys):
     sensitivity["search_space"]["neurons"] = [0, 40]
     (folder / "sensitivity.json").write_text(json.dumps(sensitivity))
     assert cli.main(router_arguments(folder, text)) == 2
-    assert "for another search space" in capsys.readouterr().err
+    assert "with another search space" in capsys.readouterr().err
     (folder / "sensitivity.json").unlink()
     assert cli.main(router_arguments(folder, text)) == 2
     assert f"{folder} has no sensitivities; a router starts from them." in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import shutil
 
+import gguf
 import pytest
 
 import tiny
@@ -85,10 +86,14 @@ class TestOutIsModel:
 
     def test_a_gguf_file(self, tmp_path, capsys):
         file = tmp_path / "model.gguf"
-        file.write_bytes(b"GGUF and more")
+        writer = gguf.GGUFWriter(file, "llama")
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+        before = file.read_bytes()
         said = refused(capsys, "export", file, file, "--to", "gguf", "--overwrite")
         assert "itself, which this run reads" in said
-        assert file.read_bytes() == b"GGUF and more"
+        assert file.read_bytes() == before
 
     @pytest.mark.parametrize("command", [["rank", "{inner}", "{model}"], ["export", "{inner}", "{model}"]], ids=str)
     def test_a_model_below_out(self, model, command, capsys):
@@ -150,7 +155,10 @@ class TestOneAtATime:
         monkeypatch.chdir(tmp_path)
         if target == "out":
             (tmp_path / "out").mkdir()
-            settings = '{"quickstart": 4, "model": "model", "tokens": %d, "thorough": false, "prompt": "%s"}'
+            settings = (
+                '{"quickstart": 4, "model": "model", "tokens": %d, "thorough": false, "from_scratch": true, '
+                '"prompt": "%s"}'
+            )
             config = cli.QuickstartConfig()
             (tmp_path / "out" / "settings.json").write_text(settings % (config.rank_tokens, config.prompt))
         with writer_inside(tmp_path / target) as process:

@@ -49,7 +49,8 @@ from flextron.config import (
     TrainRouterConfig,
 )
 from flextron.config.refusals import absurd_number, nearest, plain, shortened, unknown_option
-from flextron.elastic.source import source_of
+from flextron.elastic.smollm2 import NAME
+from flextron.elastic.source import PACK, source_of
 from flextron.errors import FlextronError
 
 DESCRIPTION = "One checkpoint, every latency: nested sub-networks of any Hugging Face LLM."
@@ -99,8 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str]) -> int:
     try:
         config = parse(arguments)
-        if config.__dict__.get("model", "smollm2") != "smollm2":
-            source_of(config.model)  # before torch is imported, which takes seconds
+        _check_model(config.__dict__.get("model", NAME))  # before torch is imported, which takes seconds
         _RUN[type(config)](config)
     except BrokenPipeError:
         raise
@@ -122,6 +122,11 @@ def _run(arguments: Sequence[str]) -> int:
         )
         raise
     return 0
+
+
+def _check_model(model: str) -> None:
+    if model != NAME and not (Path(model) / PACK).is_file():
+        source_of(model)
 
 
 def _prepare_outputs() -> None:

@@ -106,7 +106,7 @@ class TestRouter:
 
     def test_its_choice_is_the_best_at_any_price(self, trained, llama, monkeypatch):
         monkeypatch.setattr(token, "WIDTHS", len(llama.search_space.neurons))
-        trained = token_making._of_state(trained.state_dict())
+        trained = token_making._of_state(trained.state_dict(), llama)
         for layer in range(tiny.LAYERS):
             prices = torch.linspace(-6, 12, 500)
             net = trained.static

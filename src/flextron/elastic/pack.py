@@ -23,12 +23,13 @@ from transformers.utils import cached_file
 from flextron.elastic.checkpoint import ORDERS, Ranking
 from flextron.elastic.model import ElasticModel, projections_of
 from flextron.elastic.permutation import permute
+from flextron.elastic.source import PACK
 from flextron.errors import CheckpointError
 from flextron.records import checked, read_record
 from flextron.subnet import SearchSpace
 
 VERSION = 1
-FILE = "pack.json"
+FILE = PACK
 WEIGHTS = "pack.safetensors"
 SHIPPED = "packs"
 """Folder of flextron with the packs that come with it."""

@@ -16,6 +16,8 @@ from flextron.subnet import SearchSpace
 VERSION = 1
 METADATA_FILE = "flextron.json"
 RANKING_FILE = "ranking.safetensors"
+PACK = "pack.json"
+"""The file in a folder that is a pack (`elastic.pack`) and no checkpoint."""
 
 
 def source_of(path: str | Path) -> tuple[str, dict[str, Any]]:

@@ -96,6 +96,13 @@ def test_code_of_the_readme(work, capsys):
     assert capsys.readouterr().out
 
 
+@pytest.mark.real
+def test_the_trained_model_of_the_readme(capsys):
+    (code,) = blocks_of("README.md", "py")
+    exec(code, {})  # noqa: S102
+    assert len(capsys.readouterr().out.split()) > 8
+
+
 @pytest.mark.parametrize("page", [page for page in VERBS if page not in ("README.md", "docs/deploy.md")])
 def test_pages(page, work, checkpoint, capsys):
     run_commands(page, checkpoint)

@@ -21,6 +21,7 @@ def run(config: PackConfig) -> None:
     from flextron.atomic import check_apart, check_new
     from flextron.data.blocks import load_blocks
     from flextron.elastic import pack as packs
+    from flextron.exporting.card import text_name
     from flextron.exporting.pack import accuracy_table, make_pack, pack_card, save_pack
     from flextron.model import ElasticModel
     from flextron.training.folder import training_of
@@ -44,7 +45,7 @@ def run(config: PackConfig) -> None:
     about = training_of(config.trained) | accuracy
     pack = make_pack(trained, base, inputs, base_name=config.base, max_bytes=size, about=about, show=True)
     lost = _losses(base, blocks)
-    table = _table(before, lost, f"{lost[0].tokens} tokens of {config.text}")
+    table = _table(before, lost, f"{lost[0].tokens} tokens of {text_name(config.text)}")
     save_pack(pack, config.out, trained, pack_card(pack, table), overwrite=config.overwrite)
     print(table)
     written = sum(file.stat().st_size for file in config.out.rglob("*") if file.is_file())

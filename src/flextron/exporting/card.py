@@ -56,15 +56,15 @@ def model_card(model: ElasticModel, subnet: Subnet, parameters: int) -> str:
 
 def _history(model: ElasticModel) -> Iterator[str]:
     origin = _read(model.folder, "config.json", _Config).get("_name_or_path")
-    named = f", made from {_name(origin)}" if origin else ""
+    named = f", made from {text_name(origin)}" if origin else ""
     yield f"Base model: `{base_model(model) or model.config.model_type}`, a {model.config.model_type} model{named}"
     ranking = model.ranking
     if ranking is not None:
-        yield f"Ranked by {ranking.score} on {ranking.tokens:,} tokens of {_name(ranking.text)}"
+        yield f"Ranked by {ranking.score} on {ranking.tokens:,} tokens of {text_name(ranking.text)}"
     run = _read(model.folder, "train.json", _Run)
     if run:
         text, optimizer = run["text"], run["optimizer"]
-        names = ", ".join(map(_name, text["data"]))
+        names = ", ".join(map(text_name, text["data"]))
         yield (
             "Method: elastic continued training by distillation from the full model; all sub-networks share the "
             f"weights; {text['tokens']:,} tokens of {names}; learning rate {optimizer['learning_rate']:g}, "
@@ -118,8 +118,8 @@ def _quality(model: ElasticModel) -> list[str]:
         rows = [f"| {check.budget:g}x | {check.loss:.3f} |" for check in about.checks]
         sections += [
             f"## Latency against quality, budgets of {metric}",
-            f"Nats per token on {about.tokens:,} tokens of {_name(about.text)}, for the router's sub-network at each "
-            "fraction of the full model's time:",
+            f"Nats per token on {about.tokens:,} tokens of {text_name(about.text)}, for the router's sub-network at "
+            "each fraction of the full model's time:",
             "\n".join([f"| {metric} | nats per token |\n|---|---:|", *rows]),
         ]
     return sections
@@ -161,6 +161,6 @@ def _read(folder: Path | None, name: str, kind: type[Any]) -> Any:
         raise CheckpointError(f"cannot read {folder / name} for the model card: {error}. Mend it.") from None
 
 
-def _name(text: str) -> str:
+def text_name(text: str) -> str:
     """Return a text's name without this machine's folders."""
     return text if text.startswith("sample/") else Path(text).name

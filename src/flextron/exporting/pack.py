@@ -13,6 +13,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,17 +28,16 @@ from flextron.elastic.pack import LowRank, Pack
 from flextron.elastic.permutation import permute
 from flextron.environment import dtype_name
 from flextron.errors import ExportError
-from flextron.exporting.card import CARD
+from flextron.exporting.card import CARD, text_name
 from flextron.progress import progress
+from flextron.ranking.sensitivity import Sensitivity
 from flextron.records import Journal
-from flextron.routers.static.pairs import Pairs
+from flextron.routers.static.pairs import FOLDER, Pairs
 
-MOST_RANK = 256
+MOST_RANK = 128
 """Largest rank of a change."""
 RIDGE = 1e-4
 """Added to the inputs' second moments, as a share of their mean, so that directions that never occur have a weight."""
-BESIDE = ("sensitivity.json", "routers")
-"""What is copied from the trained checkpoint's folder into the pack."""
 
 
 class _Parts(NamedTuple):
@@ -87,7 +87,7 @@ def make_pack(
         fingerprint="",
         dtype=dtype_name(trained.dtype),
         search_space=trained.search_space,
-        ranking=trained.ranking,
+        ranking=replace(trained.ranking, text=text_name(trained.ranking.text)),
         changes=_within(parts, room),
         others=others,
         about=about or {},
@@ -106,12 +106,11 @@ def save_pack(pack: Pack, folder: Path, trained: ElasticModel, card: str, *, ove
     """
     with new_folder(folder, overwrite=overwrite, kind=packs.FILE) as partial:
         pack.save(partial)
-        beside = [] if trained.folder is None else [trained.folder / name for name in BESIDE]
-        for place in beside:
-            if place.is_dir():
-                shutil.copytree(place, partial / place.name, ignore=shutil.ignore_patterns("slopes-*"))
-            elif place.is_file():
-                shutil.copyfile(place, partial / place.name)
+        if trained.folder is not None and Sensitivity.is_in(trained.folder):
+            sensitivity = Sensitivity.load(trained.folder)
+            replace(sensitivity, text=text_name(sensitivity.text)).save(partial)
+        if trained.folder is not None and (trained.folder / FOLDER).is_dir():
+            shutil.copytree(trained.folder / FOLDER, partial / FOLDER, ignore=shutil.ignore_patterns("slopes-*", ".*"))
         _hand_over(partial, trained.fingerprint(), pack.fingerprint)
         (partial / CARD).write_text(card, encoding="utf8")
 
@@ -172,7 +171,7 @@ def pack_card(pack: Pack, losses: str) -> str:
         "---\nlibrary_name: flextron\npipeline_tag: text-generation\ntags: [flextron]\n---",
         f"# An elastic pack for {pack.base}",
         f"One file beside the base checkpoint makes a model whose first units come first: ranked by "
-        f"{pack.ranking.score} on {pack.ranking.tokens:,} tokens of {Path(pack.ranking.text).name}, {history}.",
+        f"{pack.ranking.score} on {pack.ranking.tokens:,} tokens of {pack.ranking.text}, {history}.",
         f'```python\nfrom flextron import ElasticModel\n\nmodel = ElasticModel.from_pretrained("{pack.base}", '
         'pack="THIS FOLDER")\n```',
         "## What the pack loses",
@@ -239,7 +238,7 @@ def _parts(change: torch.Tensor, weight: torch.Tensor, moment: torch.Tensor) -> 
     eye = torch.eye(len(moment)) * RIDGE * moment.diagonal().mean()
     root = torch.linalg.cholesky((moment + eye).double()).float()  # moment = root root^T
     torch.manual_seed(0)  # svd_lowrank is randomised
-    u, sizes, v = torch.svd_lowrank(change @ root, q=min(MOST_RANK, *change.shape), niter=4)
+    u, sizes, v = torch.svd_lowrank(change @ root, q=min(MOST_RANK, *change.shape), niter=2)
     a = torch.linalg.solve_triangular(root, v.T * sizes.sqrt()[:, None], upper=False, left=False)
     worth = sizes.square() / (weight @ root).square().sum()
     return _Parts(a, u * sizes.sqrt(), worth, sum(change.shape) + 4)

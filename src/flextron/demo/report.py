@@ -206,7 +206,7 @@ def _title(results: dict[str, Any]) -> str:
     conditions = results["conditions"]
     trained = f"trained on {conditions['training']}" if conditions["training"] else "not trained yet"
     prompt = conditions["prefill"].split(", logits")[0]
-    title = f"{conditions['model']}, {trained}; {conditions['dtype']}, {conditions['device']}, {prompt}"
+    title = f"{conditions['model']}, {trained}\n{conditions['dtype']}, {conditions['device']}, {prompt}"
     return f"BUSY MACHINE, DO NOT TRUST THE TIMES\n{title}" if results["warning"] else title
 
 

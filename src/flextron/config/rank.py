@@ -20,9 +20,9 @@ from flextron.config.fields import (
 class RankConfig:
     """Rank the neurons and KV groups of a checkpoint, and save an elastic checkpoint.
 
-    `rank` reads a text with forward passes only, and sorts the units of each layer so that the most important come
+    `rank` reads a text and sorts the units of each layer so that the most important come
     first. Then it refits one weight of each MLP, so that kept units make up for those left out; the full model stays
-    within about 0.01 nats of what it was. Then it measures what removing each part costs, so that you can ask for any
+    within about 0.01 nats of what it was. Then it learns what removing each part costs, so that you can ask for any
     share of the weights, such as 60%.
 
     Example: flextron rank HuggingFaceTB/SmolLM2-135M-Instruct out/smollm2-elastic

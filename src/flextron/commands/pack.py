@@ -18,19 +18,25 @@ SHARES = ("full", "90%", "80%", "60%", "50%")
 
 def run(config: PackConfig) -> None:
     """Write a pack, and say what it loses against the trained checkpoint."""
-    from flextron.atomic import check_apart, check_new
-    from flextron.data.blocks import load_blocks
+    from flextron.atomic import check_apart, check_new, reserved
     from flextron.elastic import pack as packs
+
+    check_apart(config.out, config.trained, config.base, config.text, config.calibration_text)
+    with reserved(config.out):
+        check_new(config.out, overwrite=config.overwrite, kind=packs.FILE)
+        _pack(config)
+
+
+def _pack(config: PackConfig) -> None:
+    from flextron.data.blocks import load_blocks
     from flextron.exporting.card import text_name
     from flextron.exporting.pack import accuracy_table, make_pack, pack_card, save_pack
     from flextron.model import ElasticModel
     from flextron.training.folder import training_of
 
-    check_apart(config.out, config.trained, config.base, config.text, config.calibration_text)
-    check_new(config.out, overwrite=config.overwrite, kind=packs.FILE)
     accuracy = {} if config.results is None else {"accuracy": accuracy_table(config.results)}
     shared.folder_of(str(config.trained))
-    trained = ElasticModel.from_pretrained(config.trained, device=config.device)
+    trained = ElasticModel.from_pretrained(config.trained)
     blocks = load_blocks(trained.tokenizer, config.text, tokens=config.tokens, block_tokens=trained.fitting(512))
     inputs = load_blocks(
         trained.tokenizer,
@@ -39,7 +45,7 @@ def run(config: PackConfig) -> None:
         block_tokens=trained.fitting(512),
     )
     before = _losses(trained, blocks)
-    base = ElasticModel.from_pretrained(config.base, dtype="float32", device=config.device)
+    base = ElasticModel.from_pretrained(config.base, dtype="float32")
     base.folder = trained.folder  # for the sensitivities
     size = int(config.megabytes * 1e6)
     about = training_of(config.trained) | accuracy

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from flextron.config.fields import DeviceArgument, OptionalPath, OutArgument, check_at_least
+from flextron.config.fields import OptionalPath, OutArgument, check_at_least
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,6 @@ class PackConfig:
     """File results.json of `flextron evaluate TRAINED --tasks ... --out-dir`, whose accuracies the model card shows."""
     overwrite: bool = False
     """Replace OUT if it is a pack."""
-    device: DeviceArgument = "cpu"
 
     def __post_init__(self) -> None:
         check_at_least("megabytes", self.megabytes, 0.1)

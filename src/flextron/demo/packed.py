@@ -9,7 +9,6 @@ from typing import Any
 
 from flextron.atomic import new_folder
 from flextron.config import QuickstartConfig
-from flextron.demo.plan import HELD_OUT
 from flextron.demo.stages import Stage
 from flextron.demo.tour import Tour
 from flextron.elastic.pack import FILE, Pack, find_pack, shipped_packs
@@ -45,23 +44,7 @@ class PackTour(Tour):
         return self.trained_model
 
     def _until_picture(self) -> list[Stage]:
-        size = self.size
-        return [
-            Stage(
-                f"Time {size.designs + HELD_OUT} sub-networks on a prompt of {size.prompt_tokens} tokens",
-                "The model comes trained. How fast its sub-networks are, only this machine can tell.",
-                self._has_table,
-                2 * size.prompt_tokens * (size.designs + HELD_OUT),
-                self._measure_table,
-            ),
-            Stage(
-                "Measure loss and time of 7 sub-networks, and draw the first picture",
-                "It shows what choosing layer by layer gains over equal widths.",
-                (self.out / "before.json").is_file,
-                self._measuring_work(7),
-                self._measure_before,
-            ),
-        ]
+        return self._first_measurements()
 
     def _rest(self) -> list[Stage]:
         return [
@@ -72,13 +55,7 @@ class PackTour(Tour):
                 2000,
                 self._make_router,
             ),
-            Stage(
-                "Measure loss and time of 10 sub-networks, and let some of them write",
-                "These are the results.",
-                (self.out / "results.json").is_file,
-                self._measuring_work(10) + 3000,
-                self._measure_after,
-            ),
+            self._last_measurement(),
         ]
 
     def _make_router(self) -> str:

@@ -106,6 +106,13 @@ class Tour:
                 (5 + 0.2 * len(self.model.layers)) * size.sensitivity_tokens,
                 self._measure_sensitivity,
             ),
+            *self._first_measurements(),
+        ]
+
+    def _first_measurements(self) -> list[Stage]:
+        """What any model passes: its latency table, and the first picture."""
+        size = self.size
+        return [
             Stage(
                 f"Time {size.designs + HELD_OUT} sub-networks on a prompt of {size.prompt_tokens} tokens",
                 "A table fitted to them tells the time of every other sub-network on this machine.",
@@ -115,12 +122,21 @@ class Tour:
             ),
             Stage(
                 "Measure loss and time of 7 sub-networks, and draw the first picture",
-                "Before any training, it shows what choosing layer by layer gains over equal widths.",
+                "It shows what choosing layer by layer gains over equal widths.",
                 (self.out / "before.json").is_file,
                 self._measuring_work(7),
                 self._measure_before,
             ),
         ]
+
+    def _last_measurement(self) -> Stage:
+        return Stage(
+            "Measure loss and time of 10 sub-networks, and let some of them write",
+            "These are the results.",
+            (self.out / "results.json").is_file,
+            self._measuring_work(10) + 3000,
+            self._measure_after,
+        )
 
     def _rest(self) -> list[Stage]:
         size, tokens = self.size, self.config.train_tokens
@@ -139,13 +155,7 @@ class Tour:
                 1.0 * size.router_tokens * size.evaluations[0] + 12000,
                 self._make_router,
             ),
-            Stage(
-                "Measure loss and time of 10 sub-networks, and let some of them write",
-                "These are the results.",
-                (self.out / "results.json").is_file,
-                self._measuring_work(10) + 3000,
-                self._measure_after,
-            ),
+            self._last_measurement(),
         ]
         if size.per_token:
             what = f"Train a token router on {TOKEN_TOKENS:,} tokens"

@@ -12,16 +12,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from flextron.atomic import new_folder
-from flextron.data.blocks import BATCH_TOKENS, TokenBlocks
+from flextron.data.blocks import TokenBlocks
 from flextron.elastic import pack as packs
 from flextron.elastic.model import ElasticModel, projections_of
 from flextron.elastic.pack import LowRank, Pack
@@ -30,14 +28,13 @@ from flextron.environment import dtype_name
 from flextron.errors import ExportError
 from flextron.exporting.card import CARD, text_name
 from flextron.progress import progress
+from flextron.ranking.moments import root_of, second_moments
 from flextron.ranking.sensitivity import Sensitivity
 from flextron.records import Journal
 from flextron.routers.static.pairs import FOLDER, Pairs
 
 MOST_RANK = 128
 """Largest rank of a change."""
-RIDGE = 1e-4
-"""Added to the inputs' second moments, as a share of their mean, so that directions that never occur have a weight."""
 
 
 class _Parts(NamedTuple):
@@ -199,7 +196,7 @@ def _others(trained: ElasticModel, base: ElasticModel) -> dict[str, torch.Tensor
 def _changes(
     trained: ElasticModel, base: ElasticModel, blocks: TokenBlocks, *, show: bool
 ) -> Iterator[tuple[str, _Parts]]:
-    moments = _second_moments(trained, blocks, show=show)
+    moments = _moments(trained, blocks, show=show)
     before, after = projections_of(base), projections_of(trained)
     with torch.no_grad():
         for name in progress(list(after), "pack") if show else list(after):
@@ -208,35 +205,17 @@ def _changes(
                 yield name, _parts(change, after[name].matrix().float(), moments[id(after[name])])
 
 
-def _second_moments(model: ElasticModel, blocks: TokenBlocks, *, show: bool) -> dict[int, torch.Tensor]:
+def _moments(model: ElasticModel, blocks: TokenBlocks, *, show: bool) -> dict[int, torch.Tensor]:
     """E[a a^T] of the input of every projection, by the module's id; opening projections of a sub-layer share one."""
-    sums: dict[int, torch.Tensor] = {}
-    with _observed(model, sums), model.use(model.search_space.full), torch.inference_mode():
-        batches = list(blocks.batches(BATCH_TOKENS))
-        for tokens_BT in progress(batches, "inputs") if show else batches:
-            model.lm.base_model(tokens_BT.to(model.device), use_cache=False)
-    for _, _, sub in model.sub_layers():
-        sums |= {id(module): sums[id(sub.opens[0])] for module in sub.opens}
-    return {key: found / blocks.tokens.numel() for key, found in sums.items()}
-
-
-@contextmanager
-def _observed(model: ElasticModel, sums: dict[int, torch.Tensor]) -> Iterator[None]:
-    def observe(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        a_NC = inputs[0].flatten(0, -2).float()
-        product = a_NC.T @ a_NC
-        sums[id(module)] = sums[id(module)] + product if id(module) in sums else product
-
-    with ExitStack() as hooks:
-        for _, _, sub in model.sub_layers():
-            for module in (sub.opens[0], sub.closes):
-                hooks.callback(module.register_forward_pre_hook(observe).remove)
-        yield
+    subs = [sub for _, _, sub in model.sub_layers()]
+    read = [module for sub in subs for module in (sub.opens[0], sub.closes)]
+    found = second_moments(model, read, blocks, title="inputs" if show else None)
+    by_module = {id(module): moment for module, moment in zip(read, found, strict=True)}
+    return by_module | {id(module): by_module[id(sub.opens[0])] for sub in subs for module in sub.opens}
 
 
 def _parts(change: torch.Tensor, weight: torch.Tensor, moment: torch.Tensor) -> _Parts:
-    eye = torch.eye(len(moment)) * RIDGE * moment.diagonal().mean()
-    root = torch.linalg.cholesky((moment + eye).double()).float()  # moment = root root^T
+    root = root_of(moment)
     torch.manual_seed(0)  # svd_lowrank is randomised
     u, sizes, v = torch.svd_lowrank(change @ root, q=min(MOST_RANK, *change.shape), niter=2)
     a = torch.linalg.solve_triangular(root, v.T * sizes.sqrt()[:, None], upper=False, left=False)

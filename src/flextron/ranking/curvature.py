@@ -27,7 +27,15 @@ from torch import nn
 from flextron.data.blocks import TokenBlocks
 from flextron.elastic.model import ElasticModel, SubLayer
 from flextron.progress import bar
-from flextron.ranking.sensitivity import SECOND_SHARE, Sensitivity, Widths, batches_of, loss_increases
+from flextron.ranking.sensitivity import (
+    SECOND_SHARE,
+    Sensitivity,
+    Widths,
+    batches_of,
+    frozen,
+    loss_increases,
+    sensitivity_of,
+)
 from flextron.subnet import AXES
 
 MEASURED_PART = 2
@@ -52,14 +60,7 @@ def estimate_sensitivity(model: ElasticModel, blocks: TokenBlocks, *, show: bool
     steps = len(batches_of(blocks.tokens)) + sum(len(batches_of(half)) for half in halves) * space.layers
     with bar(steps, description="sensitivity", show=show) as advance:
         curves = _curves(model, blocks.tokens, widths, advance)
-        sensitivity = Sensitivity(
-            search_space=space,
-            widths=widths,
-            increases=_frozen(curves),
-            unit_weights=model.unit_weights,
-            tokens=blocks.predicted_tokens,
-            text=blocks.text,
-        )
+        sensitivity = sensitivity_of(model, blocks, widths, curves)
         around = space.full
         measured: list[Curves] = []
         for half in halves:
@@ -67,7 +68,7 @@ def estimate_sensitivity(model: ElasticModel, blocks: TokenBlocks, *, show: bool
                 measured.append(loss_increases(model, half, around, ends, advance, text_weight=0))
             lowest = {axis: np.mean([each[axis][:, 0] for each in measured], axis=0) for axis in AXES}
             bent = {axis: _bent(curves[axis], lowest[axis]) for axis in AXES}
-            sensitivity = replace(sensitivity, increases=_frozen(bent))
+            sensitivity = replace(sensitivity, increases=frozen(bent))
             around = sensitivity.allocate(max(SECOND_SHARE, sensitivity.share(space.smallest)))
     return sensitivity
 
@@ -80,10 +81,6 @@ def _bent(curves: NDArray[np.float64], measured_L: NDArray[np.float64]) -> NDArr
     ratios_L = np.maximum(ratios_L, max(np.median(ratios_L), 1.0))
     bent: NDArray[np.float64] = curves * ratios_L[:, None] ** np.sqrt(curves / ends_L[:, None])
     return bent
-
-
-def _frozen(curves: Curves) -> dict[str, tuple[tuple[float, ...], ...]]:
-    return {axis: tuple(map(tuple, rows.tolist())) for axis, rows in curves.items()}
 
 
 def _curves(model: ElasticModel, tokens: torch.Tensor, widths: Widths, advance: Callable[[], None]) -> Curves:

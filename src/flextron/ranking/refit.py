@@ -17,17 +17,14 @@ Shapes: T tokens, D model, C input columns of the closing projection.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections.abc import Mapping
 
 import torch
-from torch import nn
 
-from flextron.data.blocks import BATCH_TOKENS, TokenBlocks
+from flextron.data.blocks import TokenBlocks
 from flextron.elastic.model import ElasticModel, SubLayer
 from flextron.errors import FlextronError
-from flextron.progress import progress
+from flextron.ranking.moments import root_of, second_moments
 
 WEIGHTS: Mapping[float, float] = {1.0: 0.88, 0.75: 0.04, 0.5: 0.08}
 """How much a width counts, by its share of the units. So little for narrow ones keeps the full model as it was."""
@@ -56,16 +53,12 @@ def refit(
     if model.ranking is None:
         raise FlextronError("only a ranked model can be refitted: its first units must be its best. Rank it first.")
     subs = [sub for _, axis, sub in model.sub_layers() if axis in axes]
-    grams = [torch.zeros(sub.closing_size, sub.closing_size, device=model.device) for sub in subs]
-    with _observed(subs, grams), model.use(model.search_space.full):
-        batches = list(blocks.batches(BATCH_TOKENS))
-        for tokens_BT in progress(batches, "refit") if show else batches:
-            model.lm.base_model(tokens_BT.to(model.device), use_cache=False)
+    grams = second_moments(model, [sub.closes for sub in subs], blocks, title="refit" if show else None)
     if not all(gram.isfinite().all() for gram in grams):
         raise FlextronError("the activations of a layer are not finite, so nothing was refitted. Use float32.")
     for sub, gram_CC in zip(subs, grams, strict=True):
         weight_DC = sub.closes.matrix()
-        change_DC = _best(weight_DC.float(), gram_CC / blocks.tokens.numel(), sub) - weight_DC.float()
+        change_DC = _best(weight_DC.float(), gram_CC, sub) - weight_DC.float()
         weight_DC += (change_DC if rank is None else _of_rank(change_DC, gram_CC, rank)).to(weight_DC)
 
 
@@ -91,26 +84,8 @@ def _chance_of_wider(sub: SubLayer) -> torch.Tensor:
 
 def _of_rank(change_DC: torch.Tensor, gram_CC: torch.Tensor, rank: int) -> torch.Tensor:
     """The change of lower rank that is nearest for inputs with these second moments."""
-    eye = 1e-4 * gram_CC.diagonal().mean() * torch.eye(len(gram_CC), device=gram_CC.device)
-    root = torch.linalg.cholesky((gram_CC + eye).double()).float()
+    root = root_of(gram_CC)
     u, sizes, v = torch.linalg.svd(change_DC @ root, full_matrices=False)
     part = u[:, :rank] * sizes[:rank] @ v[:rank]
     change: torch.Tensor = torch.linalg.solve_triangular(root, part, upper=False, left=False)
     return change
-
-
-@contextmanager
-def _observed(subs: list[SubLayer], grams: list[torch.Tensor]) -> Iterator[None]:
-    """Add the second moments of every closing projection's input to its matrix."""
-
-    def hook(gram_CC: torch.Tensor) -> Any:
-        def observe(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            a_TC = inputs[0].flatten(0, -2).float()
-            gram_CC.addmm_(a_TC.T, a_TC)
-
-        return observe
-
-    with ExitStack() as hooks:
-        for sub, gram_CC in zip(subs, grams, strict=True):
-            hooks.callback(sub.closes.register_forward_pre_hook(hook(gram_CC)).remove)
-        yield

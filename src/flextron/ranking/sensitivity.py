@@ -193,19 +193,12 @@ def measure_sensitivity(model: ElasticModel, blocks: TokenBlocks, *, show: bool 
     steps = sum(len(batches_of(half)) for half in halves) * space.layers
     with bar(steps, description="sensitivity", show=show) as advance, torch.inference_mode():
         increases = loss_increases(model, halves[0], space.full, widths, advance)
-        sensitivity = Sensitivity(
-            search_space=space,
-            widths=widths,
-            increases=_frozen(increases),
-            unit_weights=model.unit_weights,
-            tokens=blocks.predicted_tokens,
-            text=blocks.text,
-        )
+        sensitivity = sensitivity_of(model, blocks, widths, increases)
         if len(halves) == 1:
             return sensitivity
         around = sensitivity.allocate(max(SECOND_SHARE, sensitivity.share(space.smallest)))
         narrow = loss_increases(model, halves[1], around, widths, advance)
-    return replace(sensitivity, increases=_frozen({axis: (increases[axis] + narrow[axis]) / 2 for axis in AXES}))
+    return replace(sensitivity, increases=frozen({axis: (increases[axis] + narrow[axis]) / 2 for axis in AXES}))
 
 
 def loss_increases(
@@ -255,7 +248,22 @@ def _changed_losses(
         advance()
 
 
-def _frozen(increases: dict[str, np.ndarray[Any, Any]]) -> dict[str, tuple[tuple[float, ...], ...]]:
+def sensitivity_of(
+    model: ElasticModel, blocks: TokenBlocks, widths: Widths, increases: dict[str, np.ndarray[Any, Any]]
+) -> Sensitivity:
+    """The sensitivities of a model from increases, [L, widths] by axis, on a text."""
+    return Sensitivity(
+        search_space=model.search_space,
+        widths=widths,
+        increases=frozen(increases),
+        unit_weights=model.unit_weights,
+        tokens=blocks.predicted_tokens,
+        text=blocks.text,
+    )
+
+
+def frozen(increases: dict[str, np.ndarray[Any, Any]]) -> dict[str, tuple[tuple[float, ...], ...]]:
+    """Increases as `Sensitivity` holds them."""
     return {axis: tuple(map(tuple, rows.tolist())) for axis, rows in increases.items()}
 
 

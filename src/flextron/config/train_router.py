@@ -36,7 +36,7 @@ class TrainRouterConfig:
     phase: Phase = "decode"
     """Train the router for budgets of this phase's time. prefill: time to the first token. decode: time per further token. Answers also respect limits of any other kind."""
     evaluations: int = 256
-    """Largest number of sub-networks to measure. Those of an earlier run count. 0 measures none: the router learns from those that MODEL holds already, which takes seconds and suits a pack."""
+    """Largest number of sub-networks to measure. Those of an earlier run count. 0 measures none: the router learns from those that MODEL holds already, which takes half a minute and suits a pack."""
     tokens: int = 1024
     """Number of tokens to measure each sub-network on. The full model's predictions for them stay in memory: 0.2 MB a token for a vocabulary of 49,000."""
     text: str = "sample/train"

@@ -132,7 +132,7 @@ def fit_router(
     lowest: float = 0.45,
     seed: int = 0,
 ) -> Router:
-    """Train a router for one cost table on pairs that are measured already; takes seconds, and no model.
+    """Train a router for one cost table on pairs that are measured already; needs no model.
 
     Losses belong to weights and not to a machine: pairs that were measured elsewhere serve here, too.
 

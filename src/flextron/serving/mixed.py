@@ -1,0 +1,169 @@
+"""A forward pass whose tokens run at different levels, in a batch of different texts.
+
+What a token computes is defined as in `inference.per_token`: it uses the first neurons and groups of its level. Keys
+and values are written for the groups of its text's widest level, so that the text may get wider later.
+
+Shapes: N tokens of the batch, L layers, U parts of a sub-layer (neurons or query heads).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from flextron.elastic.model import ElasticModel, SubLayer
+from flextron.elastic.projections import Projection, Width
+from flextron.inference.per_token import mlp, running
+from flextron.serving.attention import NAME, Batch, LayerBatch, register
+from flextron.subnet import Subnet
+
+
+class MixedModel:
+    """An elastic model that runs batches of texts at different levels. It has the model for itself meanwhile."""
+
+    def __init__(self, model: ElasticModel, levels: Sequence[Subnet]) -> None:
+        """Prepare the levels, smallest first."""
+        self.model = model
+        self.device = model.device
+        self._mlps = [
+            _MixedMLP(layer.mlp, [level.neurons[i] for level in levels]) for i, layer in enumerate(model.layers)
+        ]
+        self._attentions = [
+            _MixedAttention(i, layer.attention, [level.kv_groups[i] for level in levels])
+            for i, layer in enumerate(model.layers)
+        ]
+
+    @contextmanager
+    def prepared(self) -> Iterator[None]:
+        """Hold the model inside the block, with the attention over pages; then all is as before."""
+        register()
+        config, attention_before = self.model.lm.config, self.model.lm.config._attn_implementation
+        runs = [(mlp.run, attention.run) for mlp, attention in zip(self._mlps, self._attentions, strict=True)]
+        with running(self.model, runs):
+            try:
+                config._attn_implementation = NAME
+                for attention in self._attentions:
+                    attention.part_keys()
+                yield
+            finally:
+                config._attn_implementation = attention_before
+                for attention in self._attentions:
+                    attention.join_keys()
+
+    @torch.inference_mode()
+    def logits(
+        self, batch: Batch, tokens: Sequence[int], levels: Sequence[int], ceilings: Sequence[int], wanted: Sequence[int]
+    ) -> torch.Tensor:
+        """Run a batch and return the logits after the tokens at the places `wanted`, [len(wanted), V] in float32.
+
+        Args:
+            tokens: of all rows, one row after another.
+            levels: the level of each row.
+            ceilings: the widest level that each row may get.
+        """
+        counts = torch.tensor([row.count for row in batch.rows], device=self.device)
+        levels_N = torch.tensor(levels, device=self.device).repeat_interleave(counts)
+        same = levels[0] if len(set(levels)) == 1 else None
+        for sub in self._mlps:
+            sub.choose(levels_N, same)
+        for attention in self._attentions:
+            attention.choose(batch, levels_N, same, max(levels), max(ceilings))
+        positions = [row.past + i for row in batch.rows for i in range(row.count)]
+        places = torch.tensor(wanted, device=self.device)
+        output = self.model.lm(
+            input_ids=torch.tensor([tokens], device=self.device),
+            position_ids=torch.tensor([positions], device=self.device),
+            use_cache=False,
+            logits_to_keep=places,
+        )
+        logits: torch.Tensor = output.logits[0].float()
+        return logits
+
+
+class _MixedMLP:
+    """The MLP of one layer."""
+
+    def __init__(self, sub: SubLayer, widths: Sequence[int]) -> None:
+        self._sub = sub
+        self._widths = widths
+        self._widths_of_level = torch.tensor(widths, device=sub.closes.weight.device)
+        self._levels_N = self._widths_of_level
+        self._same: int | None = None
+
+    def choose(self, levels_N: torch.Tensor, same: int | None) -> None:
+        self._levels_N = levels_N
+        self._same = None if same is None else self._widths[same]
+        if self._same is not None:
+            self._sub.keep(self._same)
+
+    def run(self, forward: Any, hidden: torch.Tensor) -> torch.Tensor:
+        if self._same is not None:
+            return forward(hidden)  # type: ignore[no-any-return]
+        return mlp(self._sub, forward, hidden, self._widths_of_level[self._levels_N][None])
+
+
+class _MixedAttention:
+    """The attention of one layer; its keys and values may be wider than what it mixes."""
+
+    def __init__(self, layer: int, sub: SubLayer, groups: Sequence[int]) -> None:
+        self._layer = layer
+        self._sub = sub
+        self._groups = groups
+        self._widest = [max(groups[: level + 1]) for level in range(len(groups))]
+        heads = torch.arange(sub.width.full).repeat_interleave(sub.heads_per_unit)
+        self._uses = (heads < torch.tensor(groups)[:, None]).to(sub.closes.weight.device)  # [levels, U]
+        self._keys = _separate_keys(sub)
+        self._width_of_keys = Width(sub.width.full)
+        self._paged: LayerBatch | None = None
+        self._mask: torch.Tensor | None = None
+
+    def part_keys(self) -> None:
+        """Give the projections of keys and values a width of their own, where the family has them apart."""
+        for projection in self._keys:
+            projection.width = self._width_of_keys
+
+    def join_keys(self) -> None:
+        """Undo `part_keys`."""
+        for projection in self._keys:
+            projection.width = self._sub.width
+
+    def choose(self, batch: Batch, levels_N: torch.Tensor, same: int | None, widest: int, ceiling: int) -> None:
+        cached = self._widest[ceiling]
+        self._width_of_keys.kept = cached
+        mixed = self._widest[widest] if self._keys else cached
+        self._sub.keep(mixed if cached else 0)
+        self._paged = LayerBatch(batch, self._layer, self._sub.width.full, self._sub.heads_per_unit)
+        units = mixed * self._sub.heads_per_unit
+        alike = same is not None and self._groups[same] == mixed
+        self._mask = None if alike else self._uses[levels_N, :units][None]
+
+    def run(self, forward: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not self._width_of_keys.kept:
+            return forward(hidden, *args, **kwargs)
+        if not self._sub.width.kept:
+            return self._only_keys(forward, hidden, *args, **kwargs)
+        self._sub.width.mask = self._mask
+        try:
+            result = forward(hidden, *args, paged=self._paged, **kwargs)
+        finally:
+            self._sub.width.mask = None
+        if self._sub.closes.bias is None or self._mask is None:
+            return result
+        return (result[0] * self._mask.any(-1, keepdim=True), *result[1:])
+
+    def _only_keys(self, forward: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Write keys and values of an attention that no token uses now, but may later."""
+        self._sub.keep(1)
+        try:
+            result = forward(hidden, *args, paged=self._paged, **kwargs)
+        finally:
+            self._sub.keep(0)
+        return (torch.zeros_like(hidden), *result[1:])
+
+
+def _separate_keys(sub: SubLayer) -> tuple[Projection, ...]:
+    """The projections of keys and values, where they are modules of their own; none where all is one matrix."""
+    return sub.opens[1:] if len(sub.opens) == 3 and all(p.stacked == 1 for p in sub.opens) else ()

@@ -1,0 +1,109 @@
+"""What a step will take: predicted from the levels' costs, fitted to a few batches at start, corrected as it runs.
+
+A step reads the weights once, as far as its widest row needs, then computes for each token:
+
+    T = idle + read * weights(widest) + compute * sum of weights(level of each token)
+             + attend * sum of past tokens * groups(level) + row * rows
+
+No torch here: the engine measures, this predicts.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+from scipy.optimize import nnls
+
+REMEMBERED = 40
+"""Steps that the correction looks back on."""
+_MANY_TOKENS = 4
+"""A step with more tokens per row than this counts as reading prompts; its correction is its own."""
+
+
+@dataclass(frozen=True)
+class RowWork:
+    """What one row of a step does."""
+
+    level: int
+    tokens: int
+    past: int
+    """Tokens of its text before these."""
+
+
+@dataclass(frozen=True)
+class LevelCosts:
+    """What a level costs relative to the full model, which has 1 in each."""
+
+    read: float
+    """The weights that one token reads, or its measured time where there is a latency table."""
+    compute: float
+    """The time of a token of a long prompt, or its multiplications."""
+    groups: float
+    """The KV groups that attention reads."""
+
+
+class StepPrices:
+    """Predicts the milliseconds of steps."""
+
+    def __init__(self, levels: Sequence[LevelCosts]) -> None:
+        self._levels = levels
+        self._factors = (0.0, 1.0, 0.1, 0.0, 0.0)
+        self._ratios: dict[bool, deque[float]] = {many: deque(maxlen=REMEMBERED) for many in (False, True)}
+        self._correction = {False: 1.0, True: 1.0}
+        self._errors: deque[float] = deque(maxlen=REMEMBERED)
+        self._gaps: deque[float] = deque(maxlen=REMEMBERED)
+
+    def fit(self, steps: Sequence[Sequence[RowWork]], milliseconds: Sequence[float]) -> None:
+        """Fit the factors, none below 0, to measured steps by least squares of relative errors."""
+        times = np.array(milliseconds)
+        features = np.array([self._features(rows) for rows in steps])
+        factors, _ = nnls(features / times[:, None], np.ones(len(times)))
+        self._factors = tuple(factors.tolist())
+
+    def predict(self, rows: Sequence[RowWork]) -> float:
+        """Return the milliseconds that a step is predicted to take."""
+        return self._raw(rows) * self._correction[_reads_prompts(rows)]
+
+    def observe(self, rows: Sequence[RowWork], milliseconds: float) -> None:
+        """Learn from a step that took so long."""
+        predicted, many = self.predict(rows), _reads_prompts(rows)
+        self._errors.append(abs(predicted - milliseconds) / milliseconds)
+        self._gaps.append(predicted / milliseconds)
+        ratios = self._ratios[many]
+        ratios.append(milliseconds / max(self._raw(rows), 1e-9))
+        self._correction[many] = median(ratios)
+
+    @property
+    def error(self) -> float:
+        """Median relative error of the last predictions, each made before its step."""
+        return median(self._errors) if self._errors else 0.0
+
+    @property
+    def predicted_over_measured(self) -> float:
+        """Median of the last predictions over what was measured."""
+        return median(self._gaps) if self._gaps else 1.0
+
+    @property
+    def margin(self) -> float:
+        """The part of the slack that a step may be predicted to take: less where predictions are off by 20%."""
+        return 0.9 if self.error <= 0.2 else 0.75
+
+    def _raw(self, rows: Sequence[RowWork]) -> float:
+        return sum(factor * feature for factor, feature in zip(self._factors, self._features(rows), strict=True))
+
+    def _features(self, rows: Sequence[RowWork]) -> tuple[float, ...]:
+        read = compute = attend = 0.0
+        for row in rows:
+            cost = self._levels[row.level]
+            read = max(read, cost.read)
+            compute += cost.compute * row.tokens
+            attend += cost.groups * row.tokens * (row.past + row.tokens / 2)
+        return 1.0, read, compute, attend, float(len(rows))
+
+
+def _reads_prompts(rows: Sequence[RowWork]) -> bool:
+    return sum(row.tokens for row in rows) > _MANY_TOKENS * len(rows)

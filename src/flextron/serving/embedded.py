@@ -400,14 +400,19 @@ class EmbeddedEngine:
         self.prices.observe(works, 1000 * (now - began))
         self._counts["steps"] += 1
         for text, token in drawn:
-            reason = text.take(token, text.ran_at or 0, now)
-            if reason is not None:
+            if isinstance(token, Exception):
+                self._finish(text, "error", f"no token could be drawn: {token}")
+            elif (reason := text.take(token, text.ran_at or 0, now)) is not None:
                 self._finish(text, reason)
 
-    def _draw(self, text: _Text, logits_V: torch.Tensor, likeliest: int) -> Drawn:
+    def _draw(self, text: _Text, logits_V: torch.Tensor, likeliest: int) -> Drawn | Exception:
+        """The next token of a text; an error, such as of its constraint, is its own and ends no other text."""
         if text.sampler.is_plain:
             return Drawn(likeliest)
-        return text.sampler.draw(logits_V)
+        try:
+            return text.sampler.draw(logits_V)
+        except Exception as error:
+            return error
 
     def _finish(self, text: _Text, reason: EndReason, error: str | None = None) -> None:
         self._pool.release(text.held)

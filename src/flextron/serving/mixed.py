@@ -42,7 +42,7 @@ class MixedModel:
         register()
         config, attention_before = self.model.lm.config, self.model.lm.config._attn_implementation
         runs = [(mlp.run, attention.run) for mlp, attention in zip(self._mlps, self._attentions, strict=True)]
-        with running(self.model, runs):
+        with self.model.use(self.model.subnet), running(self.model, runs):  # `use` restores the widths
             try:
                 config._attn_implementation = NAME
                 for attention in self._attentions:

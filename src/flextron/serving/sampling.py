@@ -41,6 +41,7 @@ class Sampler:
         self.is_plain = not (self._penalised or s.temperature or s.logit_bias or constraint) and s.top_logprobs is None
         """Whether the likeliest token is all that is asked for."""
 
+    @torch.inference_mode()
     def draw(self, logits_V: torch.Tensor) -> Drawn:
         """Draw a token from logits [V] in float32, which may be overwritten, and note it."""
         wanted = self._sampling.top_logprobs

@@ -78,6 +78,8 @@ class Projection(nn.Module):
     transposed = False
     weight: torch.Tensor
     bias: Any
+    multiply: Callable[..., torch.Tensor] | None = None
+    """Computes products in place of `F.linear`, with the same arguments; set by the serving engine."""
 
     def matrix(self) -> torch.Tensor:
         """Return a view of the weight as [out, in]."""
@@ -87,9 +89,12 @@ class Projection(nn.Module):
         """Project with the units that run."""
         if self.width.rows is not None:
             return self._of_rows(x, self.width.rows)
-        if self.width.is_full:
+        if self.width.is_full and self.multiply is None:
             return super().forward(x)  # type: ignore[no-any-return]
         return self._narrow(x)
+
+    def _product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return F.linear(x, weight, bias) if self.multiply is None else self.multiply(x, weight, bias)
 
     def _of_rows(self, x: torch.Tensor, rows: RowGroups) -> torch.Tensor:
         """Project a batch whose rows use different numbers of units."""
@@ -108,7 +113,7 @@ class _Opening(Projection):
         biases = (None,) * self.stacked if self.bias is None else self.bias.chunk(self.stacked)
         rows = self.width.span(weights[0].shape[0])
         parts = [
-            F.linear(x_BTD, weight[rows], None if bias is None else bias[rows])
+            self._product(x_BTD, weight[rows], None if bias is None else bias[rows])
             for weight, bias in zip(weights, biases, strict=True)
         ]
         return parts[0] if self.stacked == 1 else torch.cat(parts, dim=-1)
@@ -134,7 +139,7 @@ class _Closing(Projection):
         columns = matrix[:, self.width.span(matrix.shape[1])]
         if (sums_ND := self.width.sums) is not None:
             return torch.addmm(sums_ND, x_BTK.flatten(0, -2), columns.t(), out=sums_ND)
-        return F.linear(x_BTK, columns, None if self.width.first else self.bias)
+        return self._product(x_BTK, columns, None if self.width.first else self.bias)
 
     def _of_rows(self, x_BTK: torch.Tensor, rows: RowGroups) -> torch.Tensor:
         """Project; a row that uses no unit gets zeros."""

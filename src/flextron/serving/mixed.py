@@ -8,17 +8,41 @@ Shapes: N tokens of the batch, L layers, U parts of a sub-layer (neurons or quer
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from flextron.elastic.model import ElasticModel, SubLayer
 from flextron.elastic.projections import Projection, Width
 from flextron.inference.per_token import mlp, running
 from flextron.serving.attention import NAME, Batch, LayerBatch, register
 from flextron.subnet import Subnet
+
+Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+HALVED_ROWS = 16
+"""Up to so many rows the weight's rows are multiplied in two halves; above, the product is transposed, up to
+`FEW_ROWS`, where torch's linear is as fast. Two threads of an AMD EPYC, all products of SmolLM2: 1 row 30 ms for 50, 8
+rows 54 for 91, 32 rows 99 for 151 (benchmarks/serving.py products)."""
+FEW_ROWS = 64
+
+
+def few_rows_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Compute `F.linear` for few rows in float32 on a CPU, where MKL takes up to twice as long with its own form."""
+    rows_RK = x.flatten(0, -2)
+    count, size = len(rows_RK), len(weight)
+    if count > FEW_ROWS:
+        return F.linear(x, weight, bias)
+    if count <= HALVED_ROWS and size % 2 == 0:
+        halves = weight.as_strided((2, size // 2, weight.shape[1]), (size // 2 * weight.stride(0), *weight.stride()))
+        y_RO = torch.bmm(rows_RK.expand(2, -1, -1), halves.transpose(1, 2)).transpose(0, 1).reshape(count, size)
+    else:
+        y_RO = torch.mm(weight, rows_RK.t()).t()
+    y = y_RO.view(*x.shape[:-1], size)
+    return y if bias is None else y + bias
 
 
 class MixedModel:
@@ -47,11 +71,28 @@ class MixedModel:
                 config._attn_implementation = NAME
                 for attention in self._attentions:
                     attention.part_keys()
+                self._set_product(few_rows_linear if self._is_cpu_float32 else None)
                 yield
             finally:
+                self._set_product(None)
                 config._attn_implementation = attention_before
                 for attention in self._attentions:
                     attention.join_keys()
+
+    @property
+    def _is_cpu_float32(self) -> bool:
+        return self.device.type == "cpu" and self.model.lm.dtype == torch.float32
+
+    def _set_product(self, product: Product | None) -> None:
+        """Compute all products of the layers and of the output projection by `product`; None: by torch's linear."""
+        for _, _, sub in self.model.sub_layers():
+            for projection in (*sub.opens, sub.closes):
+                projection.multiply = product
+        head = cast(nn.Linear, self.model.lm.get_output_embeddings())
+        if product is None:
+            vars(head).pop("forward", None)
+        elif type(head) is nn.Linear:
+            vars(head)["forward"] = lambda x: product(x, head.weight, head.bias)
 
     @torch.inference_mode()
     def logits(

@@ -43,7 +43,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     ),
 }
 """Fields that would change the answer and are not kept, with values that ask for nothing."""
-ALIKE = 0.75
+ALIKE = 0.8
 STOP_STRINGS = 4
 STOP_CHARACTERS = 500
 DEFAULT_COMPLETION_TOKENS = 16

@@ -46,8 +46,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 ALIKE = 0.8
 STOP_STRINGS = 4
 STOP_CHARACTERS = 500
-DEFAULT_COMPLETION_TOKENS = 16
-"""As in OpenAI's API."""
 _TEMPLATE_OWN = ("conversation", "messages", "tools", "documents", "chat_template", "tokenize", "padding", "truncation")
 _LARGEST_SEED = 2**63 - 1
 Prompt = str | tuple[int, ...]
@@ -196,7 +194,7 @@ def _max_tokens(kind: Kind, body: Fields, most: int) -> int | None:
     way_out = ", the limit of this server (--max-tokens). Ask for fewer."
     tokens = body.whole("max_tokens", 1, most, way_out)
     if kind == "completion":
-        return tokens or min(most, DEFAULT_COMPLETION_TOKENS)
+        return tokens
     newer = body.whole("max_completion_tokens", 1, most, way_out)
     if tokens is not None and newer is not None and tokens != newer:
         body.refuse("max_tokens", f"is {tokens} and max_completion_tokens {newer}; keep one of them.")

@@ -114,7 +114,7 @@ class Fields:
 
     def _check_range(self, name: str, value: float, low: float, high: float, limit: str) -> None:
         if not (math.isfinite(value) and low <= value <= high):
-            given = value if isinstance(value, float) or abs(value) < 10**_SHOWN else "too long a number"
+            given = value if abs(value) < 10**_SHOWN else "too large a number"
             self.refuse(name, f"is {given}; it must lie between {low} and {high}{limit or '.'}")
 
     def one_of(self, name: str, choices: Collection[str], default: str) -> str:
@@ -130,7 +130,7 @@ class Fields:
         value = self.values.get(name)
         if value is not None and not isinstance(value, dict):
             self.unfit(name, "an object")
-        return Fields(value or {}, f"{self.prefix}{name}.")
+        return Fields({} if value is None else value, f"{self.prefix}{name}.")
 
     def items(self, name: str, read: Callable[[str, Any], Any], most: int) -> list[Any]:
         """Read a list of at most `most` values with `read(name, value)`; absent is an empty list."""

@@ -35,7 +35,7 @@ class Access:
     cors: tuple[str, ...] = ()
     """Origins of pages that a browser lets use the server, or "*"."""
     only_local_names: bool = True
-    """Answer only where the Host header names this machine, so that no page elsewhere gets in by a name that it owns."""
+    """Answer only where the Host header names this machine: a page elsewhere may own a name that leads here."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Options:
     stop_tokens: frozenset[int] = frozenset()
     vocabulary: int | None = None
     """Logits of the model; None takes the tokenizer's number of tokens."""
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     """Where a request leaves it open."""
     policy: Policy = field(default_factory=Policy)
     limits: Limits = Limits()

@@ -102,8 +102,10 @@ def _combined(limits: Sequence[Limit]) -> Wish:
     for limit in limits:
         if limit.relative and limit.metric == "tpot":
             wish = replace(wish, share=limit.value)
-        elif limit.metric in ("tpot", "ttft") and not limit.relative and limit.prompt_tokens is None:
-            wish = replace(wish, **{f"{limit.metric}_ms": limit.value})
+        elif limit.metric == "tpot":
+            wish = replace(wish, tpot_ms=limit.value)
+        elif limit.metric == "ttft" and not limit.relative and limit.prompt_tokens is None:
+            wish = replace(wish, ttft_ms=limit.value)
         else:
             raise _refused(f"a server keeps no budget of {limit}; name {_EXAMPLES}.")
     return wish

@@ -31,6 +31,7 @@ from flextron.commands import (
     quickstart,
     rank,
     route,
+    serve,
     train,
     train_router,
 )
@@ -45,6 +46,7 @@ from flextron.config import (
     QuickstartConfig,
     RankConfig,
     RouteConfig,
+    ServeConfig,
     TrainConfig,
     TrainRouterConfig,
 )
@@ -71,6 +73,7 @@ _RUN: dict[type, Callable[[Any], None]] = {
     RouteConfig: route.run,
     EvaluateConfig: evaluate.run,
     GenerateConfig: generate.run,
+    ServeConfig: serve.run,
     ExportConfig: export.run,
     PackConfig: pack.run,
     QuickstartConfig: quickstart.run,

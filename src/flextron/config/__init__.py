@@ -12,6 +12,7 @@ from flextron.config.pack import PackConfig
 from flextron.config.quickstart import QuickstartConfig
 from flextron.config.rank import RankConfig
 from flextron.config.route import RouteConfig
+from flextron.config.serve import ServeConfig
 from flextron.config.train import OptimizerOptions, TextOptions, TrainConfig, VisitOptions, WatchOptions
 from flextron.config.train_router import LEAST_EVALUATIONS, TrainRouterConfig
 
@@ -24,6 +25,7 @@ COMMANDS: dict[str, type] = {
     "route": RouteConfig,
     "evaluate": EvaluateConfig,
     "generate": GenerateConfig,
+    "serve": ServeConfig,
     "export": ExportConfig,
     "pack": PackConfig,
     "env": EnvConfig,
@@ -45,6 +47,7 @@ __all__ = [
     "RankConfig",
     "RouteConfig",
     "Score",
+    "ServeConfig",
     "TextOptions",
     "TrainConfig",
     "TrainRouterConfig",

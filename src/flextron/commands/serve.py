@@ -1,0 +1,160 @@
+"""`flextron serve`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flextron.commands import shared
+from flextron.config import ServeConfig
+from flextron.errors import FlextronError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from flextron.model import ElasticModel
+    from flextron.serving.engine import Engine, Level, Sampling
+    from flextron.serving.options import Options
+    from flextron.serving.service import Service
+    from flextron.serving.wishes import Policy, Wish
+
+KEY = "FLEXTRON_API_KEY"
+
+
+def run(config: ServeConfig) -> None:
+    """Serve until SIGTERM or Ctrl-C."""
+    _check_installed()
+    from flextron.serving.options import Access
+    from flextron.serving.server import address_of, bind, is_loopback, serve
+
+    listening = bind(config.host, config.port)  # before the model is loaded, which takes long
+    key = config.api_key or os.environ.get(KEY) or None
+    local = is_loopback(config.host)
+    if not local and key is None:
+        shared.note(f"{config.host} is reached from other machines, and no --api-key is set: all of them may use it.")
+    access = Access(key, config.cors, only_local_names=local)
+    serve(
+        lambda: load_service(config),
+        listening,
+        access,
+        drain_seconds=config.drain_seconds,
+        ready=lambda service: print(ready_text(service, address_of(listening), keyed=key is not None), flush=True),
+    )
+
+
+def _check_installed() -> None:
+    try:
+        import prometheus_client  # noqa: F401
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise FlextronError(f'serving needs {error.name}; install "flextron[serve]".') from None
+
+
+def load_service(config: ServeConfig) -> Service:
+    """Load the model and start its engine.
+
+    Raises:
+        FlextronError: the model has no tokenizer, or a default cannot be kept.
+    """
+    from flextron.data.blocks import require_tokenizer
+    from flextron.serving.service import Service
+
+    model = shared.load(config)
+    tokenizer = require_tokenizer(model.tokenizer)
+    engine = make_engine(model, config)
+    options = options_of(model, engine.levels, config)
+    service = Service(engine, tokenizer, options)
+    engine.start()
+    return service
+
+
+def make_engine(model: ElasticModel, config: ServeConfig) -> Engine:
+    """Return the embedded engine with the levels that the options ask for."""
+    from flextron.serving.embedded import make_engine
+    from flextron.serving.levels import make_levels
+
+    levels = make_levels(
+        model, config.model, floor=config.floor, count=config.levels, any_device=config.any_device, warn=shared.note
+    )
+    return make_engine(
+        model, levels, max_batch=config.max_batch, cache_tokens=config.cache_tokens, max_queue=config.max_queue
+    )
+
+
+def options_of(model: ElasticModel, levels: Sequence[Level], config: ServeConfig) -> Options:
+    """Return what the service needs to know.
+
+    Raises:
+        FlextronError: the default budget is below the floor, or a time where there is no latency table.
+    """
+    from flextron.serving.options import Limits, Options
+    from flextron.serving.wishes import Asked, Policy, grant
+
+    policy = Policy(_default(config), config.adaptive)
+    grant(Asked(), replace(policy, adaptive=True), levels, 1)  # raises where no request could be served
+    return Options(
+        config.served_name or Path(config.model).name or "flextron",
+        _stop_tokens(model),
+        getattr(model.config, "vocab_size", None),
+        _sampling(model),
+        policy,
+        Limits(new_tokens=config.max_tokens, seconds=config.max_seconds),
+    )
+
+
+def _default(config: ServeConfig) -> Wish:
+    from flextron.serving.wishes import parse_wish
+
+    wish = parse_wish(config.default_budget, "default")
+    times = {"ttft": config.slo_ttft_ms, "tpot": config.slo_tpot_ms}
+    named = [f"{name}={value:g}ms" for name, value in times.items() if value is not None]
+    if not named:
+        return wish
+    text = ",".join([*([] if wish.text == "full" else [wish.text]), *named])
+    return replace(wish, text=text, ttft_ms=config.slo_ttft_ms, tpot_ms=config.slo_tpot_ms)
+
+
+def _stop_tokens(model: ElasticModel) -> frozenset[int]:
+    """Return the tokens that end an answer: the generation config's, and the tokenizer's."""
+    named = model.lm.generation_config.eos_token_id
+    own = getattr(model.tokenizer, "eos_token_id", None)
+    return frozenset(
+        token for token in (*(named if isinstance(named, list) else [named]), own) if isinstance(token, int)
+    )
+
+
+def _sampling(model: ElasticModel) -> Sampling:
+    """Return how the checkpoint's generation config samples, which requests may change."""
+    from flextron.serving.engine import Sampling
+
+    config = model.lm.generation_config
+    if not config.do_sample:
+        return Sampling()
+    values = {name: getattr(config, name, None) for name in ("temperature", "top_p", "top_k", "repetition_penalty")}
+    return Sampling(**{name: value for name, value in values.items() if value is not None})
+
+
+def ready_text(service: Service, address: str, *, keyed: bool) -> str:
+    """Return what is printed when requests are answered: the levels, the address, and how to ask."""
+    levels, name = service.engine.levels, service.options.name
+    rows = [f"{'level':>8}  {'cost':>6}  {'loss':>6}  {'ms a token':>10}"]
+    rows += [_row(level) for level in reversed(levels)]
+    if any(level.step_ms is None for level in levels):
+        rows.append("no latency table: budgets are shares of the full model's weights, and times are not promised.")
+    if not service.options.policy.adaptive:
+        rows.append("requests that name no budget are never narrowed (--no-adaptive).")
+    key = f" -H 'Authorization: Bearer ${KEY}'" if keyed else ""
+    body = f'{{"model": "{name}:{levels[0].name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    rows.append(f"serving {name} at {address}; the page is at {address}/, try:")
+    rows.append(f"curl {address}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'")
+    return "\n".join(rows)
+
+
+def _row(level: Level) -> str:
+    loss = "-" if level.loss is None else f"{level.loss:.3f}"
+    time = "-" if level.step_ms is None else f"{level.step_ms:.1f}"
+    return f"{level.name:>8}  {level.share:>5.3f}x  {loss:>6}  {time:>10}"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flextron.budget import Budget
 from flextron.commands import shared
 from flextron.config import ServeConfig
 from flextron.errors import FlextronError
@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from flextron.serving.engine import Engine, Level, Sampling
     from flextron.serving.options import Options
     from flextron.serving.service import Service
-    from flextron.serving.wishes import Policy, Wish
+    from flextron.serving.wishes import Wish
 
 KEY = "FLEXTRON_API_KEY"
+STEPS = 20
+"""Levels of a server whose floor is next to nothing."""
 
 
 def run(config: ServeConfig) -> None:
@@ -77,12 +79,20 @@ def make_engine(model: ElasticModel, config: ServeConfig) -> Engine:
     from flextron.serving.embedded import make_engine
     from flextron.serving.levels import make_levels
 
-    levels = make_levels(
-        model, config.model, floor=config.floor, count=config.levels, any_device=config.any_device, warn=shared.note
-    )
+    levels = make_levels(model, shares=shares_from(config.floor), any_device=config.any_device, warn=shared.note)
     return make_engine(
-        model, levels, max_batch=config.max_batch, cache_tokens=config.cache_tokens, max_queue=config.max_queue
+        model,
+        levels,
+        max_rows=config.max_batch,
+        cache_tokens=config.cache_tokens,
+        max_waiting=config.max_queue,
     )
+
+
+def shares_from(floor: str) -> list[float]:
+    """Return the shares of the levels: the floor, and every multiple of 0.05 above it."""
+    least = 1.0 if floor == "full" else Budget.parse(floor).limits[0].value
+    return [min(1.0, least), *(step / STEPS for step in range(1, STEPS + 1) if step / STEPS > least)]
 
 
 def options_of(model: ElasticModel, levels: Sequence[Level], config: ServeConfig) -> Options:

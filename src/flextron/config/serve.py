@@ -13,7 +13,6 @@ from flextron.config.fields import (
     DeviceArgument,
     DtypeArgument,
     ModelArgument,
-    OptionalInt,
     OptionalText,
     check_at_least,
     check_between,
@@ -46,9 +45,7 @@ class ServeConfig:
     cors: Annotated[tuple[str, ...], arg(metavar="[ORIGIN [ORIGIN ...]]", help_behavior_hint="")] = ()
     """Origins of web pages that may use the server, such as https://chat.example.com, or * for all. By default none."""
     floor: str = "0.5x"
-    """The narrowest sub-network to serve. Smaller budgets are refused, and load narrows no request further."""
-    levels: int = 12
-    """Number of nested sub-networks between the floor and the full model."""
+    """The narrowest sub-network to serve. Smaller budgets are refused, and load narrows no request further. Between it and the full model there is a level at every 0.05x."""
     default_budget: str = "full"
     """Budget of requests that name none: full, a share such as 0.8x, or a time such as tpot=60ms."""
     adaptive: bool = True
@@ -59,8 +56,8 @@ class ServeConfig:
     """Time of each further token to aim at, in ms, for requests that name no budget."""
     max_batch: int = 16
     """Largest number of requests that run together."""
-    cache_tokens: OptionalInt = None
-    """Tokens that the KV cache holds, of all requests together. By default what --max-batch requests of a quarter of the model's length need."""
+    cache_tokens: int = 16_384
+    """Tokens that the KV cache holds, of all requests together. No request may be longer."""
     max_queue: int = 256
     """Largest number of requests that wait. More are refused with 429."""
     max_tokens: int = 4096
@@ -75,13 +72,10 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         check_between("port", self.port, 0, 65_535)
-        check_between("levels", self.levels, 1, 64)
-        for name in ("max_batch", "max_queue", "max_tokens"):
+        for name in ("max_batch", "max_queue", "max_tokens", "cache_tokens"):
             check_at_least(name, getattr(self, name), 1)
         check_at_least("max_seconds", self.max_seconds, 1)
         check_at_least("drain_seconds", self.drain_seconds, 0)
-        if self.cache_tokens is not None:
-            check_at_least("cache_tokens", self.cache_tokens, 1)
         self._check_budgets()
         if self.api_key is not None and not self.api_key.strip():
             raise ValueError("--api-key is empty; leave it out to serve without a key.")

@@ -8,12 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from flextron import __version__
 from flextron.serving.asking import Ask
 from flextron.serving.engine import Level
 from flextron.serving.writing import Written
 
-_FINGERPRINT = f"flextron-{__version__}"
+_FINGERPRINT = "flextron"
 
 
 class TokenText(Protocol):

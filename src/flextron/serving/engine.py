@@ -176,9 +176,13 @@ class Stats:
 class Engine(Protocol):
     """Runs requests together, in a thread of its own. All methods may be called from any thread."""
 
-    levels: Sequence[Level]
-    max_length: int
-    """Most tokens of a prompt and its answer together."""
+    @property
+    def levels(self) -> Sequence[Level]:
+        """The levels, the smallest first."""
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens of a prompt and its answer together."""
 
     def start(self) -> None:
         """Begin to work."""

@@ -1,7 +1,6 @@
 """The server that the tests of its API share: a tiny model, one engine, one port."""
 
 import pytest
-
 from served import engine_of, make_model, options_for, serving
 
 

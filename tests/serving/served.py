@@ -3,6 +3,7 @@
 import copy
 import http.client
 import json
+import socket
 from contextlib import contextmanager
 
 from openai import OpenAI
@@ -93,10 +94,12 @@ class Served:
 
 
 @contextmanager
-def serving(engine, options, access=None):
+def serving(engine, options, access=None, *, send_buffer=None):
     service = Service(engine, make_tokenizer(), options)
     app = make_app(service, access or Access())
     listening = bind("127.0.0.1", 0)
+    if send_buffer is not None:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)  # of its connections, too
     with HttpThread(app, listening):
         yield Served(address_of(listening), service, app)
     service.close()

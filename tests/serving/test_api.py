@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import openai
 import pytest
+from served import HELLO, SHARES, engine_of, make_model, make_tokenizer, options_for, serving
 
 from flextron.inference.text import text_pieces
-from served import HELLO, SHARES, engine_of, make_tokenizer, options_for, serving
 
 GREEDY = {"model": "tiny", "messages": HELLO, "temperature": 0, "max_tokens": 12}
 PROMPT = {"model": "tiny", "prompt": "The quick brown", "temperature": 0, "max_tokens": 12}
@@ -138,11 +138,12 @@ class TestChat:
         assert on.choices[0].finish_reason == "length"
 
 
-class TestStop:
-    @pytest.fixture(scope="class")
-    def text(self, client):
-        return client.completions.create(**{**PROMPT, "max_tokens": 60}).choices[0].text
+@pytest.fixture(scope="module")
+def text(client):
+    return client.completions.create(**{**PROMPT, "max_tokens": 60}).choices[0].text
 
+
+class TestStop:
     @pytest.mark.parametrize("stream", [False, True])
     @pytest.mark.parametrize("place", [0, 5, 17, 30])
     @pytest.mark.parametrize("size", [1, 4, 9])
@@ -191,7 +192,9 @@ class TestCompletions:
         tokenizer = make_tokenizer()
         before = tokenizer(PROMPT["prompt"]).input_ids
         answer = client.completions.create(**{**PROMPT, "max_tokens": 80}, logprobs=0)
-        ids = [tokenizer.convert_tokens_to_ids(tokenizer.tokenize(token)) for token in answer.choices[0].logprobs.tokens]
+        ids = [
+            tokenizer.convert_tokens_to_ids(tokenizer.tokenize(token)) for token in answer.choices[0].logprobs.tokens
+        ]
         if all(len(each) == 1 for each in ids) and "\ufffd" not in answer.choices[0].text:
             pieces = text_pieces(tokenizer, before, [each[0] for each in ids])
             assert "".join(pieces) == answer.choices[0].text
@@ -229,7 +232,9 @@ class TestBudgets:
 
     def test_tokens_tell_their_levels(self, client):
         chunks = list(chat(client, stream=True, **extra(budget="0.6x", flextron={"levels": True})))
-        told = [chunk.choices[0].model_extra["flextron"] for chunk in chunks if "flextron" in chunk.choices[0].model_extra]
+        told = [
+            chunk.choices[0].model_extra["flextron"] for chunk in chunks if "flextron" in chunk.choices[0].model_extra
+        ]
         texts = [text for each in told for text in each["texts"]]
         levels = [level for each in told for level in each["levels"]]
         assert "".join(texts) == "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
@@ -285,7 +290,7 @@ class TestErrors:
 
     @pytest.mark.parametrize("stream", [False, True])
     def test_a_failed_step_is_an_error_of_its_requests_only(self, served_model, stream, monkeypatch, capfd):
-        with engine_of(served_model) as engine, serving(engine, options_for(served_model)) as served:
+        with engine_of(make_model()) as engine, serving(engine, options_for(served_model)) as served:
             logits = engine._mixed.logits
 
             def fails(*args, **kwargs):
@@ -342,7 +347,7 @@ class TestPlaces:
 
     def test_health(self, server, served_model):
         assert server.ask("GET", "/health")[::2] == (200, {"status": "ok"})
-        with engine_of(served_model) as engine, serving(engine, options_for(served_model)) as served:
+        with engine_of(make_model()) as engine, serving(engine, options_for(served_model)) as served:
             engine.stop()
             assert served.ask("GET", "/health")[::2] == (503, {"status": "dead"})
             status, headers, body = served.post(GREEDY)

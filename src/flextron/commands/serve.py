@@ -29,8 +29,9 @@ STEPS = 20
 def run(config: ServeConfig) -> None:
     """Serve until SIGTERM or Ctrl-C."""
     _check_installed()
+    from flextron.serving.guard import is_loopback
     from flextron.serving.options import Access
-    from flextron.serving.server import address_of, bind, is_loopback, serve
+    from flextron.serving.server import address_of, bind, serve
 
     listening = bind(config.host, config.port)  # before the model is loaded, which takes long
     key = config.api_key or os.environ.get(KEY) or None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 import anyio
@@ -16,7 +17,6 @@ from flextron.serving.streaming import refused
 
 OPEN = ("/", "/health")
 """Paths that need no key: they tell nothing about requests."""
-_LOCAL = ("localhost", "127.0.0.1", "::1", "")
 _DISCARDED = 8
 """How many times the limit of a body is read and thrown away, so that the client gets to the answer."""
 
@@ -27,7 +27,7 @@ class Guard:
     def __init__(self, app: ASGIApp, access: Access) -> None:
         self._app, self._access = app, access
         self._key = None if access.api_key is None else _digest(access.api_key)
-        self._hosts = {*_LOCAL, *(urlsplit(origin).hostname or "" for origin in access.cors)}
+        self._hosts = {"", *(urlsplit(origin).hostname or "" for origin in access.cors)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer 401 or 403, or pass on."""
@@ -64,7 +64,15 @@ class Guard:
             name = urlsplit(f"//{host}").hostname or ""
         except ValueError:
             return False
-        return name in self._hosts or name.endswith(".localhost") or name.startswith("127.")
+        return name in self._hosts or name.endswith(".localhost") or is_loopback(name)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is reached from this machine only."""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:  # another name
+        return False
 
 
 def _digest(key: str) -> bytes:

@@ -21,17 +21,11 @@ from flextron.serving.app import make_app
 from flextron.serving.options import Access
 from flextron.serving.service import Service
 
-_LOOPBACK = ("localhost", "::1")
 _CONNECTIONS = 2048
 """Open at once; more get 503."""
 _CLOSING_SECONDS = 5
 """For answers that are complete to reach their clients, at the end."""
 _BACKLOG = 1024
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches the address."""
-    return host in _LOOPBACK or host.startswith("127.")
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -91,13 +91,15 @@ def parse_wish(text: str, source: str = "budget") -> Wish:
     if text.strip() == FULL:
         return Wish(FULL, source)
     try:
-        limits = Budget.parse(text).limits
+        limits = [limit for part in text.split(",") for limit in Budget.parse(part).limits]
     except BudgetError as error:
         raise _refused(str(error)) from None
     return replace(_combined(limits), text=text.strip(), source=source)
 
 
 def _combined(limits: Sequence[Limit]) -> Wish:
+    if len({(limit.metric, limit.relative) for limit in limits}) < len(limits):
+        raise _refused("a budget limits something twice; keep one of each.")
     wish = Wish()
     for limit in limits:
         if limit.relative and limit.metric == "tpot":

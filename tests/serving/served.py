@@ -25,6 +25,7 @@ CHAT_TEMPLATE = (
     "{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:{{ ' /think' if think is defined and think }}"
 )
 HELLO = [{"role": "user", "content": "The quick"}]
+GREEDY_BODY = {"messages": HELLO, "temperature": 0, "max_tokens": 12}
 
 
 def make_model(**changes) -> ElasticModel:

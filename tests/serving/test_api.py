@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import openai
 import pytest
-from served import HELLO, SHARES, engine_of, make_model, make_tokenizer, options_for, serving
+from served import GREEDY_BODY, SHARES, engine_of, make_model, make_tokenizer, options_for, serving
 
 from flextron.inference.text import text_pieces
 
-GREEDY = {"model": "tiny", "messages": HELLO, "temperature": 0, "max_tokens": 12}
+GREEDY = {"model": "tiny", **GREEDY_BODY}
 PROMPT = {"model": "tiny", "prompt": "The quick brown", "temperature": 0, "max_tokens": 12}
 
 
@@ -334,7 +334,7 @@ class TestPlaces:
         status, headers, body = server.ask("GET", "/")
         assert (status, headers["content-type"]) == (200, "text/html; charset=utf-8")
         assert "script-src 'self'" in headers["content-security-policy"]
-        assert b"<script src=" in body
+        assert b'<script src="/page/page.js">' in body
         for name in ("page.js", "page.css"):
             assert server.ask("GET", f"/page/{name}")[0] == 200
         assert server.ask("GET", "/page/..%2fapp.py")[0] == 404

@@ -142,11 +142,18 @@ ANYTHING = st.recursive(
 @settings(max_examples=300, deadline=None)
 def test_whatever_is_sent_is_read_or_refused(fields):
     for kind, base in (("chat", CHAT), ("completion", COMPLETION)):
-        try:
-            parse_ask(kind, {**base, **fields}, {}, OPTIONS)
-        except ApiError as error:
-            assert error.status in (400, 404)
-            json.dumps(error.body()).encode()
+        refused = refusal_of(kind, {**base, **fields})
+        if refused is not None:
+            assert refused.status in (400, 404)
+            json.dumps(refused.body()).encode()
+
+
+def refusal_of(kind, body) -> ApiError | None:
+    try:
+        parse_ask(kind, body, {}, OPTIONS)
+    except ApiError as error:
+        return error
+    return None
 
 
 def test_refusals_of_the_engine():

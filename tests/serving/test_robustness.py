@@ -75,7 +75,7 @@ class TestMany:
         wait_until_idle(shared_engine)
 
     def test_200_malformed_requests_get_an_answer_each(self, server, client, shared_engine):
-        draw = random.Random(0)
+        draw = random.Random(0)  # noqa: S311
         good = as_http(json.dumps(GREEDY).encode())
 
         def broken() -> bytes:

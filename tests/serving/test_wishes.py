@@ -16,9 +16,10 @@ LEVELS = [
 ]
 UNTIMED = [replace(level, step_ms=None, prefill_ms_per_token=None) for level in LEVELS]
 FULL = 3
+ADAPTIVE = Policy()
 
 
-def granted(body=None, alias=None, headers=None, *, policy=Policy(), levels=LEVELS, prompt=100):
+def granted(body=None, alias=None, headers=None, *, policy=ADAPTIVE, levels=LEVELS, prompt=100):
     return grant(asked_of(Fields(body or {}), alias, headers or {}), policy, levels, prompt)
 
 
@@ -108,9 +109,13 @@ class TestTimes:
             granted({"budget": "tpot=4.9ms"})
 
     def test_levels_without_times_refuse_them(self):
-        with pytest.raises(ApiError, match="needs a latency table, which this server's model has not"):
+        with pytest.raises(ApiError, match="needs a latency table of decode, which this server's model has not"):
             granted({"budget": "tpot=9ms"}, levels=UNTIMED)
         assert granted({"budget": "0.6x"}, levels=UNTIMED).level == 1
+        decode_only = [replace(level, prefill_ms_per_token=None) for level in LEVELS]
+        assert granted({"budget": "tpot=9ms"}, levels=decode_only).level == 2
+        with pytest.raises(ApiError, match="needs a latency table of prefill"):
+            granted({"budget": "ttft=9ms"}, levels=decode_only)
 
 
 class TestDefault:

@@ -13,11 +13,10 @@ from flextron.config import ServeConfig
 from flextron.errors import FlextronError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from flextron.model import ElasticModel
-    from flextron.serving.engine import Engine, Level, Sampling
-    from flextron.serving.options import Options
+    from flextron.serving.engine import Level, Sampling
+    from flextron.serving.options import Access, Options
+    from flextron.serving.saved import Levels
     from flextron.serving.service import Service
     from flextron.serving.wishes import Wish
 
@@ -29,23 +28,28 @@ STEPS = 20
 def run(config: ServeConfig) -> None:
     """Serve until SIGTERM or Ctrl-C."""
     _check_installed()
-    from flextron.serving.guard import is_loopback
-    from flextron.serving.options import Access
     from flextron.serving.server import address_of, bind, serve
 
-    listening = bind(config.host, config.port)  # before the model is loaded, which takes long
+    with bind(config.host, config.port) as listening:  # before the model is loaded, which takes long
+        address, access = address_of(listening), _access(config)
+        serve(
+            lambda: load_service(config),
+            listening,
+            access,
+            drain_seconds=config.drain_seconds,
+            ready=lambda service: print(ready_text(service, address, keyed=access.api_key is not None), flush=True),
+        )
+
+
+def _access(config: ServeConfig) -> Access:
+    from flextron.serving.guard import is_loopback
+    from flextron.serving.options import Access
+
     key = config.api_key or os.environ.get(KEY) or None
     local = is_loopback(config.host)
     if not local and key is None:
         shared.note(f"{config.host} is reached from other machines, and no --api-key is set: all of them may use it.")
-    access = Access(key, config.cors, only_local_names=local)
-    serve(
-        lambda: load_service(config),
-        listening,
-        access,
-        drain_seconds=config.drain_seconds,
-        ready=lambda service: print(ready_text(service, address_of(listening), keyed=key is not None), flush=True),
-    )
+    return Access(key, config.cors, only_local_names=local)
 
 
 def _check_installed() -> None:
@@ -64,30 +68,19 @@ def load_service(config: ServeConfig) -> Service:
         FlextronError: the model has no tokenizer, or a default cannot be kept.
     """
     from flextron.data.blocks import require_tokenizer
+    from flextron.serving.embedded import make_engine
+    from flextron.serving.levels import make_levels
     from flextron.serving.service import Service
 
     model = shared.load(config)
     tokenizer = require_tokenizer(model.tokenizer)
-    engine = make_engine(model, config)
-    options = options_of(model, engine.levels, config)
+    levels = make_levels(model, shares=shares_from(config.floor), any_device=config.any_device, warn=shared.note)
+    options = options_of(model, levels, config)
+    size = {"max_rows": config.max_batch, "cache_tokens": config.cache_tokens, "max_waiting": config.max_queue}
+    engine = make_engine(model, levels, **size)
     service = Service(engine, tokenizer, options)
     engine.start()
     return service
-
-
-def make_engine(model: ElasticModel, config: ServeConfig) -> Engine:
-    """Return the embedded engine with the levels that the options ask for."""
-    from flextron.serving.embedded import make_engine
-    from flextron.serving.levels import make_levels
-
-    levels = make_levels(model, shares=shares_from(config.floor), any_device=config.any_device, warn=shared.note)
-    return make_engine(
-        model,
-        levels,
-        max_rows=config.max_batch,
-        cache_tokens=config.cache_tokens,
-        max_waiting=config.max_queue,
-    )
 
 
 def shares_from(floor: str) -> list[float]:
@@ -96,7 +89,7 @@ def shares_from(floor: str) -> list[float]:
     return [min(1.0, least), *(step / STEPS for step in range(1, STEPS + 1) if step / STEPS > least)]
 
 
-def options_of(model: ElasticModel, levels: Sequence[Level], config: ServeConfig) -> Options:
+def options_of(model: ElasticModel, levels: Levels, config: ServeConfig) -> Options:
     """Return what the service needs to know.
 
     Raises:
@@ -111,6 +104,7 @@ def options_of(model: ElasticModel, levels: Sequence[Level], config: ServeConfig
         config.served_name or Path(config.model).name or "flextron",
         _stop_tokens(model),
         getattr(model.config, "vocab_size", None),
+        levels.losses,
         _sampling(model),
         policy,
         Limits(new_tokens=config.max_tokens, seconds=config.max_seconds),
@@ -152,7 +146,8 @@ def _sampling(model: ElasticModel) -> Sampling:
 def ready_text(service: Service, address: str, *, keyed: bool) -> str:
     """Return what is printed when requests are answered: the levels, the address, and how to ask."""
     levels, name = service.engine.levels, service.options.name
-    rows = [f"{'level':>8}  {'cost':>6}  {'loss':>6}  {'ms a token':>10}"]
+    loss = "loss +" if service.options.losses == "sensitivities" else "loss"
+    rows = [f"{'level':>8}  {'cost':>6}  {loss:>6}  {'ms a token':>10}"]
     rows += [_row(level) for level in reversed(levels)]
     if any(level.step_ms is None for level in levels):
         rows.append("no latency table: budgets are shares of the full model's weights, and times are not promised.")

@@ -127,7 +127,8 @@ async def _levels(request: Request) -> Response:
     ]
     stats = asdict(engine.stats())
     defaults = {"budget": policy.default.text, "adaptive": policy.adaptive, "floor": engine.levels[policy.floor].name}
-    return _json({"model": service.options.name, "levels": levels, "default": defaults, "stats": stats})
+    named = {"model": service.options.name, "losses": service.options.losses}
+    return _json({**named, "levels": levels, "default": defaults, "stats": stats})
 
 
 async def _page(request: Request) -> Response:

@@ -47,6 +47,8 @@ class Options:
     stop_tokens: frozenset[int] = frozenset()
     vocabulary: int | None = None
     """Logits of the model; None takes the tokenizer's number of tokens."""
+    losses: str | None = None
+    """Where losses of levels come from: "router" predicts them, "sensitivities" their increases over the full model."""
     sampling: Sampling = field(default_factory=Sampling)
     """Where a request leaves it open."""
     policy: Policy = field(default_factory=Policy)

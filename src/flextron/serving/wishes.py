@@ -235,11 +235,7 @@ def _by_time(wish: Wish, strict: bool, levels: Sequence[Level], policy: Policy, 
     """
     if not wish.is_timed:
         return len(levels) - 1
-    if any(level.step_ms is None or level.prefill_ms_per_token is None for level in levels):
-        raise _refused(
-            f"budget {wish.text} needs a latency table, which this server's model has not; name a share such as "
-            '"0.6x", or run flextron measure-latency.'
-        )
+    _check_tables(wish, levels[-1])
     tpot = _widest(levels, lambda level: _fits(level.step_ms, wish.tpot_ms), policy.floor)
     if tpot is None:
         raise _too_fast(wish, "a token", levels[policy.floor], levels[policy.floor].step_ms)
@@ -248,6 +244,15 @@ def _by_time(wish: Wish, strict: bool, levels: Sequence[Level], policy: Policy, 
         least = levels[policy.floor]
         raise _too_fast(wish, f"a prompt of {prompt_tokens} tokens", least, _first_ms(least, prompt_tokens))
     return min(tpot, policy.floor if ttft is None else ttft)
+
+
+def _check_tables(wish: Wish, full: Level) -> None:
+    lacks_tpot = wish.tpot_ms is not None and full.step_ms is None
+    if lacks_tpot or (wish.ttft_ms is not None and full.prefill_ms_per_token is None):
+        raise _refused(
+            f"budget {wish.text} needs a latency table of {'decode' if lacks_tpot else 'prefill'}, which this server's "
+            'model has not; name a share such as "0.6x", or run flextron measure-latency.'
+        )
 
 
 def _widest(levels: Sequence[Level], fits: Callable[[Level], bool], floor: int) -> int | None:

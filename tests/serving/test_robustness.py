@@ -11,9 +11,9 @@ from dataclasses import replace
 import openai
 import pytest
 from served import HELLO, engine_of, make_model, options_for, serving
+from test_openai import GREEDY, chat, extra, wait_until_idle
 
 from flextron.serving.options import Access, Limits
-from test_api import GREEDY, chat, extra, wait_until_idle
 
 LONG = {**GREEDY, "max_tokens": 1900, "ignore_eos": True}
 

@@ -82,6 +82,7 @@ def test_it_serves_drains_and_ends(folder):
         assert b'"completion_tokens":600' in whole
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_it_at_once(folder):
     with (
         process(folder, "--drain-seconds", "60") as (started, url, _),

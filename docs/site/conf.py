@@ -39,6 +39,7 @@ MENU = {
         "evaluate",
         "tasks",
         "generate",
+        "serving",
         "deploy",
     ],
     "Reference": ["reference", "formats", "glossary", "add_a_family", "architecture"],

@@ -1,9 +1,11 @@
 """OpenAI's API over real HTTP, by OpenAI's own client."""
 
 import json
+import re
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import openai
 import pytest
@@ -247,6 +249,13 @@ class TestBudgets:
         budget = {"thinking": "0.4x", "answer": "full", "after": "qq"}
         answer = chat(client, logit_bias={str(token): 100}, **extra(budget=budget))
         assert report(answer)["levels"] == {"0.4x": 2, "full": 10}
+
+
+def test_code_of_the_page_in_docs_runs(server, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
+    exec(code.replace("http://127.0.0.1:8000", server.url).replace('"trained"', '"tiny"'), {})  # noqa: S102
+    assert "{'0.6x': " in capsys.readouterr().out
 
 
 class TestErrors:

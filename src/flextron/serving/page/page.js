@@ -289,11 +289,12 @@ async function poll() {
     glance(found.stats);
   } catch (error) {
     health("bad", error instanceof TypeError ? "not reached" : error.message);
+  } finally {
+    setTimeout(poll, document.hidden ? 5 * POLL_MS : POLL_MS);
   }
   const since = performance.now() - 1000 * SECONDS_SHOWN;
   state.history = state.history.filter((each) => each.at >= since - 2 * POLL_MS);
   draw();
-  setTimeout(poll, document.hidden ? 5 * POLL_MS : POLL_MS);
 }
 
 /** Take over the levels of the server. */
@@ -352,7 +353,7 @@ function draw() {
     pen.textAlign = "right";
     pen.fillText(String(value), left - 6, y(value) + 4);
     pen.textAlign = "left";
-    if (level >= 0) pen.fillText(state.levels[level].name, right + 5, y(value) + 4);
+    pen.fillText(state.levels[level]?.name ?? "", right + 5, y(value) + 4);
   }
   pen.fillText("60 s ago", left, high - 3);
   pen.textAlign = "right";

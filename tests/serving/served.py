@@ -10,11 +10,12 @@ from openai import OpenAI
 
 import tiny
 from flextron.model import ElasticModel
+from flextron.serving.address import address_of, bind
 from flextron.serving.app import make_app
 from flextron.serving.embedded import make_engine
 from flextron.serving.engine import Level
 from flextron.serving.options import Access, Options
-from flextron.serving.server import HttpThread, address_of, bind
+from flextron.serving.server import HttpThread
 from flextron.serving.service import Service
 from flextron.subnet import Subnet
 

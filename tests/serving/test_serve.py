@@ -20,7 +20,7 @@ from flextron import cli
 from flextron.commands.serve import shares_from
 from flextron.config import ServeConfig
 from flextron.ranking.sensitivity import Sensitivity
-from flextron.serving.server import bind
+from flextron.serving.address import bind
 from flextron.training.sampling import even_sensitivity
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}

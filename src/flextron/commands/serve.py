@@ -28,9 +28,11 @@ STEPS = 20
 def run(config: ServeConfig) -> None:
     """Serve until SIGTERM or Ctrl-C."""
     _check_installed()
-    from flextron.serving.server import address_of, bind, serve
+    from flextron.serving.address import address_of, bind
 
-    with bind(config.host, config.port) as listening:  # before the model is loaded, which takes long
+    with bind(config.host, config.port) as listening:  # before torch is imported and the model loaded
+        from flextron.serving.server import serve
+
         address, access = address_of(listening), _access(config)
         serve(
             lambda: load_service(config),
@@ -42,7 +44,7 @@ def run(config: ServeConfig) -> None:
 
 
 def _access(config: ServeConfig) -> Access:
-    from flextron.serving.guard import is_loopback
+    from flextron.serving.address import is_loopback
     from flextron.serving.options import Access
 
     key = config.api_key or os.environ.get(KEY) or None

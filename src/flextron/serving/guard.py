@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 import anyio
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from flextron.serving.address import is_loopback
 from flextron.serving.options import Access, Limits
 from flextron.serving.refusal import ApiError
 from flextron.serving.streaming import refused
@@ -65,14 +65,6 @@ class Guard:
         except ValueError:
             return False
         return name in self._hosts or name.endswith(".localhost") or is_loopback(name)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address is reached from this machine only."""
-    try:
-        return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:  # another name
-        return False
 
 
 def _digest(key: str) -> bytes:

@@ -22,6 +22,7 @@ import yaml
 
 from flextron import __version__
 from flextron.commands import (
+    bench_serve,
     env,
     evaluate,
     export,
@@ -37,6 +38,7 @@ from flextron.commands import (
 )
 from flextron.config import (
     COMMANDS,
+    BenchServeConfig,
     EnvConfig,
     EvaluateConfig,
     ExportConfig,
@@ -74,6 +76,7 @@ _RUN: dict[type, Callable[[Any], None]] = {
     EvaluateConfig: evaluate.run,
     GenerateConfig: generate.run,
     ServeConfig: serve.run,
+    BenchServeConfig: bench_serve.run,
     ExportConfig: export.run,
     PackConfig: pack.run,
     QuickstartConfig: quickstart.run,

@@ -38,7 +38,7 @@ class TestTraces:
             ("{}", "line 1: KeyError"),
             ('\n{"at": 1', "line 1"),
             ("", "has no requests"),
-            ("[]", ""),
+            ("[]", "line 1: TypeError"),
         ):
             file.write_text(text)
             with pytest.raises(FlextronError, match=message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from flextron.config.bench_serve import BenchServeConfig
 from flextron.config.env import EnvConfig
 from flextron.config.evaluate import EvaluateConfig
 from flextron.config.export import ExportConfig
@@ -26,6 +27,7 @@ COMMANDS: dict[str, type] = {
     "evaluate": EvaluateConfig,
     "generate": GenerateConfig,
     "serve": ServeConfig,
+    "bench-serve": BenchServeConfig,
     "export": ExportConfig,
     "pack": PackConfig,
     "env": EnvConfig,
@@ -34,6 +36,7 @@ COMMANDS: dict[str, type] = {
 __all__ = [
     "COMMANDS",
     "LEAST_EVALUATIONS",
+    "BenchServeConfig",
     "Dtype",
     "EnvConfig",
     "EvaluateConfig",

@@ -57,11 +57,11 @@ def _target(config: BenchServeConfig) -> Target:
     from flextron.serving.bench import Target, ask_server
 
     options = (config.budget, config.ttft_ms, config.tpot_ms, config.send_objectives, config.api_key)
-    target = Target(config.url, config.model or "", *options)
+    target = Target(config.url, config.served_name or "", *options)
     models = ask_server(target, "/v1/models")
-    if config.model is not None:
+    if config.served_name is not None:
         return target
     try:
         return Target(config.url, models["data"][0]["id"], *options)
     except (TypeError, KeyError, IndexError):
-        raise FlextronError(f"{config.url} lists no models at /v1/models. Name one: --model NAME") from None
+        raise FlextronError(f"{config.url} lists no models at /v1/models. Name one: --served-name NAME") from None

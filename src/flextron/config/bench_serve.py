@@ -24,8 +24,8 @@ class BenchServeConfig:
 
     url: Annotated[Positional[str], arg(metavar="URL")]
     """Address of the server, such as http://127.0.0.1:8000."""
-    model: OptionalText = None
-    """Model to ask for. The default is the first one that the server lists."""
+    served_name: OptionalText = None
+    """Name of the model to ask for. The default is the first one that the server lists."""
     budget: OptionalText = None
     """Budget of requests that name none in the trace, such as 0.6x. The default leaves it to the server."""
     trace: OptionalPath = None

@@ -47,6 +47,16 @@ class TestSharing:
         pool.written(held, [4, 5, 6, 7, 8, 9, 10, 11], 0)
         assert [len(pool.match([*range(12), 99], level).pages) for level in (0, 1)] == [0, 1]
 
+    def test_texts_that_grow_side_by_side_keep_their_pages_together(self):
+        pool = PagePool(64, PAGE)
+        texts = [pool.match([i], 0) for i in range(4)]
+        for _ in range(8):
+            for held in texts:
+                pool.extend(held, PAGE)
+                pool.written(held, [1] * PAGE, 0)
+        for held in texts:
+            assert held.pages == list(range(held.pages[0], held.pages[0] + 8))
+
     def test_nothing_is_taken_where_there_is_too_little(self):
         pool = PagePool(3, PAGE)
         held = fill(pool, list(range(8)), 0)
@@ -103,9 +113,11 @@ class TestCache:
                 cache.write(0, slots, states[token : token + 1], -states[token : token + 1], full=3)
                 pool.written(held, [7], 0)
         for held, states in zip(texts, rows, strict=True):
-            keys, values = cache.read(0, held, 9, groups=2)
-            assert torch.equal(keys, states[:9, :2])
-            assert torch.equal(values, -states[:9, :2])
+            keys, values = cache.read(0, cache.pages([held], 9), 9, groups=2)
+            assert torch.equal(keys[0], states[:9, :2])
+            assert torch.equal(values[0], -states[:9, :2])
+        keys, _ = cache.read(0, cache.pages(texts, 10), 10, groups=3)
+        assert torch.equal(keys, rows)
 
     def test_fewer_groups_leave_the_others_alone(self):
         pool = PagePool(2, PAGE)
@@ -114,6 +126,6 @@ class TestCache:
         slots = torch.tensor(list(cache.slots(held, 0, 4)))
         cache.write(0, slots, torch.ones(4, 3, 2), torch.ones(4, 3, 2), full=3)
         cache.write(0, slots, torch.zeros(4, 1, 2), torch.zeros(4, 1, 2), full=3)
-        keys, _ = cache.read(0, held, 4, groups=3)
-        assert keys[:, 0].sum() == 0
-        assert keys[:, 1:].eq(1).all()
+        keys, _ = cache.read(0, cache.pages([held], 4), 4, groups=3)
+        assert keys[0, :, 0].sum() == 0
+        assert keys[0, :, 1:].eq(1).all()

@@ -4,7 +4,7 @@ A page is filled by one request. Once it is full, and all its tokens and those b
 a hash of the level and of all tokens up to its end. Requests that begin with the same tokens at the same level share
 it. Keys and values of another level would be wrong, so that the level is a part of the name.
 
-Shapes: N tokens, G KV groups, H head size.
+Shapes: N tokens to write, B texts that are read together, T tokens of each, G KV groups, H head size.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import TypeAlias
 
 import torch
 
 PAGE_TOKENS = 32
+Pages: TypeAlias = "int | torch.Tensor"
+"""Where to read: the first page of one text whose pages adjoin, or the pages of several texts, [B, pages]."""
 
 
 class NoPagesError(Exception):
@@ -139,12 +142,23 @@ class PagePool:
         if wanted is not None and wanted in self._free:
             page = wanted
         elif self._free:
-            page = min(self._free) if wanted is None else next(iter(self._free))
+            page = self._roomy()
         else:
             page, _ = self._kept.popitem(last=False)
             self._drop_name(page)
         self._take(page)
         return page
+
+    def _roomy(self) -> int:
+        """Return a free page with free ones after it: the middle of the longest run, where two texts may grow."""
+        ordered = sorted(self._free)
+        best, start = (0, ordered[0]), 0
+        for place in range(1, len(ordered) + 1):
+            if place == len(ordered) or ordered[place] != ordered[place - 1] + 1:
+                best = max(best, (place - start, ordered[start]))
+                start = place
+        length, first = best
+        return first if first == 0 or not self._holders[first - 1] else first + length // 2
 
     def _drop_name(self, page: int) -> None:
         name = self._names.pop(page)
@@ -179,19 +193,26 @@ class PagedCache:
         for cached, new in zip(self._layers[layer], (key_NGH, value_NGH), strict=True):
             cached[:, : new.shape[1]].index_copy_(0, slots_N, new)
 
-    def read(self, layer: int, held: Held, length: int, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return keys and values of a request's first `length` tokens, each [T, G, H]; views where pages adjoin."""
+    def pages(self, texts: Sequence[Held], length: int) -> Pages:
+        """Return where to read `length` tokens of each text; for what it does not have, its last page again."""
+        count = -(-length // self.pool.page_tokens)
+        ids = [(held.pages[:count] + held.pages[-1:] * count)[:count] for held in texts]
+        if len(ids) == 1 and all(after == before + 1 for before, after in pairwise(ids[0])):
+            return ids[0][0]
+        return torch.tensor(ids)
+
+    def read(self, layer: int, pages: Pages, length: int, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values, each [B, T, G, H], of the first groups; views where one text's pages adjoin."""
         size = self.pool.page_tokens
-        pages = held.pages[: -(-length // size)]
-        keys, values = self._layers[layer]
-        if all(after == before + 1 for before, after in pairwise(pages)):
-            start = pages[0] * size
-            return keys[start : start + length, :groups], values[start : start + length, :groups]
-        index = torch.tensor(pages, device=keys.device)
-        return (
-            keys.view(-1, size, *keys.shape[1:])[index].flatten(0, 1)[:length, :groups],
-            values.view(-1, size, *values.shape[1:])[index].flatten(0, 1)[:length, :groups],
+        if isinstance(pages, int):
+            span = slice(pages * size, pages * size + length)
+            keys, values = (cached[None, span, :groups] for cached in self._layers[layer])
+            return keys, values
+        keys, values = (
+            cached.view(-1, size, *cached.shape[1:])[pages].flatten(1, 2)[:, :length, :groups]
+            for cached in self._layers[layer]
         )
+        return keys, values
 
     def _room(self, like_NGH: torch.Tensor, full: int) -> torch.Tensor:
         return like_NGH.new_zeros(len(self.pool) * self.pool.page_tokens, full, like_NGH.shape[-1])

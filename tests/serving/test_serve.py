@@ -67,7 +67,7 @@ def test_it_serves_drains_and_ends(folder):
         text = "".join(printed)
         assert "full  1.000x" in text
         assert "0.5x" in text
-        assert "no latency table: budgets are shares" in text
+        assert "timing a few batches" in text
         with post(url, model="small", budget="0.7x") as answer:
             assert json.load(answer)["usage"]["flextron"]["asked"] == "0.7x"
         with post(url, max_tokens=600, stream=True, ignore_eos=True) as answer:

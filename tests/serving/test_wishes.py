@@ -109,12 +109,12 @@ class TestTimes:
             granted({"budget": "tpot=4.9ms"})
 
     def test_levels_without_times_refuse_them(self):
-        with pytest.raises(ApiError, match="needs a latency table of decode, which this server's model has not"):
+        with pytest.raises(ApiError, match="needs levels with predicted times of decode"):
             granted({"budget": "tpot=9ms"}, levels=UNTIMED)
         assert granted({"budget": "0.6x"}, levels=UNTIMED).level == 1
         decode_only = [replace(level, prefill_ms_per_token=None) for level in LEVELS]
         assert granted({"budget": "tpot=9ms"}, levels=decode_only).level == 2
-        with pytest.raises(ApiError, match="needs a latency table of prefill"):
+        with pytest.raises(ApiError, match="needs levels with predicted times of prefill"):
             granted({"budget": "ttft=9ms"}, levels=decode_only)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from flextron.model import ElasticModel
     from flextron.serving.engine import Level, Sampling
     from flextron.serving.options import Access, Options
-    from flextron.serving.saved import Levels
     from flextron.serving.service import Service
     from flextron.serving.wishes import Wish
 
@@ -77,12 +77,15 @@ def load_service(config: ServeConfig) -> Service:
     model = shared.load(config)
     tokenizer = require_tokenizer(model.tokenizer)
     levels = make_levels(model, shares=shares_from(config.floor), any_device=config.any_device, warn=shared.note)
-    options = options_of(model, levels, config)
     size = {"max_rows": config.max_batch, "cache_tokens": config.cache_tokens, "max_waiting": config.max_queue}
     engine = make_engine(model, levels, **size)
-    service = Service(engine, tokenizer, options)
+    shared.note("timing a few batches, to predict how long steps take")
     engine.start()
-    return service
+    try:
+        return Service(engine, tokenizer, options_of(model, engine.levels, levels.losses, config))
+    except BaseException:
+        engine.stop()
+        raise
 
 
 def shares_from(floor: str) -> list[float]:
@@ -91,11 +94,11 @@ def shares_from(floor: str) -> list[float]:
     return [min(1.0, least), *(step / STEPS for step in range(1, STEPS + 1) if step / STEPS > least)]
 
 
-def options_of(model: ElasticModel, levels: Levels, config: ServeConfig) -> Options:
+def options_of(model: ElasticModel, levels: Sequence[Level], losses: str | None, config: ServeConfig) -> Options:
     """Return what the service needs to know.
 
     Raises:
-        FlextronError: the default budget is below the floor, or a time where there is no latency table.
+        FlextronError: the default budget is below the floor, or a time that the smallest level cannot keep.
     """
     from flextron.serving.options import Limits, Options
     from flextron.serving.wishes import Asked, Policy, grant
@@ -106,7 +109,7 @@ def options_of(model: ElasticModel, levels: Levels, config: ServeConfig) -> Opti
         config.served_name or Path(config.model).name or "flextron",
         _stop_tokens(model),
         getattr(model.config, "vocab_size", None),
-        levels.losses,
+        losses,
         _sampling(model),
         policy,
         Limits(new_tokens=config.max_tokens, seconds=config.max_seconds),
@@ -151,8 +154,6 @@ def ready_text(service: Service, address: str, *, keyed: bool) -> str:
     loss = "loss +" if service.options.losses == "sensitivities" else "loss"
     rows = [f"{'level':>8}  {'cost':>6}  {loss:>6}  {'ms a token':>10}"]
     rows += [_row(level) for level in reversed(levels)]
-    if any(level.step_ms is None for level in levels):
-        rows.append("no latency table: budgets are shares of the full model's weights, and times are not promised.")
     if not service.options.policy.adaptive:
         rows.append("requests that name no budget are never narrowed (--no-adaptive).")
     key = f" -H 'Authorization: Bearer ${KEY}'" if keyed else ""

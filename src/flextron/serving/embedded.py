@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Condition, Thread
 from typing import Any
 
@@ -437,11 +437,24 @@ class EmbeddedEngine:
         for rows in [*steps[:2], *steps]:
             times.append(self._time(rows))
         self.prices.fit(steps, times[2:])
+        self.levels = tuple(self._timed(place, level) for place, level in enumerate(self.levels))
+
+    def _timed(self, place: int, level: Level) -> Level:
+        """A level with the times that it takes in this engine, which a latency table of another loop does not know."""
+        tokens = self._most_prompt_tokens
+        prompt = self.prices.predict([RowWork(place, tokens, 0)])
+        step = self.prices.predict([RowWork(place, 1, tokens)])
+        return replace(level, step_ms=step, prefill_ms_per_token=prompt / tokens)
+
+    @property
+    def _most_prompt_tokens(self) -> int:
+        """Tokens of the longest prompt that is timed at start."""
+        return max(1, min(256, self.max_length // 2))
 
     def _trial_steps(self) -> list[list[RowWork]]:
         top, middle = len(self.levels) - 1, len(self.levels) // 2
         most = min(self.options.max_rows, 16)
-        long = min(256, self.max_length // 2)
+        long = self._most_prompt_tokens
         steps = []
         for level in sorted({0, middle, top}):
             steps += [[RowWork(level, 1, 16)] * rows for rows in sorted({1, 2, max(1, most // 2), most})]

@@ -250,8 +250,8 @@ def _check_tables(wish: Wish, full: Level) -> None:
     lacks_tpot = wish.tpot_ms is not None and full.step_ms is None
     if lacks_tpot or (wish.ttft_ms is not None and full.prefill_ms_per_token is None):
         raise _refused(
-            f"budget {wish.text} needs a latency table of {'decode' if lacks_tpot else 'prefill'}, which this server's "
-            'model has not; name a share such as "0.6x", or run flextron measure-latency.'
+            f"budget {wish.text} needs levels with predicted times of {'decode' if lacks_tpot else 'prefill'}, which "
+            'this engine does not give; name a share such as "0.6x".'
         )
 
 

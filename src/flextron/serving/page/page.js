@@ -56,7 +56,7 @@ class Column {
     this.slider.value = last;
     const time = this.kinds.find((button) => button.dataset.kind === "time");
     time.disabled = !timed;
-    time.title = timed ? "" : "This server's model has no latency table.";
+    time.title = timed ? "" : "This server's engine gives no times.";
     if (timed) this.milliseconds.value = state.levels[Math.floor(last / 2)].step_ms.toFixed(1);
     this.show();
   }

@@ -63,12 +63,12 @@ class LevelMasks:
         layers = range(space.layers) if layers is None else layers
         for layer in layers:
             for name, axis in family.axes.items():
-                path = re.compile(rf"(.*\.)?{module_list}\.{layer}\.{re.escape(axis.closes)}(\.base_layer)?")
+                path = re.compile(rf"(.*\.)?{module_list}\.{layer}\.{re.escape(axis.closes)}")
                 closing = [module for place, module in found.items() if path.fullmatch(place)]
                 if len(closing) != 1:
                     raise FlextronError(
-                        f"vLLM's {type(model).__name__} has {len(closing)} modules {module_list}.{layer}.{axis.closes}, "
-                        "not one. Serve without LoRA and quantisation, or report this."
+                        f"{module_list}.{layer}.{axis.closes} is there {len(closing)} times in vLLM's "
+                        f"{type(model).__name__}, not once. Please report this."
                     )
                 widths = [level.subnet[name][layer] for level in self.levels]
                 make_masked(closing[0], widths, space[name][-1], self.level_N)
@@ -118,9 +118,12 @@ def make_masked(closing: nn.Module, widths: Sequence[int], full: int, level_N: t
     if isinstance(closing, _Masked) or size % full:
         raise FlextronError(f"a {type(closing).__name__} of {size} columns cannot hold {full} units. Report this.")
     if getattr(closing, "skip_bias_add", False) and getattr(closing, "bias", None) is not None:
-        raise FlextronError(f"a {type(closing).__name__} gives its bias to others, so it cannot be masked. Report this.")
+        raise FlextronError(
+            f"a {type(closing).__name__} gives its bias to others, so it cannot be masked. Report this."
+        )
     columns_L = torch.tensor([width * (size // full) - offset for width in widths], device=level_N.device)
-    closing.__class__ = _masked(type(closing))
+    kind: Any = type(closing)
+    closing.__class__ = _masked(kind)
     masked = cast(_Masked, closing)
     masked.register_buffer("flextron_levels", level_N, persistent=False)
     masked.register_buffer("flextron_columns", columns_L, persistent=False)
@@ -130,7 +133,8 @@ def make_masked(closing: nn.Module, widths: Sequence[int], full: int, level_N: t
 
 def _columns(closing: nn.Module) -> tuple[int, int]:
     """Number of input columns of a whole projection, and the first one on this device."""
-    whole = getattr(closing, "input_size", None) or getattr(closing, "in_features", None)
+    sizes = (getattr(closing, name, None) for name in ("input_size", "in_features", "nx"))
+    whole: int | None = next(filter(None, sizes), None)
     if whole is None:
         raise FlextronError(f"a {type(closing).__name__} does not say how many columns it has, so it is not masked.")
     here = getattr(closing, "input_size_per_partition", whole)

@@ -2,76 +2,23 @@
 
 A request names its level in `sampling_params.extra_args["flextron"]`, as an index, a name or a share
 (`serving.saved.Levels.find`); over HTTP that is `vllm_xargs`. Without one, it runs the full model.
-
-vLLM 0.32 has two model runners. The older one is told each batch's levels before the forward pass (`_model_forward`,
-which vLLM documents as overridable), the newer one by its `ModelState`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from functools import cache
+import logging
 from typing import Any, cast
 
-from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
-from flextron.errors import BudgetError, FlextronError
-from flextron.serving.saved import FILE, Levels
+from flextron.errors import FlextronError
+from flextron.serving.saved import Levels
 from flextron.vllm_plugin.masks import LevelMasks
+from flextron.vllm_plugin.runners import ARGUMENT, level_runner, level_state
 
-ARGUMENT = "flextron"
-"""The key of a request's level in `extra_args`."""
-logger = init_logger("vllm.flextron")
-
-
-def level_of(levels: Levels, sampling_params: Any) -> int:
-    """Return the level that a request names; the full model's where it names none, or an unknown one (logged)."""
-    asked = (getattr(sampling_params, "extra_args", None) or {}).get(ARGUMENT)
-    if asked is None:
-        return len(levels) - 1
-    try:
-        return levels.find(int(asked) if isinstance(asked, float) and asked.is_integer() else asked)
-    except (BudgetError, TypeError) as error:  # an exception here would end the whole engine
-        logger.error("A request runs the full model, because %s", error)
-        return len(levels) - 1
-
-
-@cache
-def level_runner(kind: Any) -> Any:
-    """A kind of the older runner that tells `flextron_masks` the levels of a batch before each forward pass."""
-
-    class LevelRunner(kind):  # type: ignore[misc]
-        def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
-            batch, masks = self.input_batch, self.flextron_masks
-            ids = batch.req_ids[: batch.num_reqs]  # complete only now: rows change places while a batch is prepared
-            starts = self.query_start_loc.np[: len(ids) + 1]
-            levels = [level_of(masks.levels, self.requests[name].sampling_params) for name in ids]
-            masks.set(levels, (starts[1:] - starts[:-1]).tolist())
-            return super()._model_forward(*args, **kwargs)
-
-    return LevelRunner
-
-
-@cache
-def level_state(kind: Any) -> Any:
-    """A kind of the newer runner's `ModelState` that tells `flextron_masks` the levels of a batch."""
-
-    class LevelState(kind):  # type: ignore[misc]
-        def add_request(self, req_index: int, new_req_data: Any) -> None:
-            self.flextron_levels[req_index] = level_of(self.flextron_masks.levels, new_req_data.sampling_params)
-            super().add_request(req_index, new_req_data)
-
-        def prepare_inputs(self, input_batch: Any, req_states: Any) -> Any:
-            masks, requests = self.flextron_masks, input_batch.num_reqs
-            starts = input_batch.query_start_loc_np[: requests + 1]
-            places = input_batch.idx_mapping_np[:requests].tolist()
-            levels = [self.flextron_levels.get(place, masks.full) for place in places]
-            masks.set(levels, (starts[1:] - starts[:-1]).tolist())
-            return super().prepare_inputs(input_batch, req_states)
-
-    return LevelState
+logger = logging.getLogger("vllm.flextron")
 
 
 def _base() -> type:
@@ -102,10 +49,12 @@ class LevelWorker(_base()):  # type: ignore[misc]
         masks.install(runner.get_model(), text_config.model_type, layers=held)
         if self.use_v2_model_runner:
             state = runner.model_state
-            state.__class__ = level_state(type(state))
+            state_kind: Any = type(state)
+            state.__class__ = level_state(state_kind)
             state.flextron_masks, state.flextron_levels = masks, {}
         else:
-            runner.__class__ = level_runner(type(runner))
+            runner_kind: Any = type(runner)
+            runner.__class__ = level_runner(runner_kind)
             runner.flextron_masks = masks
         logger.info("Serving the levels %s.", ", ".join(masks.levels.names))
 
@@ -115,8 +64,7 @@ def _levels(vllm_config: Any) -> Levels:
     if vllm_config.cache_config.enable_prefix_caching:
         logger.info(
             "Prefix caching is on: each level needs a cache_salt of its own, or requests read each other's keys and "
-            "values. flextron.vllm_plugin.middleware.LevelMiddleware gives it; see %s in docs/serving-vllm.md.",
-            FILE,
+            "values. flextron.vllm_plugin.middleware.LevelMiddleware gives it (docs/serving-vllm.md)."
         )
     return levels
 

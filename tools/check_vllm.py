@@ -62,14 +62,21 @@ def check(folder, worker, new):
         salts = [{"cache_salt": level} if salted else {} for level, _ in requests]
         inputs = [{"prompt": told["prompts"][at], **salt} for (_, at), salt in zip(requests, salts, strict=True)]
         options = [
-            SamplingParams(temperature=0, max_tokens=int(new), extra_args={"flextron": level}) for level, _ in requests
+            SamplingParams(temperature=0, max_tokens=int(new), logprobs=0, extra_args={"flextron": level})
+            for level, _ in requests
         ]
-        same, cached = 0, 0
+        same, cached, apart = 0, 0, 0.0
         for (level, at), output in zip(requests, llm.generate(inputs, options, use_tqdm=False), strict=True):
-            same += list(output.outputs[0].token_ids) == told["tokens"][level][at]
+            written = output.outputs[0]
+            same += list(written.token_ids) == told["tokens"][level][at]
             cached += output.num_cached_tokens or 0
-        print(f"found {what}: {same} of {len(requests)} texts equal, {cached} prompt tokens from the cache", flush=True)
-        return len(requests) - same
+            for token, tops, told_here in zip(written.token_ids, written.logprobs, told["logprobs"][level][at]):
+                apart = max(apart, abs(tops[token].logprob - told_here))
+        print(
+            f"found {what}: {same} of {len(requests)} texts equal, log-probabilities differ by at most {apart:.0e}, "
+            f"{cached} prompt tokens from the cache", flush=True,
+        )
+        return max(len(requests) - same, apart > 1e-3)
 
     levels, long = list(told["tokens"]), len(told["prompts"]) - 1
     mixed = [(level, at) for level in levels for at in range(long)]
@@ -164,11 +171,22 @@ def _checkpoint(folder: Path) -> Levels:
     return levels
 
 
-def _tokens(model: ElasticModel, subnet: Any, prompt: str) -> list[int]:
+def _written(model: ElasticModel, subnet: Any, prompt: str) -> tuple[list[int], list[float]]:
+    """The greedy tokens, and their log-probabilities."""
     prompt_BT = torch.tensor([model.tokenizer(prompt).input_ids])
-    with model.use(subnet):
-        written = model.generate(prompt_BT, max_new_tokens=NEW, do_sample=False)
-    return written[0, prompt_BT.shape[1] :].tolist()
+    start = prompt_BT.shape[1]
+    with model.use(subnet), torch.no_grad():
+        written_BT = model.generate(prompt_BT, max_new_tokens=NEW, do_sample=False)
+        logprobs_TV = model(written_BT, use_cache=False).logits[0, start - 1 : -1].float().log_softmax(-1)
+    return written_BT[0, start:].tolist(), logprobs_TV.gather(1, written_BT[0, start:, None])[:, 0].tolist()
+
+
+def _apart(logprobs: dict[str, list[list[float]]]) -> float:
+    """How far the levels are from one another at least, so that one cannot pass for another."""
+    firsts = [[texts[0] for texts in levels] for levels in logprobs.values()]
+    return min(
+        max(abs(a - b) for a, b in zip(low, high, strict=True)) for low, high in zip(firsts, firsts[1:], strict=False)
+    )
 
 
 def _variables(**more: str) -> dict[str, str]:

@@ -23,6 +23,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -162,11 +163,15 @@ def _checkpoint(folder: Path) -> Levels:
     levels.save(folder)
     long = LONG if name == "smollm2" else LONG[:150]
     prompts = [*PROMPTS, long]
-    tokens = {level.name: [_tokens(model, level.subnet, prompt) for prompt in prompts] for level in levels}
-    (folder / "expected.json").write_text(json.dumps({"prompts": prompts, "tokens": tokens}))
-    different = len({json.dumps(texts) for texts in tokens.values()})
+    written = {level.name: [_written(model, level.subnet, prompt) for prompt in prompts] for level in levels}
+    tokens = {level: [tokens for tokens, _ in texts] for level, texts in written.items()}
+    logprobs = {level: [logprobs for _, logprobs in texts] for level, texts in written.items()}
+    (folder / "expected.json").write_text(json.dumps({"prompts": prompts, "tokens": tokens, "logprobs": logprobs}))
+    different, apart = len({json.dumps(texts) for texts in tokens.values()}), _apart(logprobs)
     print(
-        f"{name}: {', '.join(levels.names)}; {different} of {len(levels)} levels write texts of their own", flush=True
+        f"{name}: {', '.join(levels.names)}; {different} of {len(levels)} levels write texts of their own, first "
+        f"log-probabilities of neighbours are {apart:.0e} apart or more",
+        flush=True,
     )
     return levels
 
@@ -184,9 +189,7 @@ def _written(model: ElasticModel, subnet: Any, prompt: str) -> tuple[list[int], 
 def _apart(logprobs: dict[str, list[list[float]]]) -> float:
     """How far the levels are from one another at least, so that one cannot pass for another."""
     firsts = [[texts[0] for texts in levels] for levels in logprobs.values()]
-    return min(
-        max(abs(a - b) for a, b in zip(low, high, strict=True)) for low, high in zip(firsts, firsts[1:], strict=False)
-    )
+    return min(max(abs(a - b) for a, b in zip(*pair, strict=True)) for pair in pairwise(firsts))
 
 
 def _variables(**more: str) -> dict[str, str]:

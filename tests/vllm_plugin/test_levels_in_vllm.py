@@ -86,6 +86,8 @@ class TestMasks:
         masks = LevelMasks(levels, 8, "cpu")
         with pytest.raises(FlextronError, match=r"layers\.0\.mlp\.down_proj is there 0 times"):
             masks.install(nn.Linear(2, 2), "llama")
+        with pytest.raises(FlextronError, match="40 neurons in each layer, this one has 80"):
+            masks.install(tiny.plain_model("llama", intermediate_size=80), "llama")
         with pytest.raises(FlextronError, match="cannot hold 3 units"):
             make_masked(nn.Linear(8, 2), [1], 3, masks.level_N)
         with pytest.raises(FlextronError, match="how many columns"):

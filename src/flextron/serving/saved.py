@@ -88,7 +88,8 @@ class Levels(Sequence[Level]):
         if isinstance(budget, str):
             return self._find(budget.strip())
         if type(budget) is not int or not 0 <= budget < len(self):
-            raise BudgetError(f"there is no level {str(budget)[:60]}; levels are 0 to {len(self) - 1} ({', '.join(self.names)}).")
+            names = ", ".join(self.names)
+            raise BudgetError(f"there is no level {str(budget)[:60]}; levels are 0 to {len(self) - 1} ({names}).")
         return budget
 
     def _find(self, budget: str) -> int:

@@ -70,6 +70,11 @@ class LevelMasks:
                         f"{module_list}.{layer}.{axis.closes} is there {len(closing)} times in vLLM's "
                         f"{type(model).__name__}, not once. Please report this."
                     )
+                if name == "neurons" and _columns(closing[0])[0] != space.neurons[-1]:
+                    raise FlextronError(
+                        f"levels.json is of a model with {space.neurons[-1]} neurons in each layer, this one has "
+                        f"{_columns(closing[0])[0]}. Write it again."
+                    )
                 widths = [level.subnet[name][layer] for level in self.levels]
                 make_masked(closing[0], widths, space[name][-1], self.level_N)
         return len(layers) * len(family.axes)

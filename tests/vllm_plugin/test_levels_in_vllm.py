@@ -279,7 +279,7 @@ class TestMiddleware:
             assert (status, error["code"]) == (400, "no_levels")
         assert served.post({"model": "smol"}, path=path)[0] == 200
 
-    @pytest.mark.parametrize("body", [b"", b"{", b"[1]", b"\xff\xff"])
+    @pytest.mark.parametrize("body", [b"", b"{", b"[1]", b"\xff\xff", b'{"vllm_xargs": [1]}', b"[" * 100_000])
     def test_what_vllm_will_refuse_stays_as_it_is(self, served, body):
         assert served.post(body)[0] == 200
         assert served.bodies == [body]

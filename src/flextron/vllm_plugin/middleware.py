@@ -95,12 +95,12 @@ class LevelMiddleware:
         await self.app({**scope, "headers": [*kept, length]}, _replayed(body, receive), _with_header(send, level))
 
     def changed(self, path: str, body: bytes, headers: dict[bytes, bytes], scope: Message) -> tuple[str | None, bytes]:
-        """Return the name of a request's level, and its body as vLLM takes it; what is no JSON stays as it is."""
+        """Return the name of a request's level, and its body as vLLM takes it; what vLLM will refuse stays."""
         try:
             data = json.loads(body)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None, body
-        if not isinstance(data, dict):
+        if not isinstance(data, dict) or not isinstance(data.get("vllm_xargs") or {}, dict):
             return None, body
         levels, names = self._served(scope)
         asked = _asked(data, headers, names)
@@ -144,8 +144,8 @@ def salt(levels: Levels, name: str, users: Any = None) -> str:
 def _asked(data: dict[str, Any], headers: dict[bytes, bytes], names: tuple[str, ...]) -> _Asked | None:
     """The budget that a request names; None where it names none."""
     extra = data.get("vllm_xargs") or {}
-    inner = (data.get("sampling_params") or {}) if isinstance(data.get("sampling_params"), dict) else {}
-    hidden = inner.get("extra_args") or {}
+    inner = data.get("sampling_params")
+    hidden = inner.get("extra_args") if isinstance(inner, dict) else None
     base, _, alias = str(data.get("model")).rpartition(":")
     if data.get("budget") is not None:
         return _Asked(data["budget"], "budget")

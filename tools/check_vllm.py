@@ -157,6 +157,7 @@ def _checkpoint(folder: Path) -> Levels:
         sizes = {"vocab_size": 300, "hidden_size": 32 * tiny.HEADS, "max_position_embeddings": 512}
         sizes |= {"head_dim": 32} if "head_dim" in tiny.CONFIGS[name] else {}
         model = ElasticModel(tiny.plain_model(name, **sizes), tiny.tokenizer())
+        model.ranking = tiny.ranking_for(model)
         sensitivity = tiny.uneven_sensitivity(model)
     levels = make_levels(model, sensitivity=sensitivity, shares=(1.0, 0.9, 0.8, 0.7, 0.6, 0.5))
     model.save_pretrained(folder)

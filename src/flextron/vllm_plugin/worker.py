@@ -8,17 +8,36 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
+from vllm.model_executor.model_loader import register_model_loader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
+from flextron.elastic.source import RANKING_FILE
 from flextron.errors import FlextronError
 from flextron.serving.saved import Levels
 from flextron.vllm_plugin.masks import LevelMasks
 from flextron.vllm_plugin.runners import ARGUMENT, level_runner, level_state
 
 logger = logging.getLogger("vllm.flextron")
+LOADER = "flextron"
+"""Load format of an elastic checkpoint's folder."""
+
+
+@register_model_loader(LOADER)
+class LevelLoader(DefaultModelLoader):  # type: ignore[misc]
+    """vLLM's loader, which takes every safetensors file for weights, without the ranking."""
+
+    def __init__(self, load_config: Any) -> None:
+        super().__init__(replace(load_config, load_format="safetensors"))
+
+    def _prepare_weights(self, *args: Any, **kwargs: Any) -> Any:
+        folder, files, *others = super()._prepare_weights(*args, **kwargs)
+        return (folder, [file for file in files if Path(file).name != RANKING_FILE], *others)
 
 
 def _base() -> type:
@@ -36,6 +55,8 @@ class LevelWorker(_base()):  # type: ignore[misc]
         # vLLM finds compiled graphs again by a hash of its config; those of the plain model have no masks.
         digest = hashlib.sha256(repr(self.flextron_levels).encode()).hexdigest()
         vllm_config.additional_config = {**vllm_config.additional_config, ARGUMENT: digest}
+        if vllm_config.load_config.load_format in ("auto", "hf", "safetensors"):
+            vllm_config.load_config.load_format = LOADER
         super().__init__(vllm_config, *args, **kwargs)
 
     def load_model(self, **kwargs: Any) -> None:

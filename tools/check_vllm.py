@@ -156,7 +156,12 @@ def _checkpoint(folder: Path) -> Levels:
     else:  # vLLM's attention on CPUs needs heads of at least 32 numbers
         sizes = {"vocab_size": 300, "hidden_size": 32 * tiny.HEADS, "max_position_embeddings": 512}
         sizes |= {"head_dim": 32} if "head_dim" in tiny.CONFIGS[name] else {}
-        model = ElasticModel(tiny.plain_model(name, **sizes), tiny.tokenizer())
+        if name == "qwen2":  # vLLM takes no sliding windows there in some layers only
+            sizes |= {"use_sliding_window": False, "layer_types": ["full_attention"] * tiny.LAYERS}
+        lm = tiny.plain_model(name, **sizes)
+        if name.startswith("gemma"):  # which multiplies embeddings, so that a tiny one only repeats its prompt
+            lm.get_input_embeddings().weight.data.mul_(0.1)
+        model = ElasticModel(lm, tiny.tokenizer())
         model.ranking = tiny.ranking_for(model)
         sensitivity = tiny.uneven_sensitivity(model)
     levels = make_levels(model, sensitivity=sensitivity, shares=(1.0, 0.9, 0.8, 0.7, 0.6, 0.5))

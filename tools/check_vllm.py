@@ -158,6 +158,8 @@ def _checkpoint(folder: Path) -> Levels:
         sizes |= {"head_dim": 32} if "head_dim" in tiny.CONFIGS[name] else {}
         if name == "qwen2":  # vLLM takes no sliding windows there in some layers only
             sizes |= {"use_sliding_window": False, "layer_types": ["full_attention"] * tiny.LAYERS}
+        if name == "qwen3":  # vLLM leaves out the bias of its output projection, which no released model has
+            sizes |= {"attention_bias": False}
         lm = tiny.plain_model(name, **sizes)
         if name.startswith("gemma"):  # which multiplies embeddings, so that a tiny one only repeats its prompt
             lm.get_input_embeddings().weight.data.mul_(0.1)
@@ -187,7 +189,9 @@ def _written(model: ElasticModel, subnet: Any, prompt: str) -> tuple[list[int], 
     prompt_BT = torch.tensor([model.tokenizer(prompt).input_ids])
     start = prompt_BT.shape[1]
     with model.use(subnet), torch.no_grad():
-        written_BT = model.generate(prompt_BT, max_new_tokens=NEW, do_sample=False)
+        written_BT = model.generate(
+            prompt_BT, max_new_tokens=NEW, do_sample=False, eos_token_id=model.tokenizer.eos_token_id
+        )
         logprobs_TV = model(written_BT, use_cache=False).logits[0, start - 1 : -1].float().log_softmax(-1)
     return written_BT[0, start:].tolist(), logprobs_TV.gather(1, written_BT[0, start:, None])[:, 0].tolist()
 

@@ -124,7 +124,7 @@ class TestFinding:
         assert levels.find(f"{share}x") == 1
         assert levels.find(f"{levels[1].share}x") == 1
 
-    @pytest.mark.parametrize("wrong", ["", "0.6", "12ms", "nanx", "-1x", "0.0001x", "largest", -1, 99, True])
+    @pytest.mark.parametrize("wrong", ["", "0.6", "12ms", "nanx", "-1x", "0.0001x", "largest", -1, 99, True, 0.5, None])
     def test_others_are_refused(self, levels, wrong):
         with pytest.raises(BudgetError, match=r"[Ll]evel"):
             levels.find(wrong)

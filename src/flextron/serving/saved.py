@@ -87,8 +87,9 @@ class Levels(Sequence[Level]):
         """
         if isinstance(budget, str):
             return self._find(budget.strip())
-        if isinstance(budget, bool) or not 0 <= budget < len(self):
-            raise BudgetError(f"there is no level {budget}; levels are 0 to {len(self) - 1} ({', '.join(self.names)}).")
+        if type(budget) is not int or not 0 <= budget < len(self):
+            names = ", ".join(self.names)
+            raise BudgetError(f"there is no level {str(budget)[:60]}; levels are 0 to {len(self) - 1} ({names}).")
         return budget
 
     def _find(self, budget: str) -> int:

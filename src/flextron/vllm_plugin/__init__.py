@@ -1,6 +1,11 @@
-"""Plugin that lets vLLM load exported sub-networks with unequal layers (entry point `vllm.general_plugins`).
+"""What vLLM loads of flextron: per-layer exports (entry point `vllm.general_plugins`), and levels of one checkpoint.
 
-vLLM's Transformers backend runs the classes of `per_layer` with vLLM's own attention kernels and KV cache.
+- `register`: lets vLLM load exported sub-networks with unequal layers. vLLM's Transformers backend runs the classes of
+  `per_layer` with vLLM's own attention kernels and KV cache.
+- `worker.LevelWorker` (`--worker-cls`): runs every level of an elastic checkpoint in one batch.
+- `middleware.LevelMiddleware` (`--middleware`): lets requests name their levels over HTTP.
+
+docs/serving-vllm.md shows the command.
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ from flextron.serving.mixed import MixedModel
 from flextron.serving.pages import PAGE_TOKENS, Held, NoPagesError, PagedCache, PagePool
 from flextron.serving.prices import LevelCosts, RowWork, StepPrices
 from flextron.serving.sampling import Drawn, Sampler
+from flextron.serving.threads import release_threads
 
 MOST_FAILURES = 3
 """Steps that may fail one after another before the engine gives up."""
@@ -180,6 +181,7 @@ class EmbeddedEngine:
         """
         if self._thread is not None:
             raise StoppedError("this engine has been started before; make another one.")
+        release_threads()
         self._thread = Thread(target=self._work, name="flextron engine", daemon=True)
         self._thread.start()
         with self._changed:

@@ -31,10 +31,10 @@ import tyro
 from flextron import ElasticModel
 from flextron.environment import describe_environment
 from flextron.serving.bench import Summary, Target, burst_trace, losses_of_levels, replay, sample_prompts
-from flextron.serving.embedded import make_engine
+from flextron.serving.embedded.mixed import few_rows_linear
+from flextron.serving.embedded.running import make_engine
 from flextron.serving.engine import End, Level, Request, Sampling
 from flextron.serving.levels import make_levels
-from flextron.serving.mixed import few_rows_linear
 
 SERVERS = ("fixed full", "fixed 0.6x", "adaptive", "llama.cpp full", "llama.cpp 0.6x")
 PROMPT, NEW = 48, 64

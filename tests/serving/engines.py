@@ -6,7 +6,7 @@ from threading import Condition
 import torch
 
 from flextron.model import ElasticModel
-from flextron.serving.embedded import EmbeddedEngine, EngineOptions
+from flextron.serving.embedded.running import EmbeddedEngine, EngineOptions
 from flextron.serving.engine import End, Level, Request, Sampling, Token
 from flextron.subnet import Subnet
 

@@ -10,13 +10,13 @@ from openai import OpenAI
 
 import tiny
 from flextron.model import ElasticModel
-from flextron.serving.address import address_of, bind
-from flextron.serving.app import make_app
-from flextron.serving.embedded import make_engine
+from flextron.serving.api.address import address_of, bind
+from flextron.serving.api.app import make_app
+from flextron.serving.api.options import Access, Options
+from flextron.serving.api.server import HttpThread
+from flextron.serving.api.service import Service
+from flextron.serving.embedded.running import make_engine
 from flextron.serving.engine import Level
-from flextron.serving.options import Access, Options
-from flextron.serving.server import HttpThread
-from flextron.serving.service import Service
 from flextron.subnet import Subnet
 
 SHARES = {"0.4x": 0.4, "0.6x": 0.6, "0.8x": 0.8, "full": 1.0}

@@ -20,7 +20,7 @@ from flextron import cli
 from flextron.commands.serve import shares_from
 from flextron.config import ServeConfig
 from flextron.ranking.sensitivity import Sensitivity
-from flextron.serving.address import bind
+from flextron.serving.api.address import bind
 from flextron.training.sampling import even_sensitivity
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
@@ -139,7 +139,7 @@ def test_defaults_that_cannot_be_kept_end_it(folder, arguments, capsys):
 
 
 def test_a_server_that_all_reach_warns_without_a_key(folder, capsys, monkeypatch):
-    monkeypatch.setattr("flextron.serving.server.serve", lambda _load, listening, _access, **_: listening.close())
+    monkeypatch.setattr("flextron.serving.api.server.serve", lambda _load, listening, _access, **_: listening.close())
     assert cli.main(["serve", str(folder), "--host", "0.0.0.0", "--port", "0"]) == 0  # noqa: S104
     assert "no --api-key is set" in capsys.readouterr().err
     monkeypatch.setenv("FLEXTRON_API_KEY", "secret")

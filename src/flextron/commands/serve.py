@@ -15,10 +15,10 @@ from flextron.errors import FlextronError
 
 if TYPE_CHECKING:
     from flextron.model import ElasticModel
+    from flextron.serving.api.options import Access, Options
+    from flextron.serving.api.service import Service
+    from flextron.serving.api.wishes import Wish
     from flextron.serving.engine import Level, Sampling
-    from flextron.serving.options import Access, Options
-    from flextron.serving.service import Service
-    from flextron.serving.wishes import Wish
 
 KEY = "FLEXTRON_API_KEY"
 STEPS = 20
@@ -28,10 +28,10 @@ STEPS = 20
 def run(config: ServeConfig) -> None:
     """Serve until SIGTERM or Ctrl-C."""
     _check_installed()
-    from flextron.serving.address import address_of, bind
+    from flextron.serving.api.address import address_of, bind
 
     with bind(config.host, config.port) as listening:  # before torch is imported and the model loaded
-        from flextron.serving.server import serve
+        from flextron.serving.api.server import serve
 
         address, access = address_of(listening), _access(config)
         serve(
@@ -44,8 +44,8 @@ def run(config: ServeConfig) -> None:
 
 
 def _access(config: ServeConfig) -> Access:
-    from flextron.serving.address import is_loopback
-    from flextron.serving.options import Access
+    from flextron.serving.api.address import is_loopback
+    from flextron.serving.api.options import Access
 
     key = config.api_key or os.environ.get(KEY) or None
     local = is_loopback(config.host)
@@ -70,9 +70,9 @@ def load_service(config: ServeConfig) -> Service:
         FlextronError: the model has no tokenizer, or a default cannot be kept.
     """
     from flextron.data.blocks import require_tokenizer
-    from flextron.serving.embedded import make_engine
+    from flextron.serving.api.service import Service
+    from flextron.serving.embedded.running import make_engine
     from flextron.serving.levels import make_levels
-    from flextron.serving.service import Service
 
     model = shared.load(config)
     tokenizer = require_tokenizer(model.tokenizer)
@@ -100,8 +100,8 @@ def options_of(model: ElasticModel, levels: Sequence[Level], losses: str | None,
     Raises:
         FlextronError: the default budget is below the floor, or a time that the smallest level cannot keep.
     """
-    from flextron.serving.options import Limits, Options
-    from flextron.serving.wishes import Asked, Policy, grant
+    from flextron.serving.api.options import Limits, Options
+    from flextron.serving.api.wishes import Asked, Policy, grant
 
     policy = Policy(_default(config), config.adaptive)
     grant(Asked(), replace(policy, adaptive=True), levels, 1)  # raises where no request could be served
@@ -117,7 +117,7 @@ def options_of(model: ElasticModel, levels: Sequence[Level], losses: str | None,
 
 
 def _default(config: ServeConfig) -> Wish:
-    from flextron.serving.wishes import parse_wish
+    from flextron.serving.api.wishes import parse_wish
 
     wish = parse_wish(config.default_budget, "default")
     times = {"ttft": config.slo_ttft_ms, "tpot": config.slo_tpot_ms}

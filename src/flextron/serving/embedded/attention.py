@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-from flextron.serving.pages import Held, PagedCache, Pages
+from flextron.serving.embedded.pages import Held, PagedCache, Pages
 
 NAME = "flextron_paged"
 LONG_TEXT = 512

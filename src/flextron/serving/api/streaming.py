@@ -11,10 +11,10 @@ import anyio
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from flextron.serving.answers import DONE, KEEP_ALIVE, Answer, event, to_json
-from flextron.serving.jobs import Job
-from flextron.serving.metrics import Metrics
-from flextron.serving.refusal import ApiError
+from flextron.serving.api.answers import DONE, KEEP_ALIVE, Answer, event, to_json
+from flextron.serving.api.jobs import Job
+from flextron.serving.api.metrics import Metrics
+from flextron.serving.api.refusal import ApiError
 
 
 def refused(error: ApiError) -> Response:

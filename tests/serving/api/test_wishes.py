@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
+from flextron.serving.api.fields import Fields
+from flextron.serving.api.refusal import ApiError
+from flextron.serving.api.wishes import Asked, Policy, Wish, asked_of, grant, parse_wish
 from flextron.serving.engine import Level
-from flextron.serving.fields import Fields
-from flextron.serving.refusal import ApiError
-from flextron.serving.wishes import Asked, Policy, Wish, asked_of, grant, parse_wish
 from flextron.subnet import Subnet
 
 LEVELS = [

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flextron.serving.asking import KNOWN, UNSUPPORTED, parse_ask
+from flextron.serving.api.asking import KNOWN, UNSUPPORTED, parse_ask
+from flextron.serving.api.fields import parse_object
+from flextron.serving.api.options import Options
+from flextron.serving.api.refusal import ApiError, of_engine
 from flextron.serving.engine import RefusedError, StoppedError
-from flextron.serving.fields import parse_object
-from flextron.serving.options import Options
-from flextron.serving.refusal import ApiError, of_engine
 
 OPTIONS = Options(name="m", vocabulary=100)
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from flextron.serving.asking import Ask
+from flextron.serving.api.asking import Ask
+from flextron.serving.api.writing import Written
 from flextron.serving.engine import Level
-from flextron.serving.writing import Written
 
 _FINGERPRINT = "flextron"
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from flextron.serving.refusal import ApiError
+from flextron.serving.api.refusal import ApiError
 
 
 class Grammars:

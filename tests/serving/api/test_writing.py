@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from served import make_tokenizer
 
+from flextron.serving.api.writing import TokenTexts, Writer
 from flextron.serving.engine import Token
-from flextron.serving.writing import TokenTexts, Writer
 
 TOKENIZER = make_tokenizer()
 IDS = [token for token in range(2, 300) if "\ufffd" not in TOKENIZER.decode([token])]

@@ -15,14 +15,14 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from flextron.serving.answers import to_json
-from flextron.serving.asking import Kind
-from flextron.serving.guard import Guard, read_body
-from flextron.serving.options import Access
-from flextron.serving.refusal import RETRY_SECONDS, ApiError
-from flextron.serving.service import Service
-from flextron.serving.streaming import refused
-from flextron.serving.wishes import TPOT_HEADER, TTFT_HEADER
+from flextron.serving.api.answers import to_json
+from flextron.serving.api.asking import Kind
+from flextron.serving.api.guard import Guard, read_body
+from flextron.serving.api.options import Access
+from flextron.serving.api.refusal import RETRY_SECONDS, ApiError
+from flextron.serving.api.service import Service
+from flextron.serving.api.streaming import refused
+from flextron.serving.api.wishes import TPOT_HEADER, TTFT_HEADER
 
 _STARTED = int(time.time())
 _PAGE = {"index.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
@@ -135,7 +135,7 @@ async def _page(request: Request) -> Response:
     name = request.path_params.get("name", "index.html")
     if name not in _PAGE:
         raise HTTPException(404)
-    file = resources.files("flextron.serving") / "page" / name
+    file = resources.files("flextron.serving.api") / "page" / name
     return Response(file.read_bytes(), media_type=_PAGE[name], headers=_PAGE_HEADERS)
 
 

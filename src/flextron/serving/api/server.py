@@ -16,9 +16,9 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from flextron.errors import FlextronError
-from flextron.serving.app import make_app
-from flextron.serving.options import Access
-from flextron.serving.service import Service
+from flextron.serving.api.app import make_app
+from flextron.serving.api.options import Access
+from flextron.serving.api.service import Service
 
 _CONNECTIONS = 2048
 """Open at once; more get 503."""

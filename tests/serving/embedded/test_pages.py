@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from flextron.serving.pages import Held, NoPagesError, PagedCache, PagePool
+from flextron.serving.embedded.pages import Held, NoPagesError, PagedCache, PagePool
 
 PAGE = 4
 

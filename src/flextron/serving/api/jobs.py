@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 
 import anyio
 
+from flextron.serving.api.metrics import Metrics
+from flextron.serving.api.refusal import ApiError, of_engine
+from flextron.serving.api.wishes import Grant
+from flextron.serving.api.writing import Writer, Written
 from flextron.serving.engine import End, Engine, Event, Handler, Level, RefusedError, Request, Token
-from flextron.serving.metrics import Metrics
-from flextron.serving.refusal import ApiError, of_engine
-from flextron.serving.wishes import Grant
-from flextron.serving.writing import Writer, Written
 
 
 class Mailbox:

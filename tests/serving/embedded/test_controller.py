@@ -6,8 +6,8 @@ from itertools import pairwise
 
 import pytest
 
-from flextron.serving.controller import LEAST_PROMPT_TOKENS, PATIENCE, RISE_SECONDS, Controller, Text
-from flextron.serving.prices import LevelCosts, RowWork, StepPrices
+from flextron.serving.embedded.controller import LEAST_PROMPT_TOKENS, PATIENCE, RISE_SECONDS, Controller, Text
+from flextron.serving.embedded.prices import LevelCosts, RowWork, StepPrices
 
 TOP = 5
 COSTS = [LevelCosts(share, share, share) for share in (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)]

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NoReturn
 
-from flextron.serving.refusal import ApiError
+from flextron.serving.api.refusal import ApiError
 
 _SHOWN = 60
 """Characters of a wrong value that a message repeats."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from flextron.serving.api.wishes import Policy
 from flextron.serving.engine import Sampling
-from flextron.serving.wishes import Policy
 
 
 @dataclass(frozen=True)

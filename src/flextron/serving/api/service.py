@@ -11,17 +11,17 @@ from starlette.responses import Response
 from starlette.types import Receive
 from transformers import PreTrainedTokenizerBase
 
-from flextron.serving.answers import Answer, headers_of, to_json
-from flextron.serving.asking import Ask, Kind, parse_ask
+from flextron.serving.api.answers import Answer, headers_of, to_json
+from flextron.serving.api.asking import Ask, Kind, parse_ask
+from flextron.serving.api.fields import parse_object
+from flextron.serving.api.jobs import Job, Text
+from flextron.serving.api.metrics import Metrics
+from flextron.serving.api.options import Options
+from flextron.serving.api.prompts import Preparing, new_name
+from flextron.serving.api.refusal import ApiError
+from flextron.serving.api.streaming import Stream, watched
+from flextron.serving.api.writing import TokenTexts, Writer, Written
 from flextron.serving.engine import Engine
-from flextron.serving.fields import parse_object
-from flextron.serving.jobs import Job, Text
-from flextron.serving.metrics import Metrics
-from flextron.serving.options import Options
-from flextron.serving.prompts import Preparing, new_name
-from flextron.serving.refusal import ApiError
-from flextron.serving.streaming import Stream, watched
-from flextron.serving.writing import TokenTexts, Writer, Written
 
 _IGNORED_SHOWN = 200
 """Characters of the header that lists fields without effect."""

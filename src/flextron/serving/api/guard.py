@@ -10,10 +10,10 @@ import anyio
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from flextron.serving.address import is_loopback
-from flextron.serving.options import Access, Limits
-from flextron.serving.refusal import ApiError
-from flextron.serving.streaming import refused
+from flextron.serving.api.address import is_loopback
+from flextron.serving.api.options import Access, Limits
+from flextron.serving.api.refusal import ApiError
+from flextron.serving.api.streaming import refused
 
 OPEN = ("/", "/health")
 """Paths that need no key: they tell nothing about requests."""

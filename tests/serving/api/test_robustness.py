@@ -13,7 +13,7 @@ import pytest
 from served import HELLO, engine_of, make_model, options_for, serving
 from test_openai import GREEDY, chat, extra, wait_until_idle
 
-from flextron.serving.options import Access, Limits
+from flextron.serving.api.options import Access, Limits
 
 LONG = {**GREEDY, "max_tokens": 1900, "ignore_eos": True}
 

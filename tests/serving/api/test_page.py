@@ -9,7 +9,7 @@ import pytest
 from served import options_for, serving
 from test_openai import wait_until_idle
 
-from flextron.serving.options import Access
+from flextron.serving.api.options import Access
 
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium")

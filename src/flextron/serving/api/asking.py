@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any, Literal
 
+from flextron.serving.api.fields import Fields, kind_of, shown
+from flextron.serving.api.options import Options
+from flextron.serving.api.refusal import ApiError
+from flextron.serving.api.wishes import Asked, asked_of
 from flextron.serving.engine import Sampling
-from flextron.serving.fields import Fields, kind_of, shown
-from flextron.serving.options import Options
-from flextron.serving.refusal import ApiError
-from flextron.serving.wishes import Asked, asked_of
 
 Kind = Literal["chat", "completion"]
 ROLES = ("system", "developer", "user", "assistant")

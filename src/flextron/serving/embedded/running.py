@@ -16,8 +16,13 @@ from typing import Any
 import torch
 
 from flextron.elastic.model import ElasticModel
-from flextron.serving.attention import Batch, Row
-from flextron.serving.controller import Controller, Run, Text
+from flextron.serving.embedded.attention import Batch, Row
+from flextron.serving.embedded.controller import Controller, Run, Text
+from flextron.serving.embedded.mixed import MixedModel
+from flextron.serving.embedded.pages import PAGE_TOKENS, Held, NoPagesError, PagedCache, PagePool
+from flextron.serving.embedded.prices import LevelCosts, RowWork, StepPrices
+from flextron.serving.embedded.sampling import Drawn, Sampler
+from flextron.serving.embedded.threads import release_threads
 from flextron.serving.engine import (
     CannotMeetError,
     End,
@@ -31,11 +36,6 @@ from flextron.serving.engine import (
     StoppedError,
     Token,
 )
-from flextron.serving.mixed import MixedModel
-from flextron.serving.pages import PAGE_TOKENS, Held, NoPagesError, PagedCache, PagePool
-from flextron.serving.prices import LevelCosts, RowWork, StepPrices
-from flextron.serving.sampling import Drawn, Sampler
-from flextron.serving.threads import release_threads
 
 MOST_FAILURES = 3
 """Steps that may fail one after another before the engine gives up."""

@@ -10,12 +10,12 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from flextron.data.blocks import document_start
-from flextron.serving.asking import Ask, Prompt
+from flextron.serving.api.asking import Ask, Prompt
+from flextron.serving.api.grammar import Grammars
+from flextron.serving.api.options import Options
+from flextron.serving.api.refusal import ApiError
+from flextron.serving.api.wishes import Grant, grant
 from flextron.serving.engine import Engine, Phase, Request, Sampling
-from flextron.serving.grammar import Grammars
-from flextron.serving.options import Options
-from flextron.serving.refusal import ApiError
-from flextron.serving.wishes import Grant, grant
 
 COMPLETION_TOKENS = 16
 """Tokens of a completion that names no number, as in OpenAI's API."""

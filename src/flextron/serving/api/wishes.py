@@ -8,9 +8,9 @@ from typing import Any
 
 from flextron.budget import Budget, Limit
 from flextron.errors import BudgetError
+from flextron.serving.api.fields import Fields, shown
+from flextron.serving.api.refusal import ApiError
 from flextron.serving.engine import Level
-from flextron.serving.fields import Fields, shown
-from flextron.serving.refusal import ApiError
 
 TTFT_HEADER, TPOT_HEADER = "x-slo-ttft-ms", "x-slo-tpot-ms"
 FULL = "full"

@@ -19,7 +19,7 @@ from torch import nn
 from flextron.elastic.model import ElasticModel, SubLayer
 from flextron.elastic.projections import Projection, Width
 from flextron.inference.per_token import mlp, running
-from flextron.serving.attention import NAME, Batch, LayerBatch, register
+from flextron.serving.embedded.attention import NAME, Batch, LayerBatch, register
 from flextron.subnet import Subnet
 
 Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]

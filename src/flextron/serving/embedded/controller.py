@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from flextron.serving.prices import RowWork, StepPrices
+from flextron.serving.embedded.prices import RowWork, StepPrices
 
 RISE_SECONDS = 2.0
 """The cap rises by one level after so long without need for the present one."""

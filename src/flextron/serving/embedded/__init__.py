@@ -1,0 +1,1 @@
+"""The engine inside the server: mixed levels in one batch, over transformers' models."""

@@ -55,6 +55,7 @@ def make_levels(model, *, timed=True) -> list[Level]:
 def engine_of(model, *, timed=True, **options):
     engine = make_engine(model, make_levels(model, timed=timed), **{"cache_tokens": 4096, **options})
     engine.start()
+    engine.levels = tuple(make_levels(model, timed=timed))  # known times instead of this machine's
     try:
         yield engine
     finally:

@@ -131,7 +131,7 @@ def test_options_that_do_not_fit(folder, arguments, message, capsys):
     assert message in line
 
 
-@pytest.mark.parametrize("arguments", [["--slo-tpot-ms", "9"], ["--default-budget", "0.1x"]])
+@pytest.mark.parametrize("arguments", [["--slo-tpot-ms", "0.001"], ["--default-budget", "0.1x"]])
 def test_defaults_that_cannot_be_kept_end_it(folder, arguments, capsys):
     assert cli.main(["serve", str(folder), "--port", "0", *arguments]) == 2
     error = capsys.readouterr().err.splitlines()[-1]

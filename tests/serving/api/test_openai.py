@@ -252,7 +252,7 @@ class TestBudgets:
 
 
 def test_code_of_the_page_in_docs_runs(server, capsys):
-    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf8")
+    page = (Path(__file__).parents[3] / "docs" / "serving.md").read_text(encoding="utf8")
     (code,) = re.findall(r"^```python\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
     exec(code.replace("http://127.0.0.1:8000", server.url).replace('"trained"', '"tiny"'), {})  # noqa: S102
     assert "{'0.6x': " in capsys.readouterr().out

@@ -95,6 +95,11 @@ class TestPlan:
         late = controller().plan(0.0, [writing(due_ms=-5, pace_ms=25), reading(500)])
         assert late[1].tokens == LEAST_PROMPT_TOKENS
 
+    def test_prompts_may_delay_what_can_be_made_up_for(self):
+        """Steps of 24 ms against a pace of 44 gain 20 ms in each of the 10 that follow: 0.9 * (44 + 200) ms in all."""
+        runs = controller().plan(0.0, [writing(due_ms=44, pace_ms=44, remaining=11), reading(500)])
+        assert runs[1].tokens == pytest.approx((0.9 * (44 + 200) - 24) / 2, abs=4)
+
     def test_a_queue_of_prompts_lowers_the_cap(self):
         """1,000 tokens of 2 ms must be read in 1.6 s."""
         control = controller()
@@ -159,7 +164,18 @@ class Simulated:
             )
         due = self.times[0] + len(self.times) * self.pace_ms / 1000
         past = self.prompt + len(self.times)
-        return Text(self.level, self.floor, past, 1, due, self.ttft_ms, self.pace_ms, True, self.passed)
+        rest = self.answer - len(self.times)
+        return Text(
+            self.level,
+            self.floor,
+            past,
+            1,
+            due,
+            self.ttft_ms,
+            self.pace_ms,
+            remaining=rest,
+            passed=self.passed,
+        )
 
     @property
     def met(self) -> bool:

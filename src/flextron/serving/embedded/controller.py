@@ -16,6 +16,8 @@ RISE_SECONDS = 2.0
 """The cap rises by one level after so long without need for the present one."""
 LEAST_PROMPT_TOKENS = 16
 """So much of a prompt is read in every step, however late others are."""
+HORIZON = 16
+"""Tokens over which a text may make up for a step that took long: objectives are averages."""
 PATIENCE = 4
 """Steps that a wide row without a deadline lets pass for others."""
 
@@ -37,6 +39,8 @@ class Text:
     pace_ms: float | None = None
     """Objective for the time of each further token."""
     writing: bool = True
+    remaining: int = 1
+    """Tokens that it may still write."""
     passed: int = 0
     """Steps in a row that it was left out of."""
 
@@ -119,8 +123,8 @@ class Controller:
 
     def _in_time(self, now: float, cap: int, writing: Sequence[Text], reading: Sequence[Text]) -> bool:
         rows = [RowWork(self._level(text, cap), 1, text.past) for text in writing]
-        slack = self._slack(now, writing)
-        if slack is not None and self._prices.predict(rows) > self._prices.margin * slack:
+        allowed = self._allowed_ms(now, writing)
+        if allowed is not None and self._prices.predict(rows) > self._prices.margin * allowed:
             return False
         ahead = 0
         for text in reading:
@@ -139,10 +143,19 @@ class Controller:
             return text.pace_ms is not None and alone > text.pace_ms
         return text.objective_ms is not None and self._reading_ms(text.left, text.floor, []) > text.objective_ms
 
-    def _slack(self, now: float, texts: Sequence[Text]) -> float | None:
-        """Milliseconds to the next deadline, below 0 where one is late; None without one."""
-        due = [text for text in texts if text.deadline is not None and not self._is_hopeless(text)]
-        return min((1000 * ((text.deadline or now) - now) for text in due), default=None)
+    def _allowed_ms(self, now: float, texts: Sequence[Text]) -> float | None:
+        """The time that each of the next steps may take, below 0 where a text is late for good; None: any."""
+        return min((ms / steps for ms, steps in self._times_left(now, texts)), default=None)
+
+    def _times_left(self, now: float, texts: Sequence[Text]) -> list[tuple[float, int]]:
+        """For each text with a deadline, milliseconds until some of its next tokens are due, and how many tokens."""
+        found = []
+        for text in texts:
+            if text.deadline is not None and not self._is_hopeless(text):
+                tokens = max(1, min(text.remaining, HORIZON))
+                pace = text.pace_ms or 0.0
+                found.append((1000 * (text.deadline - now) + (tokens - 1) * pace, tokens))
+        return found
 
     def _reading_ms(self, tokens: int, level: int, rows: Sequence[RowWork]) -> float:
         """The predicted time of reading so many tokens of prompts while `rows` write."""
@@ -161,11 +174,11 @@ class Controller:
     def _without_wide_ones(self, now: float, writing: list[tuple[int, Text]]) -> list[tuple[int, Text]]:
         """Leave out texts with a fixed level above the cap where they would make others late, and can wait."""
         narrow = [pair for pair in writing if self._level(pair[1]) <= self.cap]
-        slack = self._slack(now, [text for _, text in narrow])
-        if slack is None or len(narrow) == len(writing):
+        allowed = self._allowed_ms(now, [text for _, text in narrow])
+        if allowed is None or len(narrow) == len(writing):
             return writing
         together = self._prices.predict([RowWork(self._level(text), 1, text.past) for _, text in writing])
-        if together <= self._prices.margin * slack:
+        if together <= self._prices.margin * allowed:
             return writing
         return [pair for pair in writing if pair in narrow or not _can_wait(now, pair[1], 2 * together)]
 
@@ -174,7 +187,7 @@ class Controller:
     ) -> list[Run]:
         """Fill the step with prompts, in order of arrival, as far as those that write stay in time."""
         works = [RowWork(run.level, 1, texts[run.index].past) for run in runs]
-        limit_ms = self._step_limit(now, [texts[run.index] for run in runs])
+        limit_ms = self._step_limit(now, [texts[run.index] for run in runs], works)
         room = self._max_tokens - len(runs)
         found: list[Run] = []
         for index, text in reading:
@@ -192,13 +205,14 @@ class Controller:
             room -= tokens
         return found
 
-    def _step_limit(self, now: float, writing: Sequence[Text]) -> float | None:
-        """The time that a step may take for those that write: the slack, or a token's time where they are late."""
-        slack = self._slack(now, writing)
-        if slack is None:
+    def _step_limit(self, now: float, writing: Sequence[Text], works: Sequence[RowWork]) -> float | None:
+        """The time that the next step may take, if those after it read no prompts; at least a token's time."""
+        left = self._times_left(now, writing)
+        if not left:
             return None
+        after = self._prices.predict(works)
         pace = min((text.pace_ms for text in writing if text.pace_ms is not None), default=0.0)
-        return self._prices.margin * max(slack, pace)
+        return self._prices.margin * max(pace, min(ms - (steps - 1) * after for ms, steps in left))
 
     def _fitting(self, works: Sequence[RowWork], level: int, text: Text, most: int, limit_ms: float) -> int:
         """The most tokens of a prompt with which the step is predicted to stay within `limit_ms`."""

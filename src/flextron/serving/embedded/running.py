@@ -106,6 +106,7 @@ class _Text:
             objective_ms=self.request.ttft_ms,
             pace_ms=self.request.tpot_ms,
             writing=self.writing,
+            remaining=self.request.max_new_tokens - self.written,
             passed=self.passed,
         )
 

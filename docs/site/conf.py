@@ -40,6 +40,7 @@ MENU = {
         "tasks",
         "generate",
         "serving",
+        "serving-vllm",
         "deploy",
     ],
     "Reference": ["reference", "formats", "glossary", "add_a_family", "architecture"],

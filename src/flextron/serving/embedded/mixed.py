@@ -25,8 +25,8 @@ from flextron.subnet import Subnet
 Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 HALVED_ROWS = 16
 """Up to so many rows the weight's rows are multiplied in two halves; above, the product is transposed, up to
-`FEW_ROWS`, where torch's linear is as fast. Two threads of an AMD EPYC, all products of SmolLM2: 1 row 30 ms for 50, 8
-rows 54 for 91, 32 rows 99 for 151 (benchmarks/serving.py products)."""
+`FEW_ROWS`, where torch's linear is as fast. Two threads of an AMD EPYC, all products of SmolLM2: 1 row 30 ms for 42, 8
+rows 66 for 101, 32 rows 101 for 162 (benchmarks/serving.py steps)."""
 FEW_ROWS = 64
 
 

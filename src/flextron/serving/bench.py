@@ -277,7 +277,7 @@ class Summary:
     """Median and 95th percentile."""
     tpot_ms: tuple[float, float]
     mean_loss: float | None
-    """Mean predicted loss of the levels that wrote the tokens, in nats; None where the server does not say."""
+    """Mean predicted loss of the levels that wrote the tokens, in nats above the full model; None where unknown."""
     tokens_by_level: Mapping[str, int]
 
     @classmethod
@@ -285,7 +285,7 @@ class Summary:
         """Sum up a replay that took so many seconds.
 
         Args:
-            losses: predicted loss of each level by its name.
+            losses: predicted loss of each level above the full model's, by its name.
         """
         met = sum(outcome.met(target) for outcome in outcomes)
         levels: Counter[str] = Counter()
@@ -312,7 +312,11 @@ class Summary:
 
     def lines(self) -> list[str]:
         """Say it for people."""
-        loss = "" if self.mean_loss is None else f"; predicted loss of what was served: {self.mean_loss:.3f} nats"
+        loss = (
+            ""
+            if self.mean_loss is None
+            else f"; predicted loss of what was served: {self.mean_loss:.3f} nats above full"
+        )
         levels = ", ".join(f"{name} {count}" for name, count in sorted(self.tokens_by_level.items()))
         return [
             f"{self.requests} requests: {self.met} in time ({self.attainment:.0%}), {self.refused} refused, "
@@ -325,10 +329,11 @@ class Summary:
 
 
 def losses_of_levels(target: Target) -> dict[str, float]:
-    """Return the predicted loss of each level of a flextron server; nothing for other servers."""
+    """Return each level's predicted loss above the full model's, of a flextron server; nothing for other servers."""
     answer = ask_server(target, "/v1/flextron/levels")
     levels = answer.get("levels", []) if isinstance(answer, dict) else []
-    return {level["name"]: level["loss"] for level in levels if level.get("loss") is not None}
+    known = {level["name"]: level["loss"] for level in levels if level.get("loss") is not None}
+    return {name: loss - known["full"] for name, loss in known.items()} if "full" in known else {}
 
 
 def save(file: str | Path, target: Target, outcomes: Sequence[Outcome], summary: Summary) -> None:

@@ -127,6 +127,13 @@ class TestPlan:
         assert caps == sorted(caps)
         assert now == pytest.approx(RISE_SECONDS * TOP, abs=0.7)
 
+    def test_after_an_idle_while_nobody_is_narrowed_for_what_was(self):
+        control = controller()
+        control.plan(10.0, [writing(due_ms=15, pace_ms=15, now=10.0)])
+        assert control.cap == 0
+        later = 10.0 + RISE_SECONDS * TOP
+        assert [run.level for run in control.plan(later, [writing(due_ms=500, pace_ms=500, now=later)])] == [TOP]
+
     def test_a_limit_from_outside_holds_beside_the_cap(self):
         control = controller()
         control.limit = 1

@@ -64,13 +64,6 @@ class TestSharing:
             pool.extend(held, 8)
         assert (len(held.pages), pool.available) == (2, 1)
 
-    def test_forgetting_frees_all_that_nobody_holds(self):
-        pool = PagePool(4, PAGE)
-        pool.release(fill(pool, list(range(9)), 0))
-        pool.forget()
-        assert pool.match(list(range(9)), 0).pages == []
-        assert pool.available == 4
-
     @pytest.mark.parametrize("seed", range(5))
     def test_random_lives_never_mix_texts(self, seed):
         """Each page that a text holds has that text's tokens, at that text's level, whatever came and went."""

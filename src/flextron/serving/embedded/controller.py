@@ -75,7 +75,7 @@ class Controller:
         self._max_rows = max_rows
         self._max_tokens = max_tokens
         self._cap = self._top
-        self._needed_since: float | None = None
+        self._needed_since = 0.0
         self.limit: int | None = None
         """A cap from outside, which holds beside the controller's own."""
 
@@ -93,7 +93,7 @@ class Controller:
         chosen = list(enumerate(texts))[: self._max_rows]
         writing = [(index, text) for index, text in chosen if text.writing]
         reading = [(index, text) for index, text in chosen if not text.writing]
-        self._move_cap(now, self._widest_in_time(now, [t for _, t in writing], [t for _, t in texts_waiting(texts)]))
+        self._move_cap(now, self._widest_in_time(now, [t for _, t in writing], [t for _, t in _waiting(texts)]))
         writing = self._without_wide_ones(now, writing)
         runs = [Run(index, self._level(text), 1) for index, text in writing]
         return runs + self._prompts(now, texts, runs, reading)
@@ -113,10 +113,10 @@ class Controller:
         return min(text.level, max(text.floor, self.cap if cap is None else cap))
 
     def _widest_in_time(self, now: float, writing: Sequence[Text], reading: Sequence[Text]) -> int:
-        """The widest cap, up to one above the present one, at which by prediction no text is late; 0 if none is."""
+        """The widest cap that may be next, at which by prediction no text is late; 0 if there is none."""
         if all(text.deadline is None for text in (*writing, *reading)):
             return self._top
-        for cap in range(min(self._cap + 1, self._top), 0, -1):
+        for cap in range(min(self._cap + self._levels_to_rise(now), self._top), 0, -1):
             if self._in_time(now, cap, writing, reading):
                 return cap
         return 0
@@ -164,12 +164,16 @@ class Controller:
         whole = self._prices.predict([*rows, RowWork(level, room, room)]) if steps else 0.0
         return steps * whole + (self._prices.predict([*rows, RowWork(level, rest, rest)]) if rest else 0.0)
 
+    def _levels_to_rise(self, now: float) -> int:
+        """One level, and more where nothing has run for a while, so that no one is narrowed for a load long gone."""
+        return max(1, int((now - self._needed_since) / RISE_SECONDS))
+
     def _move_cap(self, now: float, wanted: int) -> None:
-        """Fall at once; rise by one level once the wider one has been in time for a while."""
+        """Fall at once; rise once a wider level has been in time for a while."""
         if wanted <= self._cap:
             self._cap, self._needed_since = wanted, now
-        elif self._needed_since is None or now - self._needed_since >= RISE_SECONDS:
-            self._cap, self._needed_since = self._cap + 1, now
+        elif now - self._needed_since >= RISE_SECONDS:
+            self._cap, self._needed_since = min(wanted, self._cap + self._levels_to_rise(now)), now
 
     def _without_wide_ones(self, now: float, writing: list[tuple[int, Text]]) -> list[tuple[int, Text]]:
         """Leave out texts with a fixed level above the cap where they would make others late, and can wait."""
@@ -224,7 +228,7 @@ class Controller:
         return low
 
 
-def texts_waiting(texts: Sequence[Text]) -> list[tuple[int, Text]]:
+def _waiting(texts: Sequence[Text]) -> list[tuple[int, Text]]:
     """The texts whose prompts are still to be read, with their indices."""
     return [(index, text) for index, text in enumerate(texts) if not text.writing]
 

@@ -125,13 +125,6 @@ class PagePool:
                 self._free.add(page)
         held.pages, held.tokens, held.named, held.name = [], array("i"), 0, b""
 
-    def forget(self) -> None:
-        """Drop the names of all pages that nobody holds."""
-        for page in list(self._kept):
-            self._drop_name(page)
-            self._free.add(page)
-        self._kept.clear()
-
     def _take(self, page: int) -> None:
         self._kept.pop(page, None)
         self._free.discard(page)

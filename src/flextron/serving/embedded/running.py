@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from threading import Condition, Thread
 from typing import Any
@@ -143,14 +143,11 @@ class EmbeddedEngine:
         model: ElasticModel,
         levels: Sequence[Level],
         options: EngineOptions = EngineOptions(),
-        *,
-        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """Prepare an engine; it begins to work with `start`.
 
         Args:
             levels: nested sub-networks, smallest first.
-            clock: seconds, for tests.
         """
         self.levels = tuple(levels)
         self.options = options
@@ -164,7 +161,6 @@ class EmbeddedEngine:
         self._vocabulary = model.lm.get_input_embeddings().weight.shape[0]
         self._mixed = MixedModel(model, [level.subnet for level in self.levels])
         self._pool, self._cache = pool, PagedCache(pool)
-        self._clock = clock
         self._new: deque[_Text] = deque()
         self._cancelled: set[str] = set()
         self._texts: list[_Text] = []
@@ -206,7 +202,7 @@ class EmbeddedEngine:
                 )
             if request.strict:
                 self._check_strict(request, [text.view() for text in texts])
-            self._new.append(_Text(request, handler, Held(None), self._clock()))
+            self._new.append(_Text(request, handler, Held(None), time.perf_counter()))
             self._changed.notify_all()
 
     def cancel(self, request_id: str) -> None:
@@ -328,7 +324,7 @@ class EmbeddedEngine:
 
     def _turn(self) -> None:
         """Run one step; an error ends its texts and no others."""
-        now = self._clock()
+        now = time.perf_counter()
         runs = self._with_pages(self.controller.plan(now, [text.view() for text in self._texts]))
         rows = [(self._texts[run.index], run) for run in runs]
         if not rows:
@@ -374,7 +370,7 @@ class EmbeddedEngine:
         """Look for pages that hold the beginning of a text already."""
         text.held = self._pool.match(text.tokens, run.level)
         if text.started is None:
-            text.started, text.cached = self._clock(), len(text.held.tokens)
+            text.started, text.cached = time.perf_counter(), len(text.held.tokens)
         return Run(run.index, run.level, min(run.tokens, text.left))
 
     def _preempt(self, text: _Text) -> None:
@@ -398,7 +394,7 @@ class EmbeddedEngine:
             self._pool.written(text.held, tokens[row.span], run.level)
             text.ran_at = run.level
         drawn = [(rows[i][0], self._draw(rows[i][0], logits[n], likeliest[n])) for n, i in enumerate(drawing)]
-        now = self._clock()
+        now = time.perf_counter()
         works = [RowWork(run.level, run.tokens, row.past) for (_, run), row in zip(rows, placed, strict=True)]
         self.prices.observe(works, 1000 * (now - began))
         self._counts["steps"] += 1

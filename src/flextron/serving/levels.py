@@ -65,21 +65,18 @@ def make_levels(
     metric = _metric(metric, tables, warn)
     if sensitivity is None and folder is not None and Sensitivity.is_in(folder):
         sensitivity = Sensitivity.load(folder)
-    answers: dict[str, Routed] = {}
-    for share in sorted({*shares, 1.0}):
-        limits = Budget((Limit(metric, share, relative=True),))
-        try:
-            answer = route(model, limits, folder, any_device=any_device, sensitivity=sensitivity)
-        except BudgetError as error:
-            if share == 1.0:
-                raise
-            warn(f"no level of {share:g}x: {error}")
-            continue
-        if answer.subnet == model.search_space.full:
-            answers[FULL] = answer
-            break
-        if answer.subnet not in [known.subnet for known in answers.values()]:
-            answers[f"{share:g}x"] = answer
+    answers = _answers(
+        shares,
+        lambda share: route(
+            model,
+            Budget((Limit(metric, share, relative=True),)),
+            folder,
+            any_device=any_device,
+            sensitivity=sensitivity,
+        ),
+        model.search_space.full,
+        warn,
+    )
     losses, predict = _losses(answers[FULL], sensitivity)
     return Levels(
         tuple(_level(name, answer, tables, predict) for name, answer in answers.items()),
@@ -89,6 +86,25 @@ def make_levels(
         model.fingerprint(),
         {time: dict(table.conditions) for time, table in tables.items() if table is not None},
     )
+
+
+def _answers(shares: Sequence[float], ask: Callable[[float], Routed], full: Subnet, warn: Warn) -> dict[str, Routed]:
+    """The answer to each share by the name of its level, smallest first; the full model's comes last."""
+    answers: dict[str, Routed] = {}
+    for share in sorted({*shares, 1.0}):
+        try:
+            answer = ask(share)
+        except BudgetError as error:
+            if share == 1.0:
+                raise
+            warn(f"no level of {share:g}x: {error}")
+            continue
+        if answer.subnet == full:
+            answers[FULL] = answer
+            break
+        if answer.subnet not in [known.subnet for known in answers.values()]:
+            answers[f"{share:g}x"] = answer
+    return answers
 
 
 def _latency(

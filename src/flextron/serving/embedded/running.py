@@ -9,34 +9,35 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from threading import Condition, Thread
 from typing import Any
 
 import torch
 
 from flextron.elastic.model import ElasticModel
+from flextron.serving.embedded.active import ActiveText
 from flextron.serving.embedded.attention import Batch, Row
 from flextron.serving.embedded.controller import Controller, Run, Text
 from flextron.serving.embedded.mixed import MixedModel
 from flextron.serving.embedded.pages import PAGE_TOKENS, Held, NoPagesError, PagedCache, PagePool
-from flextron.serving.embedded.prices import LevelCosts, RowWork, StepPrices
-from flextron.serving.embedded.sampling import Drawn, Sampler
+from flextron.serving.embedded.prices import RowWork, StepPrices
+from flextron.serving.embedded.sampling import Drawn
 from flextron.serving.embedded.threads import release_threads
+from flextron.serving.embedded.trials import costs_of, fit_prices, with_times
 from flextron.serving.engine import (
     CannotMeetError,
-    End,
     EndReason,
-    Event,
     Handler,
     Level,
     QueueFullError,
     Request,
     Stats,
     StoppedError,
-    Token,
 )
 
+LONGEST_TRIAL = 256
+"""Tokens of the longest prompt that is timed at start."""
 MOST_FAILURES = 3
 """Steps that may fail one after another before the engine gives up."""
 _IDLE_SECONDS = 0.5
@@ -54,85 +55,6 @@ class EngineOptions:
     """Tokens whose keys and values are kept, of all texts together."""
     max_waiting: int = 256
     """Requests that wait; further ones are refused."""
-
-
-class _Text:
-    """One request while it is in the engine."""
-
-    def __init__(self, request: Request, handler: Handler, held: Held, now: float) -> None:
-        self.request = request
-        self.handler = handler
-        self.sampler = Sampler(request.sampling, request.prompt, request.constraint)
-        self.tokens = list(request.prompt)
-        self.held = held
-        self.level, self.floor = request.level, request.floor
-        self.ceiling = request.level if request.then is None else max(request.level, request.then.level)
-        self.submitted = now
-        self.started: float | None = None
-        self.first_token: float | None = None
-        self.written = 0
-        self.cached = 0
-        self.passed = 0
-        self.ran_at: int | None = None
-        self.phase = request.then
-
-    @property
-    def left(self) -> int:
-        """Tokens to run before the next one can be drawn."""
-        return len(self.tokens) - len(self.held.tokens)
-
-    @property
-    def writing(self) -> bool:
-        """Whether its next step gives a token after one token."""
-        return self.written > 0 and self.left == 1
-
-    @property
-    def deadline(self) -> float | None:
-        """When its next token is due: objectives are for the first token, and for the others on average."""
-        request = self.request
-        if self.first_token is None:
-            return None if request.ttft_ms is None else self.submitted + request.ttft_ms / 1000
-        return None if request.tpot_ms is None else self.first_token + self.written * request.tpot_ms / 1000
-
-    def view(self) -> Text:
-        """What the controller sees of it."""
-        past = len(self.held.tokens)
-        return Text(
-            level=self.level,
-            floor=self.floor,
-            past=past,
-            left=self.left,
-            deadline=self.deadline,
-            objective_ms=self.request.ttft_ms,
-            pace_ms=self.request.tpot_ms,
-            writing=self.writing,
-            remaining=self.request.max_new_tokens - self.written,
-            passed=self.passed,
-        )
-
-    def take(self, drawn: Drawn, level: int, now: float) -> EndReason | None:
-        """Note a token and hand it out; returns why the text ends with it, if it does."""
-        if drawn.token in self.request.stop_tokens:
-            return "stop"
-        self.first_token = self.first_token or now
-        self.tokens.append(drawn.token)
-        self.written += 1
-        if self.phase is not None and tuple(self.tokens[-len(self.phase.after) :]) == self.phase.after:
-            self.level, self.floor, self.phase = self.phase.level, self.phase.floor, None
-        self.tell(Token(drawn.token, level, now, drawn.logprob, drawn.top))
-        return "length" if self.written >= self.request.max_new_tokens else None
-
-    def end(self, reason: EndReason, error: str | None = None) -> None:
-        """Hand out the last event."""
-        queued = (self.started or time.perf_counter()) - self.submitted
-        self.tell(End(reason, error, self.cached, 1000 * queued))
-
-    def tell(self, event: Event) -> None:
-        """Call the handler, whose errors are its own affair."""
-        try:
-            self.handler(event)
-        except Exception as error:
-            print(f"flextron: a handler of request {self.request.id} failed: {error!r}", flush=True)
 
 
 class EmbeddedEngine:
@@ -153,7 +75,7 @@ class EmbeddedEngine:
         self.options = options
         pool = PagePool(-(-options.cache_tokens // PAGE_TOKENS))
         self.max_length = min(_longest(model), len(pool) * pool.page_tokens)
-        self.prices = StepPrices(_costs(model, self.levels))
+        self.prices = StepPrices(costs_of(model, self.levels))
         self.controller = Controller(
             self.prices, len(self.levels), max_rows=options.max_rows, max_tokens=options.max_step_tokens
         )
@@ -161,9 +83,9 @@ class EmbeddedEngine:
         self._vocabulary = model.lm.get_input_embeddings().weight.shape[0]
         self._mixed = MixedModel(model, [level.subnet for level in self.levels])
         self._pool, self._cache = pool, PagedCache(pool)
-        self._new: deque[_Text] = deque()
+        self._new: deque[ActiveText] = deque()
         self._cancelled: set[str] = set()
-        self._texts: list[_Text] = []
+        self._texts: list[ActiveText] = []
         self._changed = Condition()
         self._thread: Thread | None = None
         self._state = "new"
@@ -202,7 +124,7 @@ class EmbeddedEngine:
                 )
             if request.strict:
                 self._check_strict(request, [text.view() for text in texts])
-            self._new.append(_Text(request, handler, Held(None), time.perf_counter()))
+            self._new.append(ActiveText(request, handler, Held(None), time.perf_counter()))
             self._changed.notify_all()
 
     def cancel(self, request_id: str) -> None:
@@ -366,18 +288,18 @@ class EmbeddedEngine:
             text.passed = 0 if any(run.index == index for run in taken) else text.passed + 1
         return taken
 
-    def _begin(self, text: _Text, run: Run) -> Run:
+    def _begin(self, text: ActiveText, run: Run) -> Run:
         """Look for pages that hold the beginning of a text already."""
         text.held = self._pool.match(text.tokens, run.level)
         if text.started is None:
             text.started, text.cached = time.perf_counter(), len(text.held.tokens)
         return Run(run.index, run.level, min(run.tokens, text.left))
 
-    def _preempt(self, text: _Text) -> None:
+    def _preempt(self, text: ActiveText) -> None:
         self._counts["preempted"] += 1
         self._pool.release(text.held)
 
-    def _step(self, rows: Sequence[tuple[_Text, Run]], began: float) -> None:
+    def _step(self, rows: Sequence[tuple[ActiveText, Run]], began: float) -> None:
         first, placed, tokens = 0, [], []
         for text, run in rows:
             past = len(text.held.tokens)
@@ -404,7 +326,7 @@ class EmbeddedEngine:
             elif (reason := text.take(token, text.ran_at or 0, now)) is not None:
                 self._finish(text, reason)
 
-    def _draw(self, text: _Text, logits_V: torch.Tensor, likeliest: int) -> Drawn | Exception:
+    def _draw(self, text: ActiveText, logits_V: torch.Tensor, likeliest: int) -> Drawn | Exception:
         """The next token of a text; an error, such as of its constraint, is its own and ends no other text."""
         if text.sampler.is_plain:
             return Drawn(likeliest)
@@ -413,7 +335,7 @@ class EmbeddedEngine:
         except Exception as error:
             return error
 
-    def _finish(self, text: _Text, reason: EndReason, error: str | None = None) -> None:
+    def _finish(self, text: ActiveText, reason: EndReason, error: str | None = None) -> None:
         self._pool.release(text.held)
         with self._changed:
             if text not in self._texts:
@@ -430,60 +352,10 @@ class EmbeddedEngine:
             self._finish(text, reason, error)
 
     def _fit_prices(self) -> None:
-        """Time some batches of zeros, once to warm up and once to measure."""
-        steps = self._trial_steps()
-        times = []
-        for rows in [*steps[:2], *steps]:
-            times.append(self._time(rows))
-        self.prices.fit(steps, times[2:])
-        self.levels = tuple(self._timed(place, level) for place, level in enumerate(self.levels))
-
-    def _timed(self, place: int, level: Level) -> Level:
-        """A level with the times that it takes in this engine, which a latency table of another loop does not know."""
-        tokens = self._most_prompt_tokens
-        prompt = self.prices.predict([RowWork(place, tokens, 0)])
-        step = self.prices.predict([RowWork(place, 1, tokens)])
-        return replace(level, step_ms=step, prefill_ms_per_token=prompt / tokens)
-
-    @property
-    def _most_prompt_tokens(self) -> int:
-        """Tokens of the longest prompt that is timed at start."""
-        return max(1, min(256, self.max_length // 2))
-
-    def _trial_steps(self) -> list[list[RowWork]]:
-        top, middle = len(self.levels) - 1, len(self.levels) // 2
-        most = min(self.options.max_rows, 16)
-        long = self._most_prompt_tokens
-        steps = []
-        for level in sorted({0, middle, top}):
-            steps += [[RowWork(level, 1, 16)] * rows for rows in sorted({1, 2, max(1, most // 2), most})]
-            steps += [[RowWork(level, 1, long)] * rows for rows in sorted({1, max(1, most // 2)})]
-            steps += [[RowWork(level, min(tokens, long), 0)] for tokens in (16, 64, 256)]
-        steps.append([RowWork(top, 1, 16)] + [RowWork(0, 1, 16)] * (most - 1))
-        return steps
-
-    def _time(self, rows: Sequence[RowWork]) -> float:
-        """Milliseconds of one step on zeros, where the cache has room for it; else rows are left out."""
-        helds, placed, first = [], [], 0
-        try:
-            for row in rows:
-                held = Held(None)
-                if self._pool.missing(held, row.past + row.tokens) > self._pool.available:
-                    break
-                self._pool.extend(held, row.past + row.tokens)
-                held.tokens.extend([0] * row.past)
-                helds.append(held)
-                placed.append(Row(held, first, row.tokens, row.past))
-                first += row.tokens
-            levels = [row.level for row in rows[: len(placed)]]
-            start = time.perf_counter()
-            batch = Batch(self._cache, placed, self._model.device)
-            last = [row.first + row.count - 1 for row in placed]
-            self._mixed.logits(batch, [0] * first, levels, levels, last).argmax(-1).tolist()
-            return 1000 * (time.perf_counter() - start)
-        finally:
-            for held in helds:
-                self._pool.release(held)
+        longest = max(1, min(LONGEST_TRIAL, self.max_length // 2))
+        sizes = {"levels": len(self.levels), "rows": self.options.max_rows, "prompt_tokens": longest}
+        fit_prices(self.prices, self._mixed, self._cache, **sizes)
+        self.levels = with_times(self.levels, self.prices, longest)
 
 
 def make_engine(model: ElasticModel, levels: Sequence[Level], **options: Any) -> EmbeddedEngine:
@@ -495,23 +367,3 @@ def _longest(model: ElasticModel) -> int:
     """Most tokens that the model reads."""
     stated = [model.positions, getattr(model.config, "max_position_embeddings", None)]
     return min((length for length in stated if length), default=1 << 20)
-
-
-def _costs(model: ElasticModel, levels: Sequence[Level]) -> list[LevelCosts]:
-    """What levels cost, by their latency tables where there are any, else by their weights."""
-    full = levels[-1]
-    head = model.lm.get_output_embeddings().weight.numel()
-    most = model.layer_weights(full.subnet) + head
-
-    def relative(ms: float | None, of: float | None, level: Level) -> float:
-        return ms / of if ms and of else (model.layer_weights(level.subnet) + head) / most
-
-    groups = max(1, sum(full.subnet.kv_groups))
-    return [
-        LevelCosts(
-            relative(level.step_ms, full.step_ms, level),
-            relative(level.prefill_ms_per_token, full.prefill_ms_per_token, level),
-            sum(level.subnet.kv_groups) / groups,
-        )
-        for level in levels
-    ]

@@ -5,7 +5,7 @@ Shapes: B batch, T time, D model, V vocabulary, C tokens of a chunk.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,9 +42,13 @@ def hidden_states(lm: PreTrainedModel, tokens_BT: torch.Tensor, positions_BT: to
     return hidden_BTD
 
 
-def logits_of(lm: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits of hidden states, as the model's own forward pass computes them: Granite scales, Gemma 2 caps."""
-    logits: torch.Tensor = lm.get_output_embeddings()(hidden) / getattr(lm.config, "logits_scaling", 1)
+def logits_of(lm: PreTrainedModel, hidden: torch.Tensor, head: Callable[..., Any] | None = None) -> torch.Tensor:
+    """Logits of hidden states, as the model's own forward pass computes them: Granite scales, Gemma 2 caps.
+
+    Args:
+        head: computes the output projection; by default the model's own module.
+    """
+    logits: torch.Tensor = (head or lm.get_output_embeddings())(hidden) / getattr(lm.config, "logits_scaling", 1)
     cap = getattr(lm.config, "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap
 

@@ -211,7 +211,7 @@ class TestEnds:
 
     def test_a_failed_step_ends_its_texts_and_the_engine_goes_on(self, llama, running):
         engine, answers, prompt = running(llama), Answers(), prompts()[0]
-        broken = llama.lm.register_forward_pre_hook(lambda *_: 1 / 0)
+        broken = llama.lm.get_input_embeddings().register_forward_pre_hook(lambda *_: 1 / 0)
         engine.submit(request("a", prompt, 3), answers.handler("a"))
         answers.wait("a")
         broken.remove()
@@ -226,7 +226,7 @@ class TestEnds:
     @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
     def test_an_engine_whose_every_step_fails_dies_and_says_so(self, llama, running):
         engine, answers, prompt = running(llama), Answers(), prompts()[0]
-        broken = llama.lm.register_forward_pre_hook(lambda *_: 1 / 0)
+        broken = llama.lm.get_input_embeddings().register_forward_pre_hook(lambda *_: 1 / 0)
         for name in "abcd":
             try:
                 engine.submit(request(name, prompt, 3), answers.handler(name))

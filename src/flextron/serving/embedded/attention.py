@@ -47,48 +47,59 @@ class Batch:
     def __init__(self, cache: PagedCache, rows: Sequence[Row], device: torch.device) -> None:
         self.cache = cache
         self.rows = rows
-        slots = [slot for row in rows for slot in cache.slots(row.held, row.past, row.count)]
-        self.slots_N = torch.tensor(slots, device=device)
+        self.slots = [slot for row in rows for slot in cache.slots(row.held, row.past, row.count)]
+        self.slots_N = torch.tensor(self.slots, device=device)
+        self.positions = [row.past + i for row in rows for i in range(row.count)]
         shortest = LONG_TEXT if device.type == "cpu" else 1 << 30
         together = [row for row in rows if row.count == 1 and row.past < shortest]
         groups = [together] if len(together) > 1 else []
         groups += [[row] for row in rows if not groups or row not in together]
-        self.readings = [Reading.of(cache, group, device) for group in groups]
+        self.readings = [Reading.of(cache, group, device, whole=len(groups) == 1) for group in groups]
 
 
 @dataclass(frozen=True)
 class Reading:
     """Rows that read the cache in one operation: several texts that each have one token, or one text."""
 
-    places: torch.Tensor
-    """Of their tokens in the batch, [B * Q]."""
+    places: torch.Tensor | None
+    """Of their tokens in the batch, [B * Q]; None where they are the whole batch in its order."""
     texts: int
     pages: Pages
     positions_BQ: torch.Tensor
     """Of their tokens in their texts."""
     length: int
     """Tokens that are read of each text; those that a text does not have are masked."""
-    masks: dict[int | None, torch.Tensor | None]
-    """Which tokens are seen, by the sliding window: [B, 1, Q, T]; filled when first asked for."""
+    masks: dict[tuple[int | None, int, torch.dtype], torch.Tensor | None]
+    """Filled when first asked for; see `mask`."""
 
     @classmethod
-    def of(cls, cache: PagedCache, rows: Sequence[Row], device: torch.device) -> Reading:
-        """Prepare what is the same in all layers."""
+    def of(cls, cache: PagedCache, rows: Sequence[Row], device: torch.device, *, whole: bool) -> Reading:
+        """Prepare what is the same in all layers.
+
+        Args:
+            whole: these are all rows of the batch.
+        """
         positions = torch.tensor([range(row.past, row.past + row.count) for row in rows], device=device)
-        places = torch.tensor([place for row in rows for place in range(row.first, row.first + row.count)])
+        places = [place for row in rows for place in range(row.first, row.first + row.count)]
         length = max(row.past + row.count for row in rows)
         pages = cache.pages([row.held for row in rows], length)
-        return cls(places.to(device), len(rows), pages, positions, length, {})
+        return cls(None if whole else torch.tensor(places, device=device), len(rows), pages, positions, length, {})
 
-    def mask(self, window: int | None) -> torch.Tensor | None:
-        """Return which tokens each token sees; None for all of them."""
-        if window not in self.masks:
-            seen_T = torch.arange(self.length, device=self.places.device)
+    def mask(self, window: int | None, per_group: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """Return what is added to the scores, [B, 1, M, T]: 0 for a token that is seen, else minus infinity.
+
+        None where each token sees all of them.
+        """
+        key = (window, per_group, dtype)
+        if key not in self.masks:
+            seen_T = torch.arange(self.length, device=self.positions_BQ.device)
             mask_BQT = seen_T <= self.positions_BQ[..., None]
             if window is not None:
                 mask_BQT &= seen_T > self.positions_BQ[..., None] - window
-            self.masks[window] = None if bool(mask_BQT.all()) else mask_BQT[:, None]
-        return self.masks[window]
+            added_BQT = torch.zeros(mask_BQT.shape, dtype=dtype, device=mask_BQT.device)
+            added_B1MT = added_BQT.masked_fill_(~mask_BQT, -torch.inf).repeat(1, per_group, 1)[:, None]
+            self.masks[key] = None if bool(mask_BQT.all()) else added_B1MT
+        return self.masks[key]
 
 
 @dataclass(frozen=True)
@@ -126,18 +137,23 @@ def paged_attention(
     """
     if paged is None:
         raise ValueError(f"the attention {NAME!r} runs in flextron's serving engine only.")
-    batch, groups = paged.batch, query.shape[1] // paged.heads_per_group
-    new_keys, new_values = (states[0].transpose(0, 1) for states in (key, value))
-    batch.cache.write(paged.layer, batch.slots_N, new_keys, new_values, paged.full_groups)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    tokens, size = query.shape[2], value.shape[-1]
-    output_NHD = query.new_empty(tokens, query.shape[1], size)
+    query_NHD, key_NGD, value_NGD = (states[0].transpose(0, 1) for states in (query, key, value))
+    batch, groups = paged.batch, query_NHD.shape[1] // paged.heads_per_group
+    batch.cache.write(paged.layer, batch.slots_N, key_NGD, value_NGD, paged.full_groups)
+    output_NHD = None
     for reading in batch.readings:
         key_BTGD, value_BTGD = batch.cache.read(paged.layer, reading.pages, reading.length, groups)
-        query_NHD = query[0].index_select(1, reading.places).transpose(0, 1)
-        query_BQHD = query_NHD.reshape(reading.texts, -1, *query_NHD.shape[1:])
-        mixed_BQHD = _attend(query_BQHD, key_BTGD, value_BTGD, reading.mask(sliding_window), scale, softcap)
-        output_NHD[reading.places] = mixed_BQHD.flatten(0, 1)
+        some_NHD = query_NHD if reading.places is None else query_NHD.index_select(0, reading.places)
+        mask = reading.mask(sliding_window, paged.heads_per_group, query_NHD.dtype)
+        query_BQHD = some_NHD.reshape(reading.texts, -1, *some_NHD.shape[1:])
+        mixed_NHD = _attend(query_BQHD, key_BTGD, value_BTGD, mask, scale, softcap).flatten(0, 1)
+        if reading.places is None:
+            return mixed_NHD[None], None
+        if output_NHD is None:
+            output_NHD = query_NHD.new_empty(query_NHD.shape)
+        output_NHD[reading.places] = mixed_NHD
+    assert output_NHD is not None
     return output_NHD[None], None
 
 
@@ -145,7 +161,7 @@ def _attend(
     query_BQHD: torch.Tensor,
     key_BTGD: torch.Tensor,
     value_BTGD: torch.Tensor,
-    mask_B1QT: torch.Tensor | None,
+    mask_B1MT: torch.Tensor | None,
     scale: float,
     softcap: float | None,
 ) -> torch.Tensor:
@@ -155,11 +171,10 @@ def _attend(
     per_group = heads // groups
     query_BGMD = query_BQHD.view(texts, count, groups, per_group, size).permute(0, 2, 3, 1, 4).flatten(2, 3)
     key_BGTD, value_BGTD = key_BTGD.transpose(1, 2), value_BTGD.transpose(1, 2)
-    mask = None if mask_B1QT is None else mask_B1QT.repeat(1, 1, per_group, 1)
     if softcap is None:
-        mixed = F.scaled_dot_product_attention(query_BGMD, key_BGTD, value_BGTD, attn_mask=mask, scale=scale)
+        mixed = F.scaled_dot_product_attention(query_BGMD, key_BGTD, value_BGTD, attn_mask=mask_B1MT, scale=scale)
     else:
-        mixed = _softly_capped(query_BGMD, key_BGTD, value_BGTD, mask, scale, softcap)
+        mixed = _softly_capped(query_BGMD, key_BGTD, value_BGTD, mask_B1MT, scale, softcap)
     by_head: torch.Tensor = mixed.reshape(texts, groups, per_group, count, -1)
     return by_head.permute(0, 3, 1, 2, 4).flatten(2, 3)
 
@@ -170,7 +185,7 @@ def _softly_capped(
     """As Gemma 2 has it: scores are capped by a tangent before the softmax."""
     scores = cap * torch.tanh(query @ key.transpose(-1, -2) * scale / cap)
     if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
+        scores = scores + mask
     return scores.float().softmax(-1).to(value.dtype) @ value
 
 

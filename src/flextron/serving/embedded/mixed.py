@@ -8,40 +8,31 @@ Shapes: N tokens of the batch, L layers, U parts of a sub-layer (neurons or quer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from flextron.elastic.model import ElasticModel, SubLayer
 from flextron.elastic.projections import Projection, Width
+from flextron.inference.lean import MOST_TOKENS, LeanStep, Places
 from flextron.inference.per_token import mlp, running
 from flextron.serving.embedded.attention import NAME, Batch, LayerBatch, register
 from flextron.subnet import Subnet
 
-Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
-HALVED_ROWS = 16
-"""Up to so many rows the weight's rows are multiplied in two halves; above, the product is transposed, up to
-`FEW_ROWS`, where torch's linear is as fast. Two threads of an AMD EPYC, all products of SmolLM2: 1 row 30 ms for 42, 8
-rows 66 for 101, 32 rows 101 for 162 (benchmarks/serving.py steps)."""
 FEW_ROWS = 64
 
 
 def few_rows_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Compute `F.linear` for few rows in float32 on a CPU, where MKL takes up to 1.7 times as long by itself."""
+    """Compute `F.linear` for few rows in float32 on a CPU: transposed, where MKL takes up to 1.6 times as long."""
     rows_RK = x.flatten(0, -2)
-    count, size = len(rows_RK), len(weight)
-    if count > FEW_ROWS:
+    if len(rows_RK) > FEW_ROWS:
         return F.linear(x, weight, bias)
-    if count <= HALVED_ROWS and size % 2 == 0:
-        halves = weight.as_strided((2, size // 2, weight.shape[1]), (size // 2 * weight.stride(0), *weight.stride()))
-        y_RO = torch.bmm(rows_RK.expand(2, -1, -1), halves.transpose(1, 2)).transpose(0, 1).reshape(count, size)
-    else:
-        y_RO = torch.mm(weight, rows_RK.t()).t()
-    y = y_RO.view(*x.shape[:-1], size)
+    y = torch.mm(weight, rows_RK.t()).t().view(*x.shape[:-1], len(weight))
     return y if bias is None else y + bias
 
 
@@ -59,11 +50,15 @@ class MixedModel:
             _MixedAttention(i, layer.attention, [level.kv_groups[i] for level in levels])
             for i, layer in enumerate(model.layers)
         ]
+        self._neurons_LV = np.array([level.neurons for level in levels]).T
+        self._groups_LV = np.array([level.kv_groups for level in levels]).T
+        self._lean: LeanStep | None = None
 
     @contextmanager
     def prepared(self) -> Iterator[None]:
         """Hold the model inside the block, with the attention over pages; then all is as before."""
         register()
+        self._lean = LeanStep.of(self.model)
         config, attention_before = self.model.lm.config, self.model.lm.config._attn_implementation
         runs = [(mlp.run, attention.run) for mlp, attention in zip(self._mlps, self._attentions, strict=True)]
         with self.model.use(self.model.subnet), running(self.model, runs):  # `use` restores the widths
@@ -83,7 +78,7 @@ class MixedModel:
     def _is_cpu_float32(self) -> bool:
         return self.device.type == "cpu" and self.model.lm.dtype == torch.float32
 
-    def _set_product(self, product: Product | None) -> None:
+    def _set_product(self, product: Any | None) -> None:
         """Compute all products of the layers and of the output projection by `product`; None: by torch's linear."""
         for _, _, sub in self.model.sub_layers():
             for projection in (*sub.opens, sub.closes):
@@ -105,6 +100,8 @@ class MixedModel:
             levels: the level of each row.
             ceilings: the widest level that each row may get.
         """
+        if self._lean is not None and len(tokens) <= MOST_TOKENS:
+            return self._run_lean(self._lean, batch, tokens, levels, ceilings, wanted)
         counts = torch.tensor([row.count for row in batch.rows], device=self.device)
         levels_N = torch.tensor(levels, device=self.device).repeat_interleave(counts)
         same = levels[0] if len(set(levels)) == 1 else None
@@ -112,16 +109,31 @@ class MixedModel:
             sub.choose(levels_N, same)
         for attention in self._attentions:
             attention.choose(batch, levels_N, same, max(levels), max(ceilings))
-        positions = [row.past + i for row in batch.rows for i in range(row.count)]
-        places = torch.tensor(wanted, device=self.device)
         output = self.model.lm(
             input_ids=torch.tensor([tokens], device=self.device),
-            position_ids=torch.tensor([positions], device=self.device),
+            position_ids=torch.tensor([batch.positions], device=self.device),
             use_cache=False,
-            logits_to_keep=places,
+            logits_to_keep=torch.tensor(wanted, device=self.device),
         )
         logits: torch.Tensor = output.logits[0].float()
         return logits
+
+    def _run_lean(
+        self,
+        lean: LeanStep,
+        batch: Batch,
+        tokens: Sequence[int],
+        levels: Sequence[int],
+        ceilings: Sequence[int],
+        wanted: Sequence[int],
+    ) -> torch.Tensor:
+        levels_N = np.repeat(levels, [row.count for row in batch.rows])
+        tables = [row.held.pages for row in batch.rows for _ in range(row.count)]
+        places = Places(batch.positions, batch.slots, tables, batch.cache.pool.page_tokens)
+        caches = [batch.cache.layer(i, lean.groups, lean.head_size, lean.dtype) for i in range(len(self._attentions))]
+        neurons_LN, groups_LN = self._neurons_LV[:, levels_N], self._groups_LV[:, levels_N]
+        cached = self._groups_LV[:, : max(ceilings) + 1].max(1).tolist()
+        return lean.logits(tokens, places, caches, neurons_LN, groups_LN, cached, wanted)
 
 
 class _MixedMLP:
@@ -175,11 +187,10 @@ class _MixedAttention:
         cached = self._widest[ceiling]
         self._width_of_keys.kept = cached
         mixed = self._widest[widest] if self._keys else cached
-        self._sub.keep(mixed if cached else 0)
+        self._sub.keep(mixed)
         self._paged = LayerBatch(batch, self._layer, self._sub.width.full, self._sub.heads_per_unit)
-        units = mixed * self._sub.heads_per_unit
         alike = same is not None and self._groups[same] == mixed
-        self._mask = None if alike else self._uses[levels_N, :units][None]
+        self._mask = None if alike else self._uses[levels_N, : mixed * self._sub.heads_per_unit][None]
 
     def run(self, forward: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self._width_of_keys.kept:

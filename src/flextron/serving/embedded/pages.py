@@ -166,25 +166,33 @@ def _name(held: Held, tokens: array[int]) -> bytes:
 
 
 class PagedCache:
-    """The tensors behind a `PagePool`: for each layer, keys and values [tokens, G, H]."""
+    """The tensors behind a `PagePool`: for each layer, keys and values together, [tokens, 2, G, H]."""
 
     def __init__(self, pool: PagePool) -> None:
         self.pool = pool
-        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._layers: dict[int, torch.Tensor] = {}
 
     def slots(self, held: Held, first: int, count: int) -> Iterator[int]:
         """Yield the places of `count` tokens of a request, from its token `first` on."""
         size = self.pool.page_tokens
         return (held.pages[token // size] * size + token % size for token in range(first, first + count))
 
+    def layer(
+        self, layer: int, groups: int, size: int, dtype: torch.dtype, device: torch.device = torch.device("cpu")
+    ) -> torch.Tensor:
+        """Return keys and values of one layer, [tokens, 2, groups, size]; room is made at the first call."""
+        if layer not in self._layers:
+            shape = (len(self.pool) * self.pool.page_tokens, 2, groups, size)
+            self._layers[layer] = torch.zeros(shape, dtype=dtype, device=device)
+        return self._layers[layer]
+
     def write(
         self, layer: int, slots_N: torch.Tensor, key_NGH: torch.Tensor, value_NGH: torch.Tensor, full: int
     ) -> None:
-        """Write keys and values of the first groups; room for all `full` groups is made at the first call."""
-        if layer not in self._layers:
-            self._layers[layer] = (self._room(key_NGH, full), self._room(value_NGH, full))
-        for cached, new in zip(self._layers[layer], (key_NGH, value_NGH), strict=True):
-            cached[:, : new.shape[1]].index_copy_(0, slots_N, new)
+        """Write keys and values of the first of `full` groups."""
+        cached = self.layer(layer, full, key_NGH.shape[-1], key_NGH.dtype, key_NGH.device)
+        for part, new in enumerate((key_NGH, value_NGH)):
+            cached[:, part, : new.shape[1]].index_copy_(0, slots_N, new)
 
     def pages(self, texts: Sequence[Held], length: int) -> Pages:
         """Return where to read `length` tokens of each text; for what it does not have, its last page again."""
@@ -196,16 +204,11 @@ class PagedCache:
 
     def read(self, layer: int, pages: Pages, length: int, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values, each [B, T, G, H], of the first groups; views where one text's pages adjoin."""
-        size = self.pool.page_tokens
+        size, cached = self.pool.page_tokens, self._layers[layer]
         if isinstance(pages, int):
-            span = slice(pages * size, pages * size + length)
-            keys, values = (cached[None, span, :groups] for cached in self._layers[layer])
-            return keys, values
-        keys, values = (
-            cached.view(-1, size, *cached.shape[1:])[pages].flatten(1, 2)[:, :length, :groups]
-            for cached in self._layers[layer]
-        )
+            read = cached[None, pages * size : pages * size + length]
+        else:  # whole pages are rows, which are copied three times as fast as by an index of two dimensions
+            rows = cached.view(len(self.pool), -1).index_select(0, pages.flatten())
+            read = rows.view(len(pages), -1, *cached.shape[1:])[:, :length]
+        keys, values = read[..., :groups, :].unbind(2)
         return keys, values
-
-    def _room(self, like_NGH: torch.Tensor, full: int) -> torch.Tensor:
-        return like_NGH.new_zeros(len(self.pool) * self.pool.page_tokens, full, like_NGH.shape[-1])

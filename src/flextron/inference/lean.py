@@ -1,0 +1,383 @@
+"""`LeanStep`: a few tokens through an elastic model on a CPU, each with its own widths, by compiled kernels.
+
+transformers' forward pass of SmolLM2 takes some 2,000 operations, whose calls cost as much time as reading the weights.
+Here a layer is three kernels (`kernels`), which read torch's own memory: no weight is copied.
+
+Which models it computes right is not listed but found out: `LeanStep.of` runs a few tokens both ways and compares.
+
+Shapes: M rows (tokens, rounded up to 1, 2, 4 or a multiple of 8), L layers, D model, G KV groups, S head size.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AttentionInterface
+
+from flextron.elastic.loss import logits_of
+from flextron.elastic.model import ElasticModel, SubLayer
+from flextron.elastic.projections import ClosingLinear, OpeningLinear
+
+MOST_TOKENS = 16
+"""Up to so many tokens a step is lean; with more, torch's products are faster than the kernels'."""
+_RECORDING = "flextron_recording"
+_ACTIVATIONS = {"SiLUActivation": 0, "SiLU": 0, "GELUTanh": 1, "PytorchGELUTanh": 1, "GELUActivation": 2, "GELU": 2}
+_NAMES = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+_DTYPES = (torch.float32, torch.bfloat16)
+_TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.2}
+"""Of log-probabilities in nats, at most of the words, for the middle one of the tokens: rounding makes some tokens go
+astray in both passes, where an activation is huge."""
+_NONE = np.empty(0, np.float32)
+_NO_SCALES = np.empty((0, 0), np.float32)
+_lock = threading.Lock()  # Numba's simplest pool of threads takes one caller at a time
+
+Matrix = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Weight, scales and bias; the last two may be empty."""
+Kind = tuple[float, int, float]
+"""How an attention weighs: the scale of its scores, how many tokens back it sees or 0, the cap of its scores or 0."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the tokens of a step stand in their texts, and where the texts' keys and values are."""
+
+    positions: Sequence[int]
+    """Of each token in its text."""
+    slots: Sequence[int]
+    """Where each token's key and value go, in the first dimension of the cache."""
+    tables: Sequence[Sequence[int]]
+    """Pages of each token's text."""
+    page: int
+    """Tokens of a page."""
+
+
+class _Norm:
+    """An RMSNorm. What it multiplies by is asked of the module: some add 1 to their weight."""
+
+    def __init__(self, module: Any) -> None:
+        epsilon = getattr(module, "variance_epsilon", None)
+        self.epsilon = float(module.eps if epsilon is None else epsilon)
+        ones = torch.ones_like(module.weight, dtype=torch.float32)
+        self.weight = module(ones).detach().float().mul((1 + self.epsilon) ** 0.5).numpy()
+
+
+class _Layer:
+    """Views of one layer's weights."""
+
+    def __init__(self, module: Any, mlp: SubLayer, attention: SubLayer) -> None:
+        self.gate, self.up, self.down = (_matrix(p) for p in (*mlp.opens, mlp.closes))
+        self.queries, self.keys, self.values, self.output = (_matrix(p) for p in (*attention.opens, attention.closes))
+        self.activation = _ACTIVATIONS[type(module.mlp.act_fn).__name__]
+        self.before_attention, self.before_mlp = _Norm(module.input_layernorm), _Norm(module.post_attention_layernorm)
+        self.head_norms = [
+            (_NONE, 0.0) if norm is None else (_Norm(norm).weight, _Norm(norm).epsilon)
+            for norm in (getattr(module.self_attn, name, None) for name in ("q_norm", "k_norm"))
+        ]
+        self.rotates = bool(getattr(module.self_attn, "use_rope", True))
+        self.heads_per_group = attention.heads_per_unit
+        self.factor = float(getattr(module, "residual_multiplier", 1.0))
+
+
+class LeanStep:
+    """Runs steps of up to `MOST_TOKENS` tokens. It holds views of the weights, and copies of the norms' weights."""
+
+    def __init__(self, model: ElasticModel, kinds: Sequence[Kind]) -> None:
+        """Prepare a model; `of` knows whether it can be run.
+
+        Args:
+            kinds: of each layer's attention.
+        """
+        lm: Any = model.lm
+        self._lm = lm
+        self.dtype: torch.dtype = lm.dtype
+        """Of the weights, and of keys and values."""
+        self._kinds = kinds
+        self._layers = [_Layer(layer.module, layer.mlp, layer.attention) for layer in model.layers]
+        self._norm = _Norm(lm.model.norm)
+        self._head = _matrix(lm.get_output_embeddings())
+        self._factor = float(getattr(lm.model, "embedding_multiplier", 1.0))
+        first = model.layers[0]
+        self.groups, self.head_size = first.attention.width.full, int(first.module.self_attn.head_dim)
+        self._widest = max(2 * first.mlp.width.full, first.attention.closing_size, 2 * self.groups * self.head_size)
+        self._rooms: dict[int, _Room] = {}
+
+    @classmethod
+    def of(cls, model: ElasticModel) -> LeanStep | None:
+        """Return a step for a model; None where this does not compute what the model computes."""
+        if not _has_the_parts(model):
+            return None
+        try:
+            if model.lm not in _kinds_of:
+                _kinds_of[model.lm] = _kinds_if_equal(model)
+            kinds = _kinds_of[model.lm]
+        except (RuntimeError, TypeError, AttributeError, IndexError):  # its modules do not fit together as Llama's do
+            kinds = _kinds_of[model.lm] = None
+        return None if kinds is None else cls(model, kinds)
+
+    def new_cache(self, tokens: int) -> torch.Tensor:
+        """Return room for the keys and values of one layer, [tokens, 2, G, S]."""
+        return torch.zeros(tokens, 2, self.groups, self.head_size, dtype=self.dtype)
+
+    @torch.inference_mode()
+    def logits(
+        self,
+        tokens: Sequence[int],
+        places: Places,
+        caches: Sequence[torch.Tensor],
+        neurons_LM: np.ndarray,
+        groups_LM: np.ndarray,
+        cached_groups_L: Sequence[int],
+        wanted: Sequence[int],
+    ) -> torch.Tensor:
+        """Run tokens and return the logits after those at the places `wanted`, [len(wanted), V] in float32.
+
+        Args:
+            tokens: at most `MOST_TOKENS`; they may be of several texts.
+            caches: of each layer, [tokens, 2, G, S].
+            neurons_LM: neurons that each token uses in each layer, int64.
+            groups_LM: KV groups that each token uses in each layer, int64.
+            cached_groups_L: KV groups whose keys and values are written.
+        """
+        from flextron.inference import kernels  # Numba takes a second to import, which not all need
+
+        count = len(tokens)
+        room = self._room(_rounded(count))
+        ids = torch.tensor(tokens)
+        h_ND = self._lm.model.embed_tokens(ids).float() * self._factor
+        cos_1NR, sin_1NR = self._lm.model.rotary_emb(h_ND, torch.tensor([places.positions]))
+        room.fill(h_ND, cos_1NR[0], sin_1NR[0], places)
+        with _lock:
+            _use_threads()
+            for number, layer in enumerate(self._layers):
+                neurons_M, groups_M = room.padded(neurons_LM[number]), room.padded(groups_LM[number])
+                if cached_groups_L[number]:
+                    self._run_attention(kernels, layer, number, room, groups_M, cached_groups_L[number], caches)
+                if neurons_M.any():
+                    kernels.normalize(room.h, layer.before_mlp.weight, layer.before_mlp.epsilon, room.normed)
+                    kernels.mlp(
+                        room.h,
+                        room.normed,
+                        layer.gate,
+                        layer.up,
+                        layer.down,
+                        neurons_M,
+                        layer.activation,
+                        room.opened,
+                        room.hidden,
+                        room.y,
+                        layer.factor,
+                    )
+            chosen_MD = np.zeros((_rounded(len(wanted)), room.h.shape[1]), np.float32)
+            chosen_MD[: len(wanted)] = room.h[list(wanted)]
+            kernels.normalize(chosen_MD, self._norm.weight, self._norm.epsilon, chosen_MD)
+            return logits_of(self._lm, torch.from_numpy(chosen_MD), self._product)[: len(wanted)]
+
+    def _run_attention(
+        self,
+        kernels: Any,
+        layer: _Layer,
+        number: int,
+        room: _Room,
+        groups_M: np.ndarray,
+        cached_groups: int,
+        caches: Sequence[torch.Tensor],
+    ) -> None:
+        kernels.normalize(room.h, layer.before_attention.weight, layer.before_attention.epsilon, room.normed)
+        cache = _array(caches[number])
+        angles = (room.cos, room.sin) if layer.rotates else (room.cos[:, :0], room.sin[:, :0])
+        kernels.keys_and_values(
+            room.normed,
+            layer.keys,
+            layer.values,
+            layer.head_norms[1],
+            *angles,
+            room.slots,
+            cached_groups,
+            room.opened,
+            cache,
+        )
+        if not groups_M.any():
+            return
+        heads = int(groups_M.max()) * layer.heads_per_group
+        kernels.attention(
+            room.h,
+            room.normed,
+            layer.queries,
+            layer.output,
+            layer.head_norms[0],
+            *angles,
+            cache,
+            room.tables,
+            room.page,
+            room.positions,
+            groups_M,
+            layer.heads_per_group,
+            self._kinds[number],
+            room.opened,
+            room.hidden,
+            room.scores(heads),
+            room.y,
+            layer.factor,
+        )
+
+    def _product(self, x_MD: torch.Tensor) -> torch.Tensor:
+        """Multiply by the output projection, [M, V]."""
+        from flextron.inference import kernels
+
+        weight, scales, bias = self._head
+        y_VM = np.empty((len(weight), len(x_MD)), np.float32)
+        kernels.product(weight, scales, x_MD.numpy(), y_VM)
+        logits_MV = torch.from_numpy(y_VM).t().contiguous()
+        return logits_MV + torch.from_numpy(bias) if len(bias) else logits_MV
+
+    def _room(self, rows: int) -> _Room:
+        if rows not in self._rooms:
+            self._rooms[rows] = _Room(rows, self._lm.config.hidden_size, self._widest)
+        return self._rooms[rows]
+
+
+class _Room:
+    """Memory of one step of M rows, used again by the next; the rows beyond the tokens hold zeros."""
+
+    def __init__(self, rows: int, size: int, widest: int) -> None:
+        self.h, self.normed = np.zeros((rows, size), np.float32), np.zeros((rows, size), np.float32)
+        self.opened, self.hidden = np.zeros(rows * widest, np.float32), np.zeros(rows * widest, np.float32)
+        self.y = np.zeros((size, rows), np.float32)
+        self.positions, self.slots = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
+        self.cos = self.sin = np.zeros((rows, 0), np.float32)
+        self.tables, self.page = np.zeros((rows, 1), np.int64), 1
+        self._scores = _NONE
+
+    def fill(self, h_ND: torch.Tensor, cos_NR: torch.Tensor, sin_NR: torch.Tensor, places: Places) -> None:
+        rows, count = len(self.h), len(h_ND)
+        self.h[:count], self.h[count:] = h_ND.numpy(), 0
+        if self.cos.shape[1] != cos_NR.shape[1]:
+            self.cos, self.sin = (np.zeros((rows, cos_NR.shape[1]), np.float32) for _ in range(2))
+        self.cos[:count], self.sin[:count] = cos_NR.float().numpy(), sin_NR.float().numpy()
+        self.positions[:count], self.positions[count:] = places.positions, 0
+        self.slots[:count], self.slots[count:] = places.slots, -1
+        self.page = places.page
+        self.tables = np.zeros((rows, max(len(table) for table in places.tables)), np.int64)
+        for row, table in zip(self.tables, places.tables, strict=False):
+            row[: len(table)] = table
+
+    def padded(self, widths_N: np.ndarray) -> np.ndarray:
+        widths_M = np.zeros(len(self.h), np.int64)
+        widths_M[: len(widths_N)] = widths_N
+        return widths_M
+
+    def scores(self, heads: int) -> np.ndarray:
+        size = len(self.h) * heads * (int(self.positions.max()) + 1)
+        if len(self._scores) < size:
+            self._scores = np.zeros(2 * size, np.float32)
+        return self._scores
+
+
+_kinds_of: WeakKeyDictionary[nn.Module, list[Kind] | None] = WeakKeyDictionary()
+
+
+def _has_the_parts(model: ElasticModel) -> bool:
+    """Return whether the modules are those of a model like Llama, on a CPU, in a type that the kernels read."""
+    lm: Any = model.lm
+    inner = getattr(lm, "model", None)
+    return (
+        model.device.type == "cpu"
+        and {parameter.dtype for parameter in lm.parameters()} <= set(_DTYPES)
+        and len({parameter.dtype for parameter in lm.parameters()}) == 1
+        and all(hasattr(inner, name) for name in ("embed_tokens", "norm", "rotary_emb"))
+        and type(lm.get_output_embeddings()) is nn.Linear
+        and all(
+            {name for name, _ in layer.module.named_children()} == set(_NAMES)
+            and len(layer.mlp.opens) == 2
+            and len(layer.attention.opens) == 3
+            and type(getattr(layer.module.mlp, "act_fn", None)).__name__ in _ACTIVATIONS
+            and all(_is_plain(layer.module, path, p) for sub in layer.subs.values() for path, p in _projections(sub))
+            for layer in model.layers
+        )
+    )
+
+
+def _projections(sub: SubLayer) -> zip[tuple[str, Any]]:
+    return zip((*sub.axis.opens, sub.axis.closes), (*sub.opens, sub.closes), strict=True)
+
+
+def _is_plain(layer: nn.Module, path: str, projection: Any) -> bool:
+    """Return whether a projection is a Linear at its usual path, without adapter, with its rows one after another."""
+    return (
+        type(projection) in (OpeningLinear, ClosingLinear)
+        and layer.get_submodule(path) is projection
+        and projection.stacked == 1
+        and projection.weight.is_contiguous()
+    )
+
+
+@torch.inference_mode()
+def _kinds_if_equal(model: ElasticModel) -> list[Kind] | None:
+    """Return the kinds of the attentions, if a lean step gives the logits of the model's own forward pass."""
+    lm: Any = model.lm
+    size = 7
+    tokens = torch.linspace(1, lm.get_input_embeddings().weight.shape[0] - 1, size).long()[None]
+    with model.use(model.search_space.full):
+        kinds = _recorded(lm, tokens)
+        expected = lm(tokens, use_cache=False).logits[0].float()
+    step = LeanStep(model, [kinds.get(i, (1.0, 0, 0.0)) for i in range(len(model.layers))])
+    places = Places(range(size), range(size), [[0]] * size, size)
+    caches = [step.new_cache(size) for _ in model.layers]
+    widths = [
+        np.array([[layer[axis].width.full] * size for layer in model.layers], np.int64)
+        for axis in ("neurons", "kv_groups")
+    ]
+    cached = [layer.attention.width.full for layer in model.layers]
+    found = step.logits(tokens[0].tolist(), places, caches, *widths, cached, range(size))
+    apart_N = (found.log_softmax(-1) - expected.log_softmax(-1)).abs().amax(-1)
+    return list(step._kinds) if apart_N.median() <= _TOLERANCES[lm.dtype] else None
+
+
+def _recorded(lm: Any, tokens: torch.Tensor) -> dict[int, Kind]:
+    """Run the model's own forward pass, and note how each attention is asked to weigh."""
+    kinds: dict[int, Kind] = {}
+
+    def record(
+        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _mask: Any, **asked: Any
+    ) -> tuple[torch.Tensor, None]:
+        scale = asked.get("scaling") or query.shape[-1] ** -0.5
+        kinds[module.layer_idx] = (float(scale), asked.get("sliding_window") or 0, float(asked.get("softcap") or 0))
+        return F.scaled_dot_product_attention(query, key, value, enable_gqa=True).transpose(1, 2), None
+
+    AttentionInterface.register(_RECORDING, record)
+    before = lm.config._attn_implementation
+    try:
+        lm.config._attn_implementation = _RECORDING
+        lm(tokens, use_cache=False)
+    finally:
+        lm.config._attn_implementation = before
+    return kinds
+
+
+def _use_threads() -> None:
+    """Compute in as many threads as torch does."""
+    import numba
+
+    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+
+
+def _rounded(rows: int) -> int:
+    return next((size for size in (1, 2, 4, 8) if rows <= size), -(-rows // 8) * 8)
+
+
+def _matrix(projection: Any) -> Matrix:
+    bias = projection.bias
+    return _array(projection.weight.detach()), _NO_SCALES, _NONE if bias is None else bias.detach().float().numpy()
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    """A view; bfloat16 as the bits of uint16."""
+    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()

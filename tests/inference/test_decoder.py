@@ -18,7 +18,7 @@ from flextron.model import ElasticModel
 from flextron.subnet import Subnet
 
 PROMPT, STEPS = 7, 5
-VOCAB = 303  # more than the tokenizer's 300: with 2 threads the rows must be cut into 3 pieces
+VOCAB = 303  # more than the tokenizer's 300
 
 
 def rope(kind, **settings):
@@ -26,10 +26,6 @@ def rope(kind, **settings):
     return {"rope_parameters": {"rope_type": kind, **settings}}
 
 
-FULL_ATTENTION = {
-    "mistral": {"sliding_window": None},
-    "qwen2": {"use_sliding_window": False, "layer_types": ["full_attention"] * tiny.LAYERS},
-}
 SUPPORTED = {
     "llama": ("llama", {}),
     "llama, gelu, tied, llama3 rope": (
@@ -41,9 +37,11 @@ SUPPORTED = {
         },
     ),
     "llama, no biases, yarn rope": ("llama", {"attention_bias": False, "mlp_bias": False, **rope("yarn")}),
-    "mistral": ("mistral", FULL_ATTENTION["mistral"]),
-    "qwen2": ("qwen2", FULL_ATTENTION["qwen2"]),
+    "mistral, sliding window": ("mistral", {}),
+    "qwen2, sliding window in some layers": ("qwen2", {}),
     "qwen3": ("qwen3", {}),
+    "smollm3, no rope in some layers": ("smollm3", {}),
+    "granite": ("granite", {}),
 }
 
 
@@ -128,7 +126,6 @@ def test_bfloat16_is_as_close_to_float32_as_transformers_is(model):
     for subnet, logits in exact.items():
         decoder = Decoder(model, subnet, max_tokens=PROMPT + STEPS)
         ours, theirs = decoded_logits(decoder, text_tokens()), expected_logits(model, subnet, text_tokens())
-        assert ours.dtype == torch.bfloat16
         assert (ours - logits).norm() < 1.5 * (theirs - logits).norm() < 0.1 * logits.norm()
 
 
@@ -220,10 +217,6 @@ def test_errors_name_the_limit_and_the_way_out(llama):
     [
         ("gpt2", {}),
         ("gemma2", {}),
-        ("granite", {}),
-        ("smollm3", {}),
-        ("mistral", {}),  # a sliding window
-        ("qwen2", {}),
         ("llama", rope("dynamic")),
     ],
 )
@@ -241,8 +234,6 @@ def test_does_not_support_what_is_not_in_the_weights(llama):
     llama.lm.half()
     assert not supports(llama)
     llama.lm.float()
-    llama.lm.config.attention_dropout = 0.1
-    assert supports(llama)
     llama.lm.train()
     assert not supports(llama)
     llama.lm.eval()
@@ -270,12 +261,3 @@ def test_a_generation_config_that_asks_for_more_is_left_to_transformers(llama):
     assert supports(llama)
     texts = [generate(llama, "The quick", max_new_tokens=9, fast=fast) for fast in (True, False)]
     assert texts[0] == texts[1]
-
-
-def test_pieces_divide_the_rows():
-    pieces = decoding._pieces
-    assert [pieces(96, threads) for threads in (1, 2, 3, 4)] == [1, 2, 3, 4]
-    assert pieces(50257, 2) == 29  # GPT-2's vocabulary: the next divisor above the threads
-    assert pieces(101, 2) == 1
-    assert pieces(102, 64) == 51
-    assert pieces(384, 96) == 96

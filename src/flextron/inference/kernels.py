@@ -22,7 +22,7 @@ BLOCK = 32
 """Rows of a matrix that a thread takes at once."""
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _float_of_bits(_context: Any, bits: Any) -> Any:
     """The float32 whose bits are those of a uint32."""
 
@@ -32,7 +32,7 @@ def _float_of_bits(_context: Any, bits: Any) -> Any:
     return types.float32(types.uint32), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _bits_of_float(_context: Any, value: Any) -> Any:
     """The bits of a float32 as a uint32."""
 
@@ -42,35 +42,35 @@ def _bits_of_float(_context: Any, value: Any) -> Any:
     return types.uint32(types.float32), generate
 
 
-def _load(value):  # type: ignore[no-untyped-def]  # an annotation would have to be in each overload
+def _load(value):
     """A stored number as float32; uint16 is bfloat16."""
     raise NotImplementedError
 
 
-def _store(values, place, value):  # type: ignore[no-untyped-def]
+def _store(values, place, value):
     """Store a float32 in an array of float32, or of bfloat16 as uint16, rounded to nearest."""
     raise NotImplementedError
 
 
-@overload(_load, inline="always")  # type: ignore[untyped-decorator]
-def _overload_load(value):  # type: ignore[no-untyped-def]
+@overload(_load, inline="always")
+def _overload_load(value):
     if value == types.uint16:
         return lambda value: _float_of_bits(np.uint32(np.uint32(value) << np.uint32(16)))
     return lambda value: np.float32(value)
 
 
-@overload(_store, inline="always")  # type: ignore[untyped-decorator]
-def _overload_store(values, place, value):  # type: ignore[no-untyped-def]
+@overload(_store, inline="always")
+def _overload_store(values, place, value):
     if values.dtype == types.uint16:
 
-        def rounded(values, place, value):  # type: ignore[no-untyped-def]
+        def rounded(values, place, value):
             bits = _bits_of_float(value)
             odd = (bits >> np.uint32(16)) & np.uint32(1)
             values[place] = np.uint16((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
 
         return rounded
 
-    def plain(values, place, value):  # type: ignore[no-untyped-def]
+    def plain(values, place, value):
         values[place] = value
 
     return plain
@@ -123,7 +123,8 @@ def _rows(
                     a5 += x_MK[m + 5, k] * v
                     a6 += x_MK[m + 6, k] * v
                     a7 += x_MK[m + 7, k] * v
-                y_OM[o, m], y_OM[o, m + 1], y_OM[o, m + 2], y_OM[o, m + 3] = a0 * scale, a1 * scale, a2 * scale, a3 * scale
+                y_OM[o, m], y_OM[o, m + 1] = a0 * scale, a1 * scale
+                y_OM[o, m + 2], y_OM[o, m + 3] = a2 * scale, a3 * scale
                 y_OM[o, m + 4], y_OM[o, m + 5] = a4 * scale, a5 * scale
                 y_OM[o, m + 6], y_OM[o, m + 7] = a6 * scale, a7 * scale
 
@@ -150,7 +151,7 @@ def normalize(x_MD: np.ndarray, w_D: np.ndarray, epsilon: float, y_MD: np.ndarra
 
 
 @_kernel()
-def _activation(kind: int, x: float) -> float:
+def _activation(kind: int, x: Any) -> Any:
     if kind == 0:  # silu
         return x / (np.float32(1) + math.exp(-x))
     if kind == 1:  # gelu by a tangent
@@ -330,7 +331,7 @@ def attention(
                     score += query_S[i] * _load(cache_T2GS[slot, 0, g, i])
                 score *= scale
                 if cap:
-                    score = cap * math.tanh(score / cap)
+                    score = np.float32(cap * math.tanh(score / cap))
                 scores[place + t] = score
                 highest = max(highest, score)
             total = np.float32(0)

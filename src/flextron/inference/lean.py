@@ -25,6 +25,7 @@ from transformers import AttentionInterface
 from flextron.elastic.loss import logits_of
 from flextron.elastic.model import ElasticModel, SubLayer
 from flextron.elastic.projections import ClosingLinear, OpeningLinear
+from flextron.subnet import AXES
 
 MOST_TOKENS = 16
 """Up to so many tokens a step is lean; with more, torch's products are faster than the kernels'."""
@@ -32,6 +33,8 @@ _RECORDING = "flextron_recording"
 _ACTIVATIONS = {"SiLUActivation": 0, "SiLU": 0, "GELUTanh": 1, "PytorchGELUTanh": 1, "GELUActivation": 2, "GELU": 2}
 _NAMES = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 _DTYPES = (torch.float32, torch.bfloat16)
+_FIXED_ROPE = ("default", "linear", "llama3", "yarn")
+"""Rotary embeddings whose angles do not change with the length of the text."""
 _TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.2}
 """Of log-probabilities in nats, at most of the words, for the middle one of the tokens: rounding makes some tokens go
 astray in both passes, where an activation is huge."""
@@ -105,7 +108,8 @@ class LeanStep:
         self._head = _matrix(lm.get_output_embeddings())
         self._factor = float(getattr(lm.model, "embedding_multiplier", 1.0))
         first = model.layers[0]
-        self.groups, self.head_size = first.attention.width.full, int(first.module.self_attn.head_dim)
+        self.groups = first.attention.width.full
+        self.head_size = first.attention.closing_size // (self.groups * first.attention.heads_per_unit)
         self._widest = max(2 * first.mlp.width.full, first.attention.closing_size, 2 * self.groups * self.head_size)
         self._rooms: dict[int, _Room] = {}
 
@@ -122,9 +126,9 @@ class LeanStep:
             kinds = _kinds_of[model.lm] = None
         return None if kinds is None else cls(model, kinds)
 
-    def new_cache(self, tokens: int) -> torch.Tensor:
-        """Return room for the keys and values of one layer, [tokens, 2, G, S]."""
-        return torch.zeros(tokens, 2, self.groups, self.head_size, dtype=self.dtype)
+    def new_cache(self, tokens: int, groups: int) -> torch.Tensor:
+        """Return room for keys and values of the first groups of one layer, [tokens, 2, groups, S]."""
+        return torch.zeros(tokens, 2, groups, self.head_size, dtype=self.dtype)
 
     @torch.inference_mode()
     def logits(
@@ -287,18 +291,21 @@ _kinds_of: WeakKeyDictionary[nn.Module, list[Kind] | None] = WeakKeyDictionary()
 def _has_the_parts(model: ElasticModel) -> bool:
     """Return whether the modules are those of a model like Llama, on a CPU, in a type that the kernels read."""
     lm: Any = model.lm
-    inner = getattr(lm, "model", None)
-    return (
+    inner: Any = getattr(lm, "model", None)
+    return bool(
         model.device.type == "cpu"
+        and not lm.training
+        and lm.config._attn_implementation in ("sdpa", "eager")
         and {parameter.dtype for parameter in lm.parameters()} <= set(_DTYPES)
         and len({parameter.dtype for parameter in lm.parameters()}) == 1
         and all(hasattr(inner, name) for name in ("embed_tokens", "norm", "rotary_emb"))
+        and getattr(inner.rotary_emb, "rope_type", None) in _FIXED_ROPE
         and type(lm.get_output_embeddings()) is nn.Linear
         and all(
             {name for name, _ in layer.module.named_children()} == set(_NAMES)
             and len(layer.mlp.opens) == 2
             and len(layer.attention.opens) == 3
-            and type(getattr(layer.module.mlp, "act_fn", None)).__name__ in _ACTIVATIONS
+            and type(getattr(layer.module.get_submodule("mlp"), "act_fn", None)).__name__ in _ACTIVATIONS
             and all(_is_plain(layer.module, path, p) for sub in layer.subs.values() for path, p in _projections(sub))
             for layer in model.layers
         )
@@ -311,12 +318,9 @@ def _projections(sub: SubLayer) -> zip[tuple[str, Any]]:
 
 def _is_plain(layer: nn.Module, path: str, projection: Any) -> bool:
     """Return whether a projection is a Linear at its usual path, without adapter, with its rows one after another."""
-    return (
-        type(projection) in (OpeningLinear, ClosingLinear)
-        and layer.get_submodule(path) is projection
-        and projection.stacked == 1
-        and projection.weight.is_contiguous()
-    )
+    is_linear = type(projection) in (OpeningLinear, ClosingLinear)
+    is_whole = projection.stacked == 1 and projection.weight.is_contiguous()
+    return bool(is_linear and is_whole and layer.get_submodule(path) is projection)
 
 
 @torch.inference_mode()
@@ -330,13 +334,12 @@ def _kinds_if_equal(model: ElasticModel) -> list[Kind] | None:
         expected = lm(tokens, use_cache=False).logits[0].float()
     step = LeanStep(model, [kinds.get(i, (1.0, 0, 0.0)) for i in range(len(model.layers))])
     places = Places(range(size), range(size), [[0]] * size, size)
-    caches = [step.new_cache(size) for _ in model.layers]
-    widths = [
-        np.array([[layer[axis].width.full] * size for layer in model.layers], np.int64)
-        for axis in ("neurons", "kv_groups")
-    ]
+    caches = [step.new_cache(size, step.groups) for _ in model.layers]
+    neurons_LM, groups_LM = (
+        np.array([[layer[axis].width.full] * size for layer in model.layers], np.int64) for axis in AXES
+    )
     cached = [layer.attention.width.full for layer in model.layers]
-    found = step.logits(tokens[0].tolist(), places, caches, *widths, cached, range(size))
+    found = step.logits(tokens[0].tolist(), places, caches, neurons_LM, groups_LM, cached, range(size))
     apart_N = (found.log_softmax(-1) - expected.log_softmax(-1)).abs().amax(-1)
     return list(step._kinds) if apart_N.median() <= _TOLERANCES[lm.dtype] else None
 
@@ -366,7 +369,8 @@ def _use_threads() -> None:
     """Compute in as many threads as torch does."""
     import numba
 
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    most: int = numba.config.NUMBA_NUM_THREADS
+    numba.set_num_threads(min(torch.get_num_threads(), most))
 
 
 def _rounded(rows: int) -> int:

@@ -141,7 +141,7 @@ def paged_attention(
     query_NHD, key_NGD, value_NGD = (states[0].transpose(0, 1) for states in (query, key, value))
     batch, groups = paged.batch, query_NHD.shape[1] // paged.heads_per_group
     batch.cache.write(paged.layer, batch.slots_N, key_NGD, value_NGD, paged.full_groups)
-    output_NHD = None
+    output_NHD = query_NHD.new_empty(query_NHD.shape) if len(batch.readings) > 1 else query_NHD
     for reading in batch.readings:
         key_BTGD, value_BTGD = batch.cache.read(paged.layer, reading.pages, reading.length, groups)
         some_NHD = query_NHD if reading.places is None else query_NHD.index_select(0, reading.places)
@@ -150,10 +150,7 @@ def paged_attention(
         mixed_NHD = _attend(query_BQHD, key_BTGD, value_BTGD, mask, scale, softcap).flatten(0, 1)
         if reading.places is None:
             return mixed_NHD[None], None
-        if output_NHD is None:
-            output_NHD = query_NHD.new_empty(query_NHD.shape)
         output_NHD[reading.places] = mixed_NHD
-    assert output_NHD is not None
     return output_NHD[None], None
 
 

@@ -178,7 +178,7 @@ class PagedCache:
         return (held.pages[token // size] * size + token % size for token in range(first, first + count))
 
     def layer(
-        self, layer: int, groups: int, size: int, dtype: torch.dtype, device: torch.device = torch.device("cpu")
+        self, layer: int, groups: int, size: int, dtype: torch.dtype, device: torch.device | None = None
     ) -> torch.Tensor:
         """Return keys and values of one layer, [tokens, 2, groups, size]; room is made at the first call."""
         if layer not in self._layers:

@@ -18,7 +18,7 @@ import torch
 from flextron.elastic.model import ElasticModel
 
 STATE_BYTES = 5e8
-"""Memory for hidden states that are kept between two layers; callers that can make smaller batches keep to it."""
+"""Memory for the hidden states of all sub-networks that wait between two layers."""
 
 
 class Walk:
@@ -81,6 +81,7 @@ def _bound(walk: Walk, layer: int, forward: Callable[..., Any]) -> Callable[...,
     return lambda *args, **kwargs: walk._forward(layer, forward, *args, **kwargs)  # noqa: SLF001
 
 
-def batch_within(hidden_size: int, states: int, most: int, dtype: torch.dtype) -> int:
-    """Tokens for a batch so that so many hidden states of it fit into STATE_BYTES; at most `most`, at least 1."""
-    return int(max(1, min(most, STATE_BYTES // (states * hidden_size * dtype.itemsize))))
+def batch_within(model: ElasticModel, *, states: int, most: int) -> int:
+    """Return how many tokens a batch may have so that `states` hidden states of it fit into STATE_BYTES; at most `most`."""
+    of_token = states * model.config.hidden_size * model.dtype.itemsize
+    return int(min(most, STATE_BYTES // of_token))

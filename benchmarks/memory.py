@@ -2,15 +2,16 @@ r"""Peak memory and time of each step on a Llama of random weights, by default o
 
     python benchmarks/memory.py OUT
 
-Each step is a `flextron` command in a process of its own, in fp32. For each it prints the seconds, the peak of the
-resident memory, and the peak of its anonymous part; the rest are pages of files, which the system can drop. The model is
-made once in OUT/model, and the commands' output goes to OUT/STEP.log. It reads /proc, so it needs Linux.
+Each step is a `flextron` command in a process of its own, in fp32. For each it prints the seconds, those in which it had a
+processor, the peak of the resident memory, and the peak of its anonymous part; the rest are pages of files, which the
+system can drop. The model is made once in OUT/model, and what the commands print goes to OUT/STEP.log. It needs Linux.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -55,6 +56,8 @@ class Peak:
     """What one process took."""
 
     seconds: float = 0
+    cpu_seconds: float = 0
+    """Of all threads together; unlike `seconds` it does not grow when other programs run."""
     resident_gb: float = 0
     anonymous_gb: float = 0
     """Without pages of files, which the system can drop."""
@@ -119,7 +122,7 @@ def command(step: str, settings: Settings) -> list[str]:
 
 def run(arguments: list[str], log: Path) -> Peak:
     """Run one command and watch its memory."""
-    peak, start = Peak(), time.perf_counter()
+    peak, start, used = Peak(), time.perf_counter(), _cpu_seconds()
     with log.open("w") as output:
         process = subprocess.Popen(  # noqa: S603
             [sys.executable, "-m", "flextron.cli", *arguments], stdout=output, stderr=output
@@ -130,10 +133,15 @@ def run(arguments: list[str], log: Path) -> Peak:
             peak.resident_gb = max(peak.resident_gb, round(sizes.get("VmHWM", 0), 3))
             peak.anonymous_gb = max(peak.anonymous_gb, round(sizes.get("RssAnon", 0), 3))
             time.sleep(SAMPLE_SECONDS)
-    peak.seconds = round(time.perf_counter() - start, 1)
+    peak.seconds, peak.cpu_seconds = round(time.perf_counter() - start, 1), round(_cpu_seconds() - used, 1)
     if process.returncode:
         raise SystemExit(f"flextron {' '.join(arguments)} failed; {log} tells why.")
     return peak
+
+
+def _cpu_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 if __name__ == "__main__":

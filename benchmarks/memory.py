@@ -2,9 +2,10 @@ r"""Peak memory and time of each step on a Llama of random weights, by default o
 
     python benchmarks/memory.py OUT
 
-Each step is a `flextron` command in a process of its own, in fp32. For each it prints the seconds, those in which it had a
-processor, the peak of the resident memory, and the peak of its anonymous part; the rest are pages of files, which the
-system can drop. The model is made once in OUT/model, and what the commands print goes to OUT/STEP.log. It needs Linux.
+Each step is a `flextron` command in a process of its own, in fp32. For each it prints the seconds, the seconds of all
+processors together, the peak of the resident memory, and the peak of its anonymous part; the rest are pages of files,
+which the system can drop. The model is made once in OUT/model, and what a command prints goes to OUT/STEP.log. It
+reads /proc, so it needs Linux.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def main(settings: Settings) -> None:
         make(settings)
     peaks: dict[str, Peak] = {}
     for step in settings.steps:
-        peaks[step] = run(command(step, settings), settings.out / f"{step}.log")
+        peaks[step] = run(arguments(step, settings), settings.out / f"{step}.log")
         print(f"{step:<24}{json.dumps(asdict(peaks[step]))}", flush=True)
     sizes = {key: value for key, value in asdict(settings).items() if key != "out"}
     results = {step: asdict(peak) for step, peak in peaks.items()}
@@ -102,31 +103,28 @@ def make(settings: Settings) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **end).save_pretrained(settings.out / "model")
 
 
-def command(step: str, settings: Settings) -> list[str]:
+def arguments(step: str, settings: Settings) -> list[str]:
     """The arguments of `flextron` for a step."""
-    model, ranked = str(settings.out / "model"), str(settings.out / "ranked")
-    tokens = str(settings.tokens)
-    rank = ["rank", model, ranked, "--dtype", "float32", "--tokens", tokens, "--refit-tokens", tokens]
+    model, ranked, tokens = settings.out / "model", settings.out / "ranked", settings.tokens
+    half = f"kv_groups={settings.kv_groups // 2}"
+    rank = f"rank {model} {ranked} --dtype float32 --tokens {tokens} --refit-tokens {tokens} --sensitivity-tokens"
     steps = {
-        "rank": [*rank, "--overwrite", "--sensitivity-tokens", "0"],
-        "sensitivities": [*rank, "--sensitivity-tokens", tokens],
-        "measured-sensitivities": [*rank, "--sensitivity-tokens", tokens, "--sensitivities", "measured"],
-        "evaluate": ["evaluate", ranked, "--tokens", str(2 * settings.tokens), "--subnet"]
-        + ["full", f"kv_groups={settings.kv_groups // 2}", "80%", "60%"],
-        "train": ["train", ranked, str(settings.out / "trained"), "--resume", "never", "--precision", "fp32"]
-        + ["--lora-rank", "16", "--tokens", tokens, "--block-tokens", str(settings.tokens // 2)]
-        + ["--evaluate-tokens", "0"],
+        "rank": f"{rank} 0 --overwrite",
+        "sensitivities": f"{rank} {tokens}",
+        "measured-sensitivities": f"{rank} {tokens} --sensitivities measured",
+        "evaluate": f"evaluate {ranked} --tokens {2 * tokens} --subnet full {half} 80% 60%",
+        "train": f"train {ranked} {settings.out}/trained --resume never --precision fp32 --lora-rank 16 "
+        f"--tokens {tokens} --block-tokens {tokens // 2} --evaluate-tokens 0",
     }
-    return steps[step]
+    return steps[step].split()
 
 
 def run(arguments: list[str], log: Path) -> Peak:
     """Run one command and watch its memory."""
     peak, start, used = Peak(), time.perf_counter(), _cpu_seconds()
     with log.open("w") as output:
-        process = subprocess.Popen(  # noqa: S603
-            [sys.executable, "-m", "flextron.cli", *arguments], stdout=output, stderr=output
-        )
+        command = [sys.executable, "-m", "flextron.cli", *arguments]
+        process = subprocess.Popen(command, stdout=output, stderr=output)
         while process.poll() is None:
             status = Path(f"/proc/{process.pid}/status").read_text()
             sizes = {name: int(kb) * 1024 / GB for name, kb in re.findall(r"^(\w+):\s+(\d+) kB$", status, re.M)}

@@ -78,10 +78,10 @@ def walking(model: ElasticModel) -> Iterator[Walk]:
 
 
 def _bound(walk: Walk, layer: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *args, **kwargs: walk._forward(layer, forward, *args, **kwargs)  # noqa: SLF001
+    return lambda *args, **kwargs: walk._forward(layer, forward, *args, **kwargs)
 
 
 def batch_within(model: ElasticModel, *, states: int, most: int) -> int:
-    """Return how many tokens a batch may have so that `states` hidden states of it fit into STATE_BYTES; at most `most`."""
+    """Return how many tokens, at most `most`, a batch may have so that `states` hidden states fit into STATE_BYTES."""
     of_token = states * model.config.hidden_size * model.dtype.itemsize
     return int(min(most, STATE_BYTES // of_token))

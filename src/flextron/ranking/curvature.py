@@ -97,11 +97,11 @@ def _curves(model: ElasticModel, tokens: torch.Tensor, widths: Widths, advance: 
     with _frozen_weights(model), model.use(model.search_space.full), walking(model) as walk:
         for tokens_BT in batches_of(tokens):
             states = _states(walk, tokens_BT, len(model.layers))
-            gradient_BTD = _gradient(model, walk, tokens_BT, states.pop(), draw)
+            gradient_BTD: torch.Tensor | None = _gradient(model, walk, tokens_BT, states.pop(), draw)
             for index in reversed(range(len(model.layers))):
                 below_BTD = states.pop().requires_grad_() if states else None
                 with _observed(model.layers[index]) as seen, torch.enable_grad():
-                    walk.through(index, tokens_BT, below_BTD).backward(gradient_BTD)
+                    torch.autograd.backward([walk.through(index, tokens_BT, below_BTD)], [gradient_BTD])
                 gradient_BTD = None if below_BTD is None else below_BTD.grad
                 for axis, sub in model.layers[index].subs.items():
                     moved = _moved(seen[axis], sub, widths[axis])
@@ -131,7 +131,7 @@ def _gradient(
             log_p_TV = logits_of(model.lm, row_TD).float().log_softmax(-1)
             drawn_T1 = torch.multinomial(log_p_TV.detach().exp(), 1, generator=draw)
             (gradient_BTD[row, :-1],) = torch.autograd.grad(-log_p_TV.gather(1, drawn_T1).sum(), row_TD)
-        read_BTD.backward(gradient_BTD)
+        torch.autograd.backward([read_BTD], [gradient_BTD])
     gradient_of_last_BTD = last_BTD.grad
     assert gradient_of_last_BTD is not None  # noqa: S101 - it has been asked for
     return gradient_of_last_BTD

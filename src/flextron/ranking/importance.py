@@ -1,8 +1,8 @@
 """Rank units: order the neurons, KV groups and query heads of each layer by importance, from forward passes alone.
 
 All tokens pass one layer before the next, so statistics of one layer at a time are held, and between layers one hidden
-state for each token. Statistics are measured at the input of the closing projection. A unit u (a neuron or a query head) adds `y_u = W_u a_u` to the
-residual stream, where a_u is its part of that input and W_u its columns of the weight.
+state for each token. Statistics are measured at the input of the closing projection. A unit u (a neuron or a query
+head) adds `y_u = W_u a_u` to the residual stream: a_u is its part of that input, W_u its columns of the weight.
 
 Shapes: T tokens, D model, C input columns of the closing projection, U units, N neurons, G KV groups, Q query heads.
 """

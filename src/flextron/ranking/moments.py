@@ -5,7 +5,7 @@ Shapes: N tokens, C columns of a projection.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -28,11 +28,11 @@ def second_moments(
     blocks: TokenBlocks,
     *,
     title: str | None = None,
-) -> Iterator[list[torch.Tensor]]:
+) -> Generator[list[torch.Tensor], None, None]:
     """Yield, layer by layer, E[a a^T], [C, C] in float32, of the input of a layer's projections in the full model.
 
-    What comes after a layer has read its output already when its moments are yielded, so its weights may change then.
-    The model is held until the last layer is done.
+    The caller may change a layer's weights when it gets its moments: the layers above read what it gave before. Close
+    the generator if you do not take all layers: until then the model runs layer by layer only.
 
     Args:
         projections: which ones to measure in a layer.

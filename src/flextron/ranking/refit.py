@@ -61,7 +61,7 @@ def refit(
         for index, grams in enumerate(moments):
             if not all(gram_CC.isfinite().all() for gram_CC in grams):
                 raise FlextronError(
-                    f"the activations of layer {index} are not finite, so it cannot be refitted. Use float32 or bfloat16."
+                    f"the activations of layer {index} are not finite, so it cannot be refitted. Use float32."
                 )
             for axis, gram_CC in zip(axes, grams, strict=True):
                 _refit(model.layers[index][axis], gram_CC, rank)

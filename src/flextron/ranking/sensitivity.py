@@ -242,7 +242,7 @@ def _changed_losses(
 ) -> dict[Subnet, float]:
     """The loss on one batch of `around` with every change of one sub-layer."""
     full = model.search_space.full
-    hidden: dict[Subnet, torch.Tensor | None] = {full: None, around: None}
+    hidden: dict[Subnet, Any] = {full: None, around: None}
     with walking(model) as walk:
         for layer in range(around.layers):
             below = hidden[around]
@@ -313,7 +313,8 @@ def _mixed_loss(
     logits = logits_TV[:-1].float()
     to_text = logits.gather(1, tokens_T[1:, None])[:, 0]
     to_full = torch.linalg.vecdot(logits, probabilities_TV[:-1])  # both in fp32
-    return (logits.logsumexp(-1) - text_weight * to_text - (1 - text_weight) * to_full).mean().item()
+    losses = logits.logsumexp(-1) - text_weight * to_text - (1 - text_weight) * to_full
+    return float(losses.mean())
 
 
 def _parts(choices: tuple[int, ...], count: int) -> tuple[int, ...]:

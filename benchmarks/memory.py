@@ -30,7 +30,7 @@ from flextron.elastic.checkpoint import quiet_transformers
 from model import write_results
 
 GB = 1e9
-SAMPLE_SECONDS = 0.02
+SAMPLE_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Settings:
     out: tyro.conf.Positional[Path]
     """Folder for the model, the logs and memory.json."""
     steps: tuple[str, ...] = ("rank", "sensitivities", "evaluate", "train")
-    """Steps to run in this order: rank (with refit), sensitivities, measured-sensitivities, evaluate (four
-    sub-networks), train (one step with adapters)."""
+    """Steps to run in this order: rank (with refit), streamed-rank (the same from the disk), sensitivities,
+    measured-sensitivities, evaluate (four sub-networks), train (one step with adapters)."""
     tokens: int = 1024
     """Number of tokens that each step reads; evaluation reads twice as many."""
     layers: int = 22
@@ -110,6 +110,7 @@ def arguments(step: str, settings: Settings) -> list[str]:
     rank = f"rank {model} {ranked} --dtype float32 --tokens {tokens} --refit-tokens {tokens} --sensitivity-tokens"
     steps = {
         "rank": f"{rank} 0 --overwrite",
+        "streamed-rank": f"{rank} 0 --overwrite --stream --device cpu",
         "sensitivities": f"{rank} {tokens}",
         "measured-sensitivities": f"{rank} {tokens} --sensitivities measured",
         "evaluate": f"evaluate {ranked} --tokens {2 * tokens} --subnet full {half} 80% 60%",

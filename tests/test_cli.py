@@ -322,6 +322,16 @@ def test_rank_goes_on_where_it_was_interrupted(checkpoint, text, tmp_path, capsy
     assert cli.main([*arguments, "--sensitivity-tokens", "256"]) == 2
 
 
+def test_rank_from_the_disk_writes_the_same_checkpoint(ranked, checkpoint, text, tmp_path):
+    sizes = ["--tokens", "1024", "--refit-tokens", "1024", "--sensitivity-tokens", "256"]
+    source = (checkpoint / "model.safetensors").read_bytes()
+    assert cli.main(["rank", str(checkpoint), str(tmp_path / "out"), "--text", str(text), *sizes, "--stream"]) == 0
+    for name in ("model.safetensors", "ranking.safetensors", "sensitivity.json", "rank.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (ranked / name).read_bytes()
+    assert (checkpoint / "model.safetensors").read_bytes() == source
+    assert [file.name for file in tmp_path.iterdir() if not file.name.endswith(".lock")] == ["out"]
+
+
 def test_evaluate_prints_json_and_a_table(ranked, text, capsys):
     wishes = ["full", "60%", "neurons=20"]
     arguments = ["evaluate", str(ranked), "--text", str(text), "--tokens", "512", "--block-tokens", "64", "--subnet"]

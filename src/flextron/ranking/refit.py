@@ -82,7 +82,8 @@ def _best(weight_DC: torch.Tensor, gram_CC: torch.Tensor, sub: SubLayer) -> torc
     left_CC = wider_C[torch.maximum(place_C[:, None], place_C)]
     left_CC *= gram_CC
     left_CC.diagonal().add_(ridge_C)
-    solved_CD: torch.Tensor = torch.linalg.solve(left_CC, right_DC.T)
+    root_CC, failed = torch.linalg.cholesky_ex(left_CC)  # positive definite, but for rounding
+    solved_CD = torch.linalg.solve(left_CC, right_DC.T) if failed else torch.cholesky_solve(right_DC.T, root_CC)
     return solved_CD.T
 
 

@@ -41,7 +41,7 @@ class Settings:
     """Folder for the model, the logs and memory.json."""
     steps: tuple[str, ...] = ("rank", "sensitivities", "evaluate", "train")
     """Steps to run in this order: rank (with refit), streamed-rank (the same from the disk), sensitivities,
-    measured-sensitivities, evaluate (four sub-networks), train (one step with adapters)."""
+    measured-sensitivities, evaluate (three sub-networks), train (one step with adapters)."""
     tokens: int = 1024
     """Number of tokens that each step reads; evaluation reads twice as many."""
     layers: int = 22
@@ -106,15 +106,15 @@ def make(settings: Settings) -> None:
 def arguments(step: str, settings: Settings) -> list[str]:
     """The arguments of `flextron` for a step."""
     model, ranked, tokens = settings.out / "model", settings.out / "ranked", settings.tokens
-    half = f"kv_groups={settings.kv_groups // 2}"
+    narrow = f"neurons={settings.neurons // 2} kv_groups={settings.kv_groups // 2}"
     rank = f"rank {model} {ranked} --dtype float32 --tokens {tokens} --refit-tokens {tokens} --sensitivity-tokens"
     steps = {
         "rank": f"{rank} 0 --overwrite",
         "streamed-rank": f"{rank} 0 --overwrite --stream --device cpu",
         "sensitivities": f"{rank} {tokens}",
         "measured-sensitivities": f"{rank} {tokens} --sensitivities measured",
-        "evaluate": f"evaluate {ranked} --tokens {2 * tokens} --subnet full {half} 80% 60%",
-        "train": f"train {ranked} {settings.out}/trained --resume never --precision fp32 --lora-rank 16 "
+        "evaluate": f"evaluate {model} --tokens {2 * tokens} --subnet full {narrow}",
+        "train": f"train {model} {settings.out}/trained --resume never --precision fp32 --lora-rank 16 "
         f"--tokens {tokens} --block-tokens {tokens // 2} --evaluate-tokens 0",
     }
     return steps[step].split()

@@ -60,7 +60,7 @@ def _blocks(model: ElasticModel, config: RankConfig, *, tokens: int | None = Non
 
 
 def _ranked(config: RankConfig, held: ExitStack) -> ElasticModel:
-    """The ranked model, saved, and usable while `held` is open; an interrupted run's is taken up, so that only the sensitivities are left to do."""
+    """The ranked model, saved; usable while `held` is open. An interrupted run's is taken up."""
     from flextron.atomic import check_new, check_space, tell_dropped
     from flextron.elastic.on_disk import weights_on_disk
     from flextron.ranking.importance import rank

@@ -139,13 +139,12 @@ class _Statistic:
         self.sum.zero_()
 
     def gram(self) -> NDArray[np.float64]:
-        """Return the matrix [U, U] of scores.
+        """Return the matrix [U, U] of scores. Call it once at the end of a round: it uses up the sum.
 
         For `reconstruction` entry u, v is the sum over tokens of y_u . y_v; for other scores the matrix is diagonal.
         """
         gram_UU = self._of_pairs() if self.score == "reconstruction" else torch.diag(self._of_units())
-        result: NDArray[np.float64] = gram_UU.double().cpu().numpy()
-        del gram_UU
+        result: NDArray[np.float64] = gram_UU.cpu().double().numpy()
         if not np.isfinite(result).all():
             raise FlextronError(
                 "the activations of a layer are not finite, so its units cannot be ordered. "
@@ -161,7 +160,9 @@ class _Statistic:
         if self.weights_CC is None:
             weight_DC = self.closes.matrix().detach().float()
             self.weights_CC = weight_DC.T @ weight_DC
-        gram_CC = self.sum * self.weights_CC
+        gram_CC = self.sum.mul_(self.weights_CC)
+        if self.first_gram is not None:  # the last round
+            self.weights_CC = None
         if self.units == len(gram_CC):
             return gram_CC
         return gram_CC.view(self.units, -1, self.units, len(gram_CC) // self.units).sum((1, 3))

@@ -76,11 +76,9 @@ def _refit(sub: SubLayer, gram_CC: torch.Tensor, rank: int | None) -> None:
 def _best(weight_DC: torch.Tensor, gram_CC: torch.Tensor, sub: SubLayer) -> torch.Tensor:
     """The matrix that answers best for all widths, [D, C]."""
     wider_C = _chance_of_wider(sub).to(gram_CC)
-    place_C = torch.arange(len(gram_CC), device=gram_CC.device)
     ridge_C = RIDGE * gram_CC.diagonal() + 1e-12 * gram_CC.diagonal().mean() + torch.finfo(torch.float32).tiny
     right_DC = weight_DC @ gram_CC * wider_C + weight_DC * ridge_C
-    left_CC = wider_C[torch.maximum(place_C[:, None], place_C)]
-    left_CC *= gram_CC
+    left_CC = torch.minimum(wider_C[:, None], wider_C).mul_(gram_CC)  # P(k > max(i, j)): wider is less likely
     left_CC.diagonal().add_(ridge_C)
     root_CC, failed = torch.linalg.cholesky_ex(left_CC)  # positive definite, but for rounding
     solved_CD = torch.linalg.solve(left_CC, right_DC.T) if failed else torch.cholesky_solve(right_DC.T, root_CC)

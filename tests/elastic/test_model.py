@@ -50,7 +50,7 @@ def use(model, subnet):
 def test_a_model_on_several_devices_is_refused_with_the_way_out():
     lm = tiny.plain_model("llama")
     add_hook_to_module(lm.model.layers[1].mlp.down_proj, ModelHook())  # as `device_map` does for every module
-    with pytest.raises(TypeError, match="pass device instead of device_map.*larger than the memory.*rank --stream"):
+    with pytest.raises(TypeError, match=r"pass device instead of device_map.*larger than the memory.*rank --stream"):
         ElasticModel(lm)
 
 

@@ -1,8 +1,8 @@
 """Run a model layer by layer: all batches, or all sub-networks, pass one layer before any of them passes the next.
 
-So whatever a layer needs (its weights, or statistics of what it reads) is needed at one time only, and between layers
-there is nothing but hidden states. The model's own forward pass does the rest: it runs once for each layer, while all
-other layers give back the hidden state that they get.
+So a layer's weights, and statistics of what it reads, are needed only while its turn lasts. Between layers nothing but
+hidden states is kept. The model's own forward pass runs once for each layer, and all other layers return the hidden
+state instead of computing. So masks, positions and norms are the family's own.
 
 Shapes: B batch, T time, D model.
 """
@@ -18,7 +18,7 @@ import torch
 from flextron.elastic.model import ElasticModel
 
 STATE_BYTES = 5e8
-"""Memory for the hidden states of all sub-networks that wait between two layers."""
+"""Memory for the hidden states of all sub-networks that wait between two layers, unless a single block needs more."""
 
 
 class Walk:

@@ -12,6 +12,8 @@ import time
 from dataclasses import replace
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import tiny
 from flextron import cli
@@ -320,6 +322,19 @@ def test_rank_goes_on_where_it_was_interrupted(checkpoint, text, tmp_path, capsy
     assert (tmp_path / "out" / "ranking.safetensors").stat().st_mtime_ns == ranked
     assert (tmp_path / "out" / "sensitivity.json").exists()
     assert cli.main([*arguments, "--sensitivity-tokens", "256"]) == 2
+
+
+def test_rank_from_the_disk_writes_the_same_checkpoint(ranked, checkpoint, text, tmp_path):
+    sizes = ["--tokens", "1024", "--refit-tokens", "1024", "--sensitivity-tokens", "256"]
+    source = (checkpoint / "model.safetensors").read_bytes()
+    assert cli.main(["rank", str(checkpoint), str(tmp_path / "out"), "--text", str(text), *sizes, "--stream"]) == 0
+    for name in ("model.safetensors", "ranking.safetensors"):
+        found, expected = load_file(tmp_path / "out" / name), load_file(ranked / name)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+    assert (tmp_path / "out" / "sensitivity.json").read_bytes() == (ranked / "sensitivity.json").read_bytes()
+    assert (checkpoint / "model.safetensors").read_bytes() == source
+    assert [file.name for file in tmp_path.iterdir() if not file.name.endswith(".lock")] == ["out"]
 
 
 def test_evaluate_prints_json_and_a_table(ranked, text, capsys):

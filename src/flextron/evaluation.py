@@ -1,12 +1,14 @@
 """Measure the loss of sub-networks on a text, in nats per token and bits per byte, paired on the same tokens.
 
-Shapes: S sub-networks, N blocks, T tokens per block, B blocks in a batch, V vocabulary.
+Every layer runs for all sub-networks before the next one, so its weights are read once for each batch of blocks.
+
+Shapes: S sub-networks, N blocks, T tokens per block, B blocks in a batch, D model, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,7 +17,9 @@ import torch
 import torch.nn.functional as F
 
 from flextron.data.blocks import TokenBlocks, batch_tokens
+from flextron.elastic.loss import hidden_states, logits_of
 from flextron.elastic.model import ElasticModel
+from flextron.elastic.walk import batch_within, walking
 from flextron.progress import bar
 from flextron.subnet import Subnet
 
@@ -115,25 +119,39 @@ def _measured(
     show: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return each run's loss and divergence from the original on each block, both [S, N] in float64."""
-    batches = list(blocks.batches(batch_tokens(model.device)))
+    batches = list(blocks.batches(batch_within(model, states=len(runs), most=batch_tokens(model.device))))
     losses: list[list[torch.Tensor]] = [[] for _ in runs]
     divergences: list[list[torch.Tensor]] = [[] for _ in runs]
-    with bar(len(batches) * len(runs), description="evaluate", show=show) as advance:
+    with bar(len(batches) * len(model.layers), description="evaluate", show=show) as advance:
         for tokens_BT in (batch.to(model.device) for batch in batches):
-            original_BTV = None if original is None else _logits(original, original.search_space.full, tokens_BT)
-            for place, run in enumerate(runs):
-                logits_BTV = _logits(model, run, tokens_BT)
-                losses[place] += map(_loss, logits_BTV, tokens_BT)
-                teachers = [None] * len(tokens_BT) if original_BTV is None else original_BTV
-                divergences[place] += map(_divergence, logits_BTV, teachers)
-                advance()
+            original_BTD = None if original is None else _whole(original, tokens_BT)
+            hidden = _layer_by_layer(model, runs, tokens_BT, advance)
+            for row, tokens_T in enumerate(tokens_BT):
+                original_TV = None if original_BTD is None else logits_of(original.lm, original_BTD[row])  # type: ignore[union-attr]
+                for place, hidden_BTD in enumerate(hidden):
+                    logits_TV = logits_of(model.lm, hidden_BTD[row])
+                    losses[place].append(_loss(logits_TV, tokens_T))
+                    divergences[place].append(_divergence(logits_TV, original_TV))
     return torch.stack([*map(torch.stack, losses)]), torch.stack([*map(torch.stack, divergences)])
 
 
-def _logits(model: ElasticModel, run: Subnet | TokenRun, tokens_BT: torch.Tensor) -> torch.Tensor:
-    with model.use(run) if isinstance(run, Subnet) else run.use():
-        logits: torch.Tensor = model(tokens_BT.to(model.device), use_cache=False).logits
-    return logits
+def _layer_by_layer(
+    model: ElasticModel, runs: Sequence[Subnet | TokenRun], tokens_BT: torch.Tensor, advance: Callable[[], None]
+) -> list[torch.Tensor]:
+    """Each run's input of the output projection, [B, T, D]; every layer runs for all before the next one."""
+    hidden: list[Any] = [None for _ in runs]
+    with walking(model) as walk:
+        for layer in range(len(model.layers)):
+            for place, run in enumerate(runs):
+                with model.use(run) if isinstance(run, Subnet) else run.use():
+                    hidden[place] = walk.through(layer, tokens_BT, hidden[place])
+            advance()
+        return [walk.finish(tokens_BT, hidden_BTD) for hidden_BTD in hidden]
+
+
+def _whole(original: ElasticModel, tokens_BT: torch.Tensor) -> torch.Tensor:
+    with original.use(original.search_space.full):
+        return hidden_states(original.lm, tokens_BT.to(original.device), None)
 
 
 def _loss(logits_TV: torch.Tensor, tokens_T: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ from threading import Event
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -44,6 +45,13 @@ def in_thread(work):
 def use(model, subnet):
     with model.use(subnet):
         return model.subnet
+
+
+def test_a_model_on_several_devices_is_refused_with_the_way_out():
+    lm = tiny.plain_model("llama")
+    add_hook_to_module(lm.model.layers[1].mlp.down_proj, ModelHook())  # as `device_map` does for every module
+    with pytest.raises(TypeError, match=r"pass device instead of device_map.*larger than the memory.*rank --stream"):
+        ElasticModel(lm)
 
 
 class TestThreads:

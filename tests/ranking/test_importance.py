@@ -1,6 +1,7 @@
 """Scores equal their definitions, computed by brute force; measuring does not change the model."""
 
 import copy
+import weakref
 
 import numpy as np
 import pytest
@@ -247,8 +248,48 @@ def size_of(statistic: importance._Statistic) -> dict[str, int]:
     return {name: value.numel() if torch.is_tensor(value) else np.size(value) for name, value in held.items()}
 
 
+def by_whole_passes(model: ElasticModel, blocks, score: str) -> list[importance.Orders]:
+    """The orders from passes through the whole model, with the statistics of all layers held together."""
+    statistics = [[importance._Statistic(layer[axis], score) for axis in model.family.axes] for layer in model.layers]
+    batches = blocks.tokens.tensor_split(2)
+    with importance._observed([each for pair in statistics for each in pair]):
+        for place, tokens in enumerate(batches):
+            if place and score == "reconstruction":
+                for mlp, _ in statistics:
+                    mlp.start_second_round()
+            tiny.logits_of(model, tokens)
+    return [importance._orders(mlp, attention) for mlp, attention in statistics]
+
+
+@pytest.mark.parametrize("model_type", tiny.CONFIGS)
+def test_layer_by_layer_gives_the_orders_of_whole_passes(model_type):
+    model, blocks = ElasticModel(tiny.plain_model(model_type)), tiny.blocks()
+    for score in ("reconstruction", "absolute"):
+        for found, expected in zip(
+            measure_importance(model, blocks, score=score), by_whole_passes(model, blocks, score), strict=True
+        ):
+            for axis in ("neurons", "kv_groups", "query_heads"):
+                assert torch.equal(getattr(found, axis), getattr(expected, axis))
+
+
+def test_statistics_of_one_layer_at_a_time_are_held(llama, monkeypatch):
+    alive: weakref.WeakSet[importance._Statistic] = weakref.WeakSet()
+    most = []
+
+    class Counted(importance._Statistic):
+        def __init__(self, *args):
+            super().__init__(*args)
+            alive.add(self)
+            most.append(len(alive))
+
+    monkeypatch.setattr(importance, "_Statistic", Counted)
+    measure_importance(llama, tiny.blocks())
+    assert len(most) == 2 * tiny.LAYERS
+    assert max(most) <= 4  # those of the layer before live until they are replaced
+
+
 @pytest.mark.parametrize("score", SCORES)
-def test_memory_does_not_grow_with_the_text(llama, monkeypatch, score):
+def test_statistics_do_not_grow_with_the_text(llama, monkeypatch, score):
     kept: list[importance._Statistic] = []
 
     class Recorded(importance._Statistic):

@@ -105,7 +105,6 @@ def test_what_cannot_be_refitted(blocks):
     model = ranked()
     with torch.no_grad():
         model.layers[1].mlp.opens[0].weight[0, 0] = torch.inf
-    before = model.layers[0].mlp.closes.weight.clone()
-    with pytest.raises(FlextronError, match="not finite, so nothing was refitted"):
+    with pytest.raises(FlextronError, match="the activations of layer 1 are not finite, so it cannot be refitted"):
         refit(model, blocks)
-    assert torch.equal(before, model.layers[0].mlp.closes.weight)
+    assert "forward" not in vars(model.layers[0].module)  # the model runs as before

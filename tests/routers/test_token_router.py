@@ -27,6 +27,7 @@ from flextron.config import (
 from flextron.costs.saved import save_table
 from flextron.costs.table import linear_table
 from flextron.errors import BudgetError, RouterError
+from flextron.evaluation import evaluate
 from flextron.model import ElasticModel
 from flextron.routers.static import learning as training
 from flextron.routers.static.net import StaticRouter
@@ -88,6 +89,18 @@ def routing_of(model, router, static, table, budgets, **options):
 def run(model, routing, tokens):
     with routing.use():
         return logits_of(model, tokens)
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_evaluated_layer_by_layer_it_chooses_as_in_a_whole_pass(llama, trained, static, table, hard):
+    blocks = tiny.blocks(4)
+    routings = [routing_of(llama, trained, static, table, (0.7,), hard=hard) for _ in range(2)]
+    _, found = evaluate(llama, [llama.search_space.full, routings[0]], blocks)
+    logits = run(llama, routings[1], blocks.tokens)[:, :-1]
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), blocks.tokens[:, 1:].flatten())
+    assert found.nats_per_token == pytest.approx(expected.item(), rel=1e-5)
+    assert torch.equal(routings[0].used_LK, routings[1].used_LK)
+    assert found.share == routings[1].share
 
 
 class TestRouter:

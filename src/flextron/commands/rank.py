@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from flextron.model import ElasticModel
 
 # What may change between an interrupted `rank` and the run that takes it up.
-_NOT_OF_THE_RANKING = ("out", "overwrite", "sensitivity_tokens", "sensitivities", "device")
+_NOT_OF_THE_RANKING = ("out", "overwrite", "sensitivity_tokens", "sensitivities", "device", "stream")
 
 
 def run(config: RankConfig) -> None:
@@ -23,8 +24,8 @@ def run(config: RankConfig) -> None:
     from flextron.atomic import check_apart, reserved
 
     check_apart(config.out, config.model, config.text)
-    with reserved(config.out):
-        model = _ranked(config)
+    with reserved(config.out), ExitStack() as held:
+        model = _ranked(config, held)
         if config.sensitivity_tokens:
             _measure_sensitivity(model, config)
     refitted = " and refitted" if config.refit_tokens else ""
@@ -58,9 +59,10 @@ def _blocks(model: ElasticModel, config: RankConfig, *, tokens: int | None = Non
     return blocks_after(model.tokenizer, config.text, after, tokens=tokens, block_tokens=block_tokens)
 
 
-def _ranked(config: RankConfig) -> ElasticModel:
-    """The ranked model, saved; an interrupted run's is taken up, so that only the sensitivities are left to do."""
+def _ranked(config: RankConfig, held: ExitStack) -> ElasticModel:
+    """The ranked model, saved; usable while `held` is open. An interrupted run's is taken up."""
     from flextron.atomic import check_new, check_space, tell_dropped
+    from flextron.elastic.on_disk import weights_on_disk
     from flextron.ranking.importance import rank
     from flextron.ranking.refit import refit
     from flextron.ranking.sensitivity import Sensitivity
@@ -76,7 +78,9 @@ def _ranked(config: RankConfig) -> ElasticModel:
     check_new(config.out, overwrite=config.overwrite)
     tell_dropped(config.out, "--overwrite")
     model = shared.load(config)
-    check_space(config.out, sum(weight.nbytes for weight in model.lm.parameters()))
+    check_space(config.out, (1 + config.stream) * sum(weight.nbytes for weight in model.lm.parameters()))
+    if config.stream:
+        held.enter_context(weights_on_disk(model, config.out))
     if config.neuron_step is not None:
         model.search_space = SearchSpace.of_model(**model.search_space.sizes, neuron_step=config.neuron_step)
     ranked_on = _blocks(model, config)

@@ -48,6 +48,8 @@ class RankConfig:
     """estimated: from one backward pass and two measured widths of each sub-layer. measured: every width with forward passes, which takes some five times as long."""
     neuron_step: OptionalInt = None
     """Distance in neurons between the MLP widths of the search space. The default gives 16 to 32 widths."""
+    stream: bool = False
+    """Keep the weights on disk and hold only those in use, for models larger than the memory. Needs --device cpu, and beside OUT as much free space again as OUT takes. Weights that are not safetensors, or change their --dtype, are converted in memory first."""
     overwrite: bool = False
     """Replace OUT if it is a checkpoint."""
     dtype: DtypeArgument = "auto"

@@ -193,7 +193,8 @@ def make_elastic(projection: nn.Module, width: Width, *, opens: bool, stacked: i
     if "forward" in vars(projection):
         raise TypeError(
             "this model's modules are wrapped (as accelerate does for device_map), so they cannot be narrowed. "
-            "Load it onto one device: pass device instead of device_map."
+            "Load it onto one device: pass device instead of device_map. "
+            "A model larger than the memory can be ranked with `flextron rank --stream`."
         )
     try:
         projection.__class__ = _ELASTIC[type(projection), opens]

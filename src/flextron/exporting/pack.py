@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,13 +22,13 @@ import torch
 from flextron.atomic import new_folder
 from flextron.data.blocks import TokenBlocks
 from flextron.elastic import pack as packs
-from flextron.elastic.model import ElasticModel, projections_of
+from flextron.elastic.model import ElasticLayer, ElasticModel, projections_of
 from flextron.elastic.pack import LowRank, Pack
 from flextron.elastic.permutation import permute
+from flextron.elastic.projections import Projection
 from flextron.environment import dtype_name
 from flextron.errors import ExportError
 from flextron.exporting.card import CARD, text_name
-from flextron.progress import progress
 from flextron.ranking.moments import root_of, second_moments
 from flextron.ranking.sensitivity import Sensitivity
 from flextron.records import Journal
@@ -196,22 +197,22 @@ def _others(trained: ElasticModel, base: ElasticModel) -> dict[str, torch.Tensor
 def _changes(
     trained: ElasticModel, base: ElasticModel, blocks: TokenBlocks, *, show: bool
 ) -> Iterator[tuple[str, _Parts]]:
-    moments = _moments(trained, blocks, show=show)
     before, after = projections_of(base), projections_of(trained)
-    with torch.no_grad():
-        for name in progress(list(after), "pack") if show else list(after):
-            change = after[name].matrix().float() - before[name].matrix().float()
-            if change.any():
-                yield name, _parts(change, after[name].matrix().float(), moments[id(after[name])])
+    names = {id(projection): name for name, projection in after.items()}
 
+    def read(layer: ElasticLayer) -> list[Projection]:
+        """One projection for each input: those that open a sub-layer read the same."""
+        return [projection for sub in layer.subs.values() for projection in (sub.opens[0], sub.closes)]
 
-def _moments(model: ElasticModel, blocks: TokenBlocks, *, show: bool) -> dict[int, torch.Tensor]:
-    """E[a a^T] of the input of every projection, by the module's id; opening projections of a sub-layer share one."""
-    subs = [sub for _, _, sub in model.sub_layers()]
-    read = [module for sub in subs for module in (sub.opens[0], sub.closes)]
-    found = second_moments(model, read, blocks, title="inputs" if show else None)
-    by_module = {id(module): moment for module, moment in zip(read, found, strict=True)}
-    return by_module | {id(module): by_module[id(sub.opens[0])] for sub in subs for module in sub.opens}
+    found = second_moments(trained, read, blocks, title="pack" if show else None)
+    with torch.no_grad(), closing(found):
+        for layer, moments in zip(trained.layers, found, strict=True):
+            for sub, opened, closed in zip(layer.subs.values(), moments[::2], moments[1::2], strict=True):
+                for projection in (*sub.opens, sub.closes):
+                    name, weight = names[id(projection)], projection.matrix().float()
+                    change = weight - before[name].matrix().float()
+                    if change.any():
+                        yield name, _parts(change, weight, closed if projection is sub.closes else opened)
 
 
 def _parts(change: torch.Tensor, weight: torch.Tensor, moment: torch.Tensor) -> _Parts:

@@ -25,12 +25,15 @@ from numpy.typing import NDArray
 from torch import nn
 
 from flextron.data.blocks import TokenBlocks
-from flextron.elastic.model import ElasticModel, SubLayer
+from flextron.elastic.loss import logits_of
+from flextron.elastic.model import ElasticLayer, ElasticModel, SubLayer
+from flextron.elastic.walk import Walk, walking
 from flextron.progress import bar
 from flextron.ranking.sensitivity import (
     SECOND_SHARE,
     Sensitivity,
     Widths,
+    batches_for,
     batches_of,
     frozen,
     loss_increases,
@@ -57,8 +60,8 @@ def estimate_sensitivity(model: ElasticModel, blocks: TokenBlocks, *, show: bool
     ends: Widths = {axis: (space[axis][0], space[axis][-1]) for axis in AXES}
     tokens = blocks.tokens[: max(2, len(blocks.tokens) // MEASURED_PART)]
     halves = [half for half in tokens.tensor_split(2) if len(half)]
-    steps = len(batches_of(blocks.tokens)) + sum(len(batches_of(half)) for half in halves) * space.layers
-    with bar(steps, description="sensitivity", show=show) as advance:
+    batches = len(batches_of(blocks.tokens)) + sum(len(batches_for(model, half, ends)) for half in halves)
+    with bar(batches * space.layers, description="sensitivity", show=show) as advance:
         curves = _curves(model, blocks.tokens, widths, advance)
         sensitivity = sensitivity_of(model, blocks, widths, curves)
         around = space.full
@@ -84,20 +87,54 @@ def _bent(curves: NDArray[np.float64], measured_L: NDArray[np.float64]) -> NDArr
 
 
 def _curves(model: ElasticModel, tokens: torch.Tensor, widths: Widths, advance: Callable[[], None]) -> Curves:
-    """The divergence to second order at every width, [L, widths] by axis; 0 at the full width."""
+    """The divergence to second order at every width, [L, widths] by axis; 0 at the full width.
+
+    The backward pass goes layer by layer too: each layer runs again, so that activations of one layer at a time are
+    held, and beside them the hidden states between all layers for one batch.
+    """
     sums = {axis: np.zeros((len(model.layers), len(widths[axis]))) for axis in AXES}
     draw = torch.Generator(device=model.device).manual_seed(0)
-    with _frozen_weights(model), model.use(model.search_space.full), torch.enable_grad():
+    with _frozen_weights(model), model.use(model.search_space.full), walking(model) as walk:
         for tokens_BT in batches_of(tokens):
-            with _observed(model) as seen:
-                logits_BTV = model(tokens_BT.to(model.device), use_cache=False).logits[:, :-1].float()
-                drawn_N = torch.multinomial(logits_BTV.detach().softmax(-1).flatten(0, 1), 1, generator=draw)
-                (-logits_BTV.log_softmax(-1).flatten(0, 1).gather(1, drawn_N)).sum().backward()
-            for index, axis, sub in model.sub_layers():
-                moved = _moved(seen[index, axis], sub, widths[axis])
-                sums[axis][index] += 0.5 * moved.square().sum((0, 1)).double().cpu().numpy()
-            advance()
+            states = _states(walk, tokens_BT, len(model.layers))
+            gradient_BTD: torch.Tensor | None = _gradient(model, walk, tokens_BT, states.pop(), draw)
+            for index in reversed(range(len(model.layers))):
+                below_BTD = states.pop().requires_grad_() if states else None
+                with _observed(model.layers[index]) as seen, torch.enable_grad():
+                    torch.autograd.backward([walk.through(index, tokens_BT, below_BTD)], [gradient_BTD])
+                gradient_BTD = None if below_BTD is None else below_BTD.grad
+                for axis, sub in model.layers[index].subs.items():
+                    moved = _moved(seen[axis], sub, widths[axis])
+                    sums[axis][index] += 0.5 * moved.square().sum((0, 1)).double().cpu().numpy()
+                advance()
     return {axis: rows / tokens[:, 1:].numel() for axis, rows in sums.items()}
+
+
+@torch.no_grad()
+def _states(walk: Walk, tokens_BT: torch.Tensor, layers: int) -> list[torch.Tensor]:
+    """The output of every layer, [B, T, D] each."""
+    states: list[torch.Tensor] = []
+    for index in range(layers):
+        states.append(walk.through(index, tokens_BT, states[-1] if states else None))
+    return states
+
+
+def _gradient(
+    model: ElasticModel, walk: Walk, tokens_BT: torch.Tensor, last_BTD: torch.Tensor, draw: torch.Generator
+) -> torch.Tensor:
+    """The gradient of minus the log-probability of drawn tokens by the last layer's output, [B, T, D]."""
+    with torch.enable_grad():
+        read_BTD = walk.finish(tokens_BT, last_BTD.requires_grad_())
+        gradient_BTD = torch.zeros_like(read_BTD)
+        for row in range(len(tokens_BT)):
+            row_TD = read_BTD[row, :-1].detach().requires_grad_()
+            log_p_TV = logits_of(model.lm, row_TD).float().log_softmax(-1)
+            drawn_T1 = torch.multinomial(log_p_TV.detach().exp(), 1, generator=draw)
+            (gradient_BTD[row, :-1],) = torch.autograd.grad(-log_p_TV.gather(1, drawn_T1).sum(), row_TD)
+        torch.autograd.backward([read_BTD], [gradient_BTD])
+    gradient_of_last_BTD = last_BTD.grad
+    assert gradient_of_last_BTD is not None  # noqa: S101 - it has been asked for
+    return gradient_of_last_BTD
 
 
 def _moved(input_BTC: torch.Tensor, sub: SubLayer, widths: tuple[int, ...]) -> torch.Tensor:
@@ -112,22 +149,22 @@ def _moved(input_BTC: torch.Tensor, sub: SubLayer, widths: tuple[int, ...]) -> t
 
 
 @contextmanager
-def _observed(model: ElasticModel) -> Iterator[dict[tuple[int, str], torch.Tensor]]:
-    """Collect the input of every closing projection, which gets a gradient."""
-    seen: dict[tuple[int, str], torch.Tensor] = {}
+def _observed(layer: ElasticLayer) -> Iterator[dict[str, torch.Tensor]]:
+    """Collect, by axis, the inputs of a layer's closing projections, which get a gradient."""
+    seen: dict[str, torch.Tensor] = {}
 
-    def hook(key: tuple[int, str]) -> Any:
+    def hook(axis: str) -> Any:
         def observe(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             a_BTC = inputs[0] if inputs[0].requires_grad else inputs[0].detach().requires_grad_(True)
             a_BTC.retain_grad()
-            seen[key] = a_BTC
+            seen[axis] = a_BTC
             return (a_BTC, *inputs[1:])
 
         return observe
 
     with ExitStack() as hooks:
-        for index, axis, sub in model.sub_layers():
-            hooks.callback(sub.closes.register_forward_pre_hook(hook((index, axis))).remove)
+        for axis, sub in layer.subs.items():
+            hooks.callback(sub.closes.register_forward_pre_hook(hook(axis)).remove)
         yield seen
 
 

@@ -1,8 +1,8 @@
 """Rank units: order the neurons, KV groups and query heads of each layer by importance, from forward passes alone.
 
-Statistics are summed batch by batch, so their memory depends on the model, not on the number of tokens. They are
-measured at the input of the closing projection. A unit u (a neuron or a query head) adds `y_u = W_u a_u` to the
-residual stream, where a_u is its part of that input and W_u its columns of the weight.
+All tokens pass one layer before the next, so statistics of one layer at a time are held, and between layers one hidden
+state for each token. Statistics are measured at the input of the closing projection. A unit u (a neuron or a query
+head) adds `y_u = W_u a_u` to the residual stream: a_u is its part of that input, W_u its columns of the weight.
 
 Shapes: T tokens, D model, C input columns of the closing projection, U units, N neurons, G KV groups, Q query heads.
 """
@@ -24,6 +24,7 @@ from flextron.data.blocks import BATCH_TOKENS, TokenBlocks
 from flextron.elastic.checkpoint import Ranking
 from flextron.elastic.model import ElasticModel, SubLayer
 from flextron.elastic.permutation import permute
+from flextron.elastic.walk import walking
 from flextron.errors import FlextronError
 from flextron.progress import progress
 
@@ -75,8 +76,8 @@ def measure_importance(
         reconstruction (ours): removes units one by one, each time the one whose removal keeps the output of the
             sub-layer nearest to the full output in squared error. So every prefix is chosen for its own output, and
             units that repeat or cancel each other are recognised. The first half of the tokens runs through the full
-            model. In the second half each layer adds only the best three quarters of its neurons. Needs one fp32 matrix
-            [C, C] per sub-layer, and a second one per MLP.
+            model. In the second half each layer adds only the best three quarters of its neurons. Needs a few fp32
+            matrices [C, C], of one layer at a time.
 
     Raises:
         ValueError: an unknown score.
@@ -85,17 +86,20 @@ def measure_importance(
     if score not in SCORES:
         raise ValueError(f"unknown score {score!r}; the scores are {', '.join(SCORES)}.")
     model.check_tokens(blocks.tokens)
-    mlps = [_Statistic(layer.mlp, score) for layer in model.layers]
-    attentions = [_Statistic(layer.attention, score) for layer in model.layers]
     batches = list(blocks.batches(min(BATCH_TOKENS, blocks.tokens.numel() // 2)))
     second_round = len(batches) // 2 if score == "reconstruction" and len(batches) > 1 else len(batches)
-    with _observed([*mlps, *attentions]), model.use(model.search_space.full), torch.inference_mode():
-        for index, tokens_BT in enumerate(progress(batches, "rank") if show else batches):
-            if index == second_round:
-                for statistic in mlps:
-                    statistic.start_second_round()
-            model.lm.base_model(tokens_BT.to(model.device), use_cache=False)
-    return [_orders(mlp, attention) for mlp, attention in zip(mlps, attentions, strict=True)]
+    hidden: list[torch.Tensor | None] = [None for _ in batches]
+    orders = []
+    with walking(model) as walk, model.use(model.search_space.full), torch.inference_mode():
+        for index, layer in enumerate(progress(model.layers, "rank") if show else model.layers):
+            mlp, attention = _Statistic(layer.mlp, score), _Statistic(layer.attention, score)
+            with _observed([mlp, attention]):
+                for place, tokens_BT in enumerate(batches):
+                    if place == second_round:
+                        mlp.start_second_round()
+                    hidden[place] = walk.through(index, tokens_BT, hidden[place])
+            orders.append(_orders(mlp, attention))
+    return orders
 
 
 class _Statistic:
@@ -109,6 +113,8 @@ class _Statistic:
         columns = sub.closing_size
         size = (columns, columns) if score == "reconstruction" else (self.units,)
         self.sum = torch.zeros(size, dtype=torch.float32, device=sub.closes.weight.device)
+        self.weights_CC: torch.Tensor | None = None
+        """Inner products of the weight's columns; kept from the first round for the second."""
         self.first_gram: NDArray[np.float32] | None = None
         self.seen_C: torch.Tensor | None = None
 
@@ -126,39 +132,54 @@ class _Statistic:
     def start_second_round(self) -> None:
         gram_UU = self.gram()
         best_first = _eliminate(gram_UU)
-        self.first_gram = _normalised(gram_UU).astype(np.float32)
+        self.first_gram = _normalise(gram_UU).astype(np.float32)
         seen = torch.zeros(self.units, dtype=self.closes.weight.dtype)
         seen[best_first[: int(self.units * SECOND_ROUND_SHARE)]] = 1
         self.seen_C = seen.to(self.sum.device)
         self.sum.zero_()
 
     def gram(self) -> NDArray[np.float64]:
-        """Return the matrix [U, U] of scores.
+        """Return the matrix [U, U] of scores. Call it once at the end of a round: it uses up the sum.
 
         For `reconstruction` entry u, v is the sum over tokens of y_u . y_v; for other scores the matrix is diagonal.
         """
-        weight_DC = self.closes.matrix().detach().float()
-        weights_U = weight_DC.view(len(weight_DC), self.units, -1).square().sum((0, 2))
-        if self.score == "reconstruction":
-            gram_CC = self.sum * (weight_DC.T @ weight_DC)
-            gram_UU = gram_CC.view(self.units, -1, self.units, len(gram_CC) // self.units).sum((1, 3))
-        elif self.score == "absolute_weight":
-            gram_UU = torch.diag(self.sum * weights_U.sqrt())
-        else:
-            gram_UU = torch.diag(self.sum * weights_U if self.score == "rms_weight" else self.sum)
-        result: NDArray[np.float64] = gram_UU.double().cpu().numpy()
+        gram_UU = self._of_pairs() if self.score == "reconstruction" else torch.diag(self._of_units())
+        result: NDArray[np.float64] = gram_UU.cpu().double().numpy()
         if not np.isfinite(result).all():
             raise FlextronError(
                 "the activations of a layer are not finite, so its units cannot be ordered. "
                 "Check the checkpoint for NaN, or use float32 or bfloat16 instead of float16."
             )
         if self.first_gram is not None:  # both rounds count alike, whatever the size of their activations
-            result = self.first_gram + _normalised(result)
+            result = _normalise(result)
+            result += self.first_gram
         return result
 
+    def _of_pairs(self) -> torch.Tensor:
+        """The sum over tokens of y_u . y_v, [U, U]."""
+        if self.weights_CC is None:
+            weight_DC = self.closes.matrix().detach().float()
+            self.weights_CC = weight_DC.T @ weight_DC
+        gram_CC = self.sum.mul_(self.weights_CC)
+        if self.first_gram is not None:  # the last round
+            self.weights_CC = None
+        if self.units == len(gram_CC):
+            return gram_CC
+        return gram_CC.view(self.units, -1, self.units, len(gram_CC) // self.units).sum((1, 3))
 
-def _normalised(gram_UU: NDArray[np.float64]) -> NDArray[np.float64]:
-    return gram_UU / (gram_UU.trace() or 1.0)
+    def _of_units(self) -> torch.Tensor:
+        """The score of every unit, [U]."""
+        if not self.score.endswith("weight"):
+            return self.sum
+        weight_DC = self.closes.matrix().detach().float()
+        weights_U = weight_DC.view(len(weight_DC), self.units, -1).square().sum((0, 2))
+        return self.sum * (weights_U.sqrt() if self.score == "absolute_weight" else weights_U)
+
+
+def _normalise(gram_UU: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Divide by the trace, in place."""
+    gram_UU /= gram_UU.trace() or 1.0
+    return gram_UU
 
 
 @contextmanager

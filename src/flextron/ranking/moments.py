@@ -5,7 +5,7 @@ Shapes: N tokens, C columns of a projection.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -13,29 +13,41 @@ import torch
 from torch import nn
 
 from flextron.data.blocks import BATCH_TOKENS, TokenBlocks
-from flextron.elastic.model import ElasticModel
+from flextron.elastic.model import ElasticLayer, ElasticModel
 from flextron.elastic.projections import Projection
+from flextron.elastic.walk import walking
 from flextron.progress import progress
 
 RIDGE = 1e-4
 """Added under the root, as a share of the mean, so that directions that never occur have a weight."""
 
 
-@torch.inference_mode()
 def second_moments(
-    model: ElasticModel, modules: Sequence[Projection], blocks: TokenBlocks, *, title: str | None = None
-) -> list[torch.Tensor]:
-    """Return E[a a^T], [C, C] in float32, of the input of each projection in the full model.
+    model: ElasticModel,
+    projections: Callable[[ElasticLayer], Sequence[Projection]],
+    blocks: TokenBlocks,
+    *,
+    title: str | None = None,
+) -> Generator[list[torch.Tensor], None, None]:
+    """Yield, layer by layer, E[a a^T], [C, C] in float32, of the input of a layer's projections in the full model.
+
+    The caller may change a layer's weights when it gets its moments: the layers above read what it gave before. Close
+    the generator if you do not take all layers: until then the model runs layer by layer only.
 
     Args:
+        projections: which ones to measure in a layer.
         title: of a progress bar; None shows none.
     """
-    sums = [torch.zeros(columns, columns, device=model.device) for columns in (m.matrix().shape[1] for m in modules)]
     batches = list(blocks.batches(BATCH_TOKENS))
-    with _summed(modules, sums), model.use(model.search_space.full):
-        for tokens_BT in progress(batches, title) if title else batches:
-            model.lm.base_model(tokens_BT.to(model.device), use_cache=False)
-    return [total / blocks.tokens.numel() for total in sums]
+    hidden: list[torch.Tensor | None] = [None for _ in batches]
+    with walking(model) as walk, model.use(model.search_space.full):
+        for index, layer in enumerate(progress(model.layers, title) if title else model.layers):
+            modules = projections(layer)
+            sums = [torch.zeros(m.matrix().shape[1], m.matrix().shape[1], device=model.device) for m in modules]
+            with _summed(modules, sums), torch.inference_mode():
+                for place, tokens_BT in enumerate(batches):
+                    hidden[place] = walk.through(index, tokens_BT, hidden[place])
+            yield [total.div_(blocks.tokens.numel()) for total in sums]
 
 
 def root_of(moment_CC: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ Shapes: T tokens, D model, C input columns of the closing projection.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 
 import torch
 
@@ -32,7 +33,7 @@ RIDGE = 0.01
 """Pull towards the old weights, as a share of the diagonal of G."""
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def refit(
     model: ElasticModel,
     blocks: TokenBlocks,
@@ -48,28 +49,39 @@ def refit(
         rank: give every weight a change of at most this rank, so that it fits into a small pack; None for no limit.
 
     Raises:
-        FlextronError: the model is not ranked, or activations are not finite. Then nothing has changed.
+        FlextronError: the model is not ranked, or activations of a layer are not finite. Then the layers below are
+            refitted already: load the model again.
     """
     if model.ranking is None:
         raise FlextronError("only a ranked model can be refitted: its first units must be its best. Rank it first.")
-    subs = [sub for _, axis, sub in model.sub_layers() if axis in axes]
-    grams = second_moments(model, [sub.closes for sub in subs], blocks, title="refit" if show else None)
-    if not all(gram.isfinite().all() for gram in grams):
-        raise FlextronError("the activations of a layer are not finite, so nothing was refitted. Use float32.")
-    for sub, gram_CC in zip(subs, grams, strict=True):
-        weight_DC = sub.closes.matrix()
-        change_DC = _best(weight_DC.float(), gram_CC, sub) - weight_DC.float()
-        weight_DC += (change_DC if rank is None else _of_rank(change_DC, gram_CC, rank)).to(weight_DC)
+    moments = second_moments(
+        model, lambda layer: [layer[axis].closes for axis in axes], blocks, title="refit" if show else None
+    )
+    with closing(moments):
+        for index, grams in enumerate(moments):
+            if not all(gram_CC.isfinite().all() for gram_CC in grams):
+                raise FlextronError(
+                    f"the activations of layer {index} are not finite, so it cannot be refitted. Use float32."
+                )
+            for axis, gram_CC in zip(axes, grams, strict=True):
+                _refit(model.layers[index][axis], gram_CC, rank)
+
+
+def _refit(sub: SubLayer, gram_CC: torch.Tensor, rank: int | None) -> None:
+    weight_DC = sub.closes.matrix()
+    change_DC = _best(weight_DC.float(), gram_CC, sub) - weight_DC.float()
+    weight_DC += (change_DC if rank is None else _of_rank(change_DC, gram_CC, rank)).to(weight_DC)
 
 
 def _best(weight_DC: torch.Tensor, gram_CC: torch.Tensor, sub: SubLayer) -> torch.Tensor:
     """The matrix that answers best for all widths, [D, C]."""
     wider_C = _chance_of_wider(sub).to(gram_CC)
-    place_C = torch.arange(len(gram_CC), device=gram_CC.device)
-    both_CC = wider_C[torch.maximum(place_C[:, None], place_C)]
     ridge_C = RIDGE * gram_CC.diagonal() + 1e-12 * gram_CC.diagonal().mean() + torch.finfo(torch.float32).tiny
     right_DC = weight_DC @ gram_CC * wider_C + weight_DC * ridge_C
-    solved_CD: torch.Tensor = torch.linalg.solve(gram_CC * both_CC + ridge_C.diag(), right_DC.T)
+    left_CC = torch.minimum(wider_C[:, None], wider_C).mul_(gram_CC)  # P(k > max(i, j)): wider is less likely
+    left_CC.diagonal().add_(ridge_C)
+    root_CC, failed = torch.linalg.cholesky_ex(left_CC)  # positive definite, but for rounding
+    solved_CD = torch.linalg.solve(left_CC, right_DC.T) if failed else torch.cholesky_solve(right_DC.T, root_CC)
     return solved_CD.T
 
 

@@ -7,22 +7,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from flextron.atomic import write_text
 from flextron.data.blocks import TokenBlocks, blocks_after
+from flextron.elastic.loss import logits_of
 from flextron.elastic.model import ElasticModel
 from flextron.elastic.source import search_space_in
+from flextron.elastic.walk import batch_within, walking
 from flextron.errors import CheckpointError, SubnetError
 from flextron.progress import bar
 from flextron.records import checked, read_record
@@ -31,7 +30,7 @@ from flextron.subnet import AXES, SearchSpace, Subnet
 VERSION = 1
 FILE = "sensitivity.json"
 BATCH_TOKENS = 1024
-"""Number of tokens in one batch, for which the outputs of all layers are kept in memory."""
+"""Number of tokens in one batch, at most."""
 Widths = dict[str, tuple[int, ...]]
 """Widths to measure, by axis."""
 SECOND_SHARE = 0.6
@@ -184,13 +183,14 @@ def measure_sensitivity(model: ElasticModel, blocks: TokenBlocks, *, show: bool 
 
     What a unit is worth depends on what else is gone. So half of the blocks are measured around the full model, and
     half around the 60% sub-network that the first half leads to. The increases are the mean of both. Layers below the
-    changed one are not computed again: their outputs are kept for each batch.
+    changed one are not computed again. Each layer runs for all changes before the next one, so its weights are read
+    once for a batch; between layers one hidden state for each change is kept.
     """
     model.check_tokens(blocks.tokens)
     space = model.search_space
     widths = {**{axis: space[axis] for axis in AXES}, "neurons": _parts(space.neurons, 4)}
     halves = [half for half in blocks.tokens.tensor_split(2) if len(half)]
-    steps = sum(len(batches_of(half)) for half in halves) * space.layers
+    steps = sum(len(batches_for(model, half, widths)) for half in halves) * space.layers
     with bar(steps, description="sensitivity", show=show) as advance, torch.inference_mode():
         increases = loss_increases(model, halves[0], space.full, widths, advance)
         sensitivity = sensitivity_of(model, blocks, widths, increases)
@@ -212,18 +212,24 @@ def loss_increases(
 ) -> dict[str, np.ndarray[Any, Any]]:
     """Return, by axis, how much the loss rises when one sub-layer of `around` is narrowed from full, [L, widths]."""
     losses = {axis: np.zeros((around.layers, len(widths[axis]))) for axis in AXES}
-    for tokens_BT in batches_of(tokens):
+    for tokens_BT in batches_for(model, tokens, widths):
         part = len(tokens_BT) / len(tokens)
-        loss_of = partial(mixed_loss, text_weight=text_weight)
-        changed = _changed_losses(model, tokens_BT.to(model.device), around, widths, advance, loss_of)
-        for axis, layer, index, loss in changed:
-            losses[axis][layer, index] += loss * part
+        loss_of = _changed_losses(model, tokens_BT.to(model.device), around, widths, advance, text_weight)
+        for layer in range(around.layers):
+            for axis, index, subnet in _changes(around, widths, layer):
+                losses[axis][layer, index] += loss_of[subnet] * part
     return {axis: losses[axis] - losses[axis][:, -1:] for axis in AXES}
 
 
-def batches_of(tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Split blocks into batches of BATCH_TOKENS tokens."""
-    return torch.split(tokens, max(1, BATCH_TOKENS // tokens.shape[1]))
+def batches_of(tokens: torch.Tensor, most: int = BATCH_TOKENS) -> tuple[torch.Tensor, ...]:
+    """Split blocks into batches of at most so many tokens, but at least one block."""
+    return torch.split(tokens, max(1, most // tokens.shape[1]))
+
+
+def batches_for(model: ElasticModel, tokens: torch.Tensor, widths: Widths) -> tuple[torch.Tensor, ...]:
+    """Split blocks into batches in which every one of these widths of every layer can be measured at once."""
+    changes = sum(len(widths[axis]) for axis in AXES) * len(model.layers)
+    return batches_of(tokens, batch_within(model, states=changes, most=BATCH_TOKENS))
 
 
 def _changed_losses(
@@ -232,20 +238,28 @@ def _changed_losses(
     around: Subnet,
     widths: Widths,
     advance: Callable[[], None],
-    loss_of: Callable[..., float],
-) -> Iterator[tuple[str, int, int, float]]:
-    """Yield axis, layer, index of the width, and loss on one batch, for every change."""
-    probabilities_BTV = full_predictions(model, tokens_BT)
-    outputs, loss = _run(model, around, lambda: loss_of(model, tokens_BT, probabilities_BTV))
-    for layer in range(around.layers):
-        with _reused([below.module for below in model.layers[:layer]], outputs):
-            for axis, index, subnet in _changes(around, widths, layer):
-                if subnet == around:
-                    yield axis, layer, index, loss
-                    continue
+    text_weight: float,
+) -> dict[Subnet, float]:
+    """The loss on one batch of `around` with every change of one sub-layer."""
+    full = model.search_space.full
+    hidden: dict[Subnet, Any] = {full: None, around: None}
+    with walking(model) as walk:
+        for layer in range(around.layers):
+            below = hidden[around]
+            hidden |= {subnet: below for _, _, subnet in _changes(around, widths, layer) if subnet not in hidden}
+            for subnet, hidden_BTD in hidden.items():
                 with model.use(subnet):
-                    yield axis, layer, index, loss_of(model, tokens_BT, probabilities_BTV)
-        advance()
+                    hidden[subnet] = walk.through(layer, tokens_BT, hidden_BTD)
+            advance()
+        for subnet, hidden_BTD in hidden.items():
+            hidden[subnet] = walk.finish(tokens_BT, hidden_BTD)
+    losses = dict.fromkeys(hidden, 0.0)
+    for row, tokens_T in enumerate(tokens_BT):
+        probabilities_TV = logits_of(model.lm, hidden[full][row]).float().softmax(-1)
+        for subnet, hidden_BTD in hidden.items():
+            logits_TV = logits_of(model.lm, hidden_BTD[row])
+            losses[subnet] += _mixed_loss(logits_TV, tokens_T, probabilities_TV, text_weight) / len(tokens_BT)
+    return losses
 
 
 def sensitivity_of(
@@ -289,40 +303,18 @@ def mixed_loss(
     On text that is typical of the model both rise alike, but the second has no noise from single tokens.
     """
     logits_BTV = model(tokens_BT, use_cache=False).logits
-    total = 0.0
-    for logits_TV, probabilities_TV, tokens_T in zip(logits_BTV, probabilities_BTV, tokens_BT, strict=True):
-        logits = logits_TV[:-1].float()
-        to_text = logits.gather(1, tokens_T[1:, None])[:, 0]
-        to_full = torch.linalg.vecdot(logits, probabilities_TV[:-1])  # both in fp32
-        total += (logits.logsumexp(-1) - text_weight * to_text - (1 - text_weight) * to_full).mean().item()
-    return total / len(tokens_BT)
+    rows = zip(logits_BTV, tokens_BT, probabilities_BTV, strict=True)
+    return sum(_mixed_loss(*row, text_weight) for row in rows) / len(tokens_BT)
 
 
-def _run(model: ElasticModel, subnet: Subnet, loss_of: Callable[[], float]) -> tuple[list[Any], float]:
-    """Return the output of every layer of a sub-network, and its mean loss."""
-    outputs: list[Any] = []
-    hooks = [
-        layer.module.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
-        for layer in model.layers
-    ]
-    try:
-        with model.use(subnet):
-            return outputs, loss_of()
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@contextmanager
-def _reused(layers: list[nn.Module], outputs: list[Any]) -> Iterator[None]:
-    """Let each layer return its earlier output inside the block, without computing."""
-    for layer, output in zip(layers, outputs, strict=False):
-        layer.forward = lambda *_args, _output=output, **_kwargs: _output
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
+def _mixed_loss(
+    logits_TV: torch.Tensor, tokens_T: torch.Tensor, probabilities_TV: torch.Tensor, text_weight: float
+) -> float:
+    logits = logits_TV[:-1].float()
+    to_text = logits.gather(1, tokens_T[1:, None])[:, 0]
+    to_full = torch.linalg.vecdot(logits, probabilities_TV[:-1])  # both in fp32
+    losses = logits.logsumexp(-1) - text_weight * to_text - (1 - text_weight) * to_full
+    return float(losses.mean())
 
 
 def _parts(choices: tuple[int, ...], count: int) -> tuple[int, ...]:

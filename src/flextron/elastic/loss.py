@@ -34,18 +34,31 @@ class Losses:
     """Cross-entropy to the text, in nats."""
 
 
+def body_of(lm: PreTrainedModel) -> Any:
+    """The model below the output projection. Llama 4's `base_model` is the whole model."""
+    return lm.model if lm.base_model is lm else lm.base_model
+
+
 def hidden_states(lm: PreTrainedModel, tokens_BT: torch.Tensor, positions_BT: torch.Tensor | None) -> torch.Tensor:
     """The input of the output projection, [B, T, D]. With `positions_BT`, attention stays inside documents."""
-    hidden_BTD: torch.Tensor = lm.base_model(
+    hidden_BTD: torch.Tensor = body_of(lm)(
         input_ids=tokens_BT, position_ids=positions_BT, use_cache=False
     ).last_hidden_state
     return hidden_BTD
 
 
 def logits_of(lm: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits of hidden states, as the model's own forward pass computes them: Granite scales, Gemma 2 caps."""
-    logits: torch.Tensor = lm.get_output_embeddings()(hidden) / getattr(lm.config, "logits_scaling", 1)
-    cap = getattr(lm.config, "final_logit_softcapping", None)
+    """Logits of hidden states, as the model's own forward pass computes them.
+
+    Granite divides them, Cohere multiplies them, MiniCPM3 divides the hidden states, Gemma 2 and nanochat cap them. The
+    contract holds this against the model's own logits for every family.
+    """
+    config = lm.config
+    if base := getattr(config, "dim_model_base", None):
+        hidden = hidden / (config.hidden_size / base)
+    logits: torch.Tensor = lm.get_output_embeddings()(hidden)
+    logits = logits * getattr(config, "logit_scale", 1) / getattr(config, "logits_scaling", 1)
+    cap = getattr(config, "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 

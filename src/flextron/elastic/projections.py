@@ -136,10 +136,19 @@ class _Closing(Projection):
             parts = x_BTK.view(*x_BTK.shape[:-1], mask.shape[-1], x_BTK.shape[-1] // mask.shape[-1])
             x_BTK = (parts * mask[..., None].to(x_BTK.dtype)).flatten(-2)
         matrix = self.matrix()
+        if not self.width.kept:
+            return self._nothing(x_BTK)
         columns = matrix[:, self.width.span(matrix.shape[1])]
         if (sums_ND := self.width.sums) is not None:
             return torch.addmm(sums_ND, x_BTK.flatten(0, -2), columns.t(), out=sums_ND)
         return self._product(x_BTK, columns, None if self.width.first else self.bias)
+
+    def _nothing(self, x_BTK: torch.Tensor) -> torch.Tensor:
+        """What no unit adds: zeros, also instead of the bias, for sub-layers without a module that could be skipped."""
+        nothing = x_BTK.new_zeros(*x_BTK.shape[:-1], self.matrix().shape[0])
+        if not torch.is_grad_enabled():
+            return nothing
+        return _WithZeroGradients.apply(nothing, x_BTK, *self.parameters(recurse=False))  # type: ignore[no-untyped-call, no-any-return]
 
     def _of_rows(self, x_BTK: torch.Tensor, rows: RowGroups) -> torch.Tensor:
         """Project; a row that uses no unit gets zeros."""
@@ -181,6 +190,22 @@ _ELASTIC: dict[tuple[type, bool], type[Projection]] = {
 }
 
 
+def is_projection(module: nn.Module) -> bool:
+    """Whether `make_elastic` takes such a module: it computes what its weight and bias say, and nothing else.
+
+    So do the Linears that families of transformers define for themselves, such as Falcon's; quantised ones do not.
+    """
+    kind = type(module)
+    return (kind, True) in _ELASTIC or (isinstance(module, nn.Linear) and kind.__module__.startswith(_FAMILY_CODE))
+
+
+_FAMILY_CODE = "transformers.models."
+
+
+def _elastic_kind(kind: type[nn.Module], *, opens: bool) -> type[nn.Module]:
+    return _ELASTIC.get((kind, opens)) or _mixed(_Opening if opens else _Closing, kind)
+
+
 def make_elastic(projection: nn.Module, width: Width, *, opens: bool, stacked: int = 1) -> Projection:
     """Turn a projection into its elastic kind in place: same object, same Parameters, same names.
 
@@ -195,13 +220,12 @@ def make_elastic(projection: nn.Module, width: Width, *, opens: bool, stacked: i
             "this model's modules are wrapped (as accelerate does for device_map), so they cannot be narrowed. "
             "Load it onto one device: pass device instead of device_map."
         )
-    try:
-        projection.__class__ = _ELASTIC[type(projection), opens]
-    except KeyError:
+    if not is_projection(projection):
         raise TypeError(
             f"cannot narrow a {type(projection).__name__}: elastic projections are Linear or Conv1D. "
             "Load the model unquantised and without adapters."
-        ) from None
+        )
+    projection.__class__ = _elastic_kind(type(projection), opens=opens)
     elastic = cast(Projection, projection)
     elastic.width = width
     elastic.stacked = stacked
@@ -230,8 +254,10 @@ class _Skippable(nn.Module):
     """
 
     width: Width
-    gives_weights: bool
+    outputs: int
     layer_idx: int
+    layer_id: int
+    """Its layer's number in GPT-Neo; other families call it `layer_idx`."""
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.width.run is not None:
@@ -244,12 +270,12 @@ class _Skippable(nn.Module):
         nothing = torch.zeros_like(hidden_states)
         if torch.is_grad_enabled():
             nothing = _WithZeroGradients.apply(nothing, hidden_states, *self.parameters())  # type: ignore[no-untyped-call]
-        if not self.gives_weights:
+        if self.outputs == 1:
             return nothing
         for cache_ in (value for value in kwargs.values() if isinstance(value, Cache)):
             passed = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
-            cache_.update(passed, passed, self.layer_idx)
-        return nothing, None
+            cache_.update(passed, passed, self.layer_idx if hasattr(self, "layer_idx") else self.layer_id)
+        return nothing, *([None] * (self.outputs - 1))
 
 
 class _SkippableNorm(nn.Module):
@@ -277,14 +303,14 @@ def make_norm_skippable(norm: nn.Module, width: Width) -> None:
     cast(_SkippableNorm, norm).width = width
 
 
-def make_skippable(sub_layer: nn.Module, width: Width, *, gives_weights: bool) -> None:
+def make_skippable(sub_layer: nn.Module, width: Width, *, outputs: int) -> None:
     """Skip a sub-layer, changed in place, at width 0.
 
     Args:
-        gives_weights: whether it returns (output, weights) instead of the output alone.
+        outputs: number of values that it returns: the output alone, or a tuple that begins with it.
     """
     kind: Any = type(sub_layer)
     sub_layer.__class__ = _mixed(_Skippable, kind)
     skippable = cast(_Skippable, sub_layer)
     skippable.width = width
-    skippable.gives_weights = gives_weights
+    skippable.outputs = outputs

@@ -22,6 +22,7 @@ from torch import nn
 from flextron.config import Score
 from flextron.data.blocks import BATCH_TOKENS, TokenBlocks
 from flextron.elastic.checkpoint import Ranking
+from flextron.elastic.loss import body_of
 from flextron.elastic.model import ElasticModel, SubLayer
 from flextron.elastic.permutation import permute
 from flextron.errors import FlextronError
@@ -94,7 +95,7 @@ def measure_importance(
             if index == second_round:
                 for statistic in mlps:
                     statistic.start_second_round()
-            model.lm.base_model(tokens_BT.to(model.device), use_cache=False)
+            body_of(model.lm)(tokens_BT.to(model.device), use_cache=False)
     return [_orders(mlp, attention) for mlp, attention in zip(mlps, attentions, strict=True)]
 
 

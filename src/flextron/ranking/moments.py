@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from flextron.data.blocks import BATCH_TOKENS, TokenBlocks
+from flextron.elastic.loss import body_of
 from flextron.elastic.model import ElasticModel
 from flextron.elastic.projections import Projection
 from flextron.progress import progress
@@ -34,7 +35,7 @@ def second_moments(
     batches = list(blocks.batches(BATCH_TOKENS))
     with _summed(modules, sums), model.use(model.search_space.full):
         for tokens_BT in progress(batches, title) if title else batches:
-            model.lm.base_model(tokens_BT.to(model.device), use_cache=False)
+            body_of(model.lm)(tokens_BT.to(model.device), use_cache=False)
     return [total / blocks.tokens.numel() for total in sums]
 
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from flextron.choosing.choice import choose
 from flextron.config import TrainConfig
 from flextron.elastic import checkpoint, per_layer
-from flextron.elastic.families import family_of
+from flextron.elastic.discovery import family_for
 from flextron.elastic.loss import CHUNK_TOKENS, CHUNK_TOKENS_OF_A_GPU
 from flextron.elastic.model import ElasticLayer, ElasticModel, projections_of
 from flextron.elastic.source import first_line, source_of
@@ -171,12 +171,12 @@ def _without_weights(path: str) -> ElasticModel:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **gguf)
     except Exception as error:  # transformers raises many types for damaged files
         raise CheckpointError(f"cannot read the config of {path}: {first_line(error)}") from error
-    family_of(config.model_type)
+    family = family_for(config)
     try:
         with torch.device("meta"):
             lm = AutoModelForCausalLM.from_config(config)
         search_space = None if gguf else checkpoint.load_metadata(source, {})[0]
-        return ElasticModel(lm, search_space=search_space)
+        return ElasticModel(lm, search_space=search_space, family=family)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"cannot make {path} elastic: {error}") from error
 

@@ -91,7 +91,10 @@ def _numbers_per_unit(model: ElasticModel) -> list[int]:
         ]
     with torch.inference_mode(), model.use(model.search_space.full):
         filled = model(torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=True).past_key_values
-    return [sum(getattr(layer, name).numel() for name in ("keys", "values") if _holds(layer, name)) for layer in filled.layers]
+    return [
+        sum(getattr(layer, name).numel() for name in ("keys", "values") if _holds(layer, name))
+        for layer in filled.layers
+    ]
 
 
 def _holds(layer: Any, name: str) -> bool:

@@ -22,14 +22,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from flextron.elastic.contract import BrokenContractError, check_causal, check_contract, random_tokens
 from flextron.elastic.families import FAMILIES, Axis, Family, family_of
 from flextron.elastic.model import ElasticModel
 from flextron.elastic.per_layer import PREFIX
 from flextron.elastic.projections import is_projection
-from flextron.elastic.shrinking import small_copy
+from flextron.elastic.shrinking import HEADS, HIDDEN, quiet, small_config, small_copy
 from flextron.elastic.source import first_line
 from flextron.errors import UnknownFamilyError
 
@@ -95,14 +95,31 @@ def family_for(config: Any) -> Family:
     kind = config.model_type
     if kind in FAMILIES or kind.startswith(PREFIX):
         return family_of(kind)
+    return found_for(config).family
+
+
+def found_for(config: Any) -> Found:
+    """What `discover` finds, once for each config in this process: a teacher is loaded beside its student.
+
+    Raises:
+        UnknownFamilyError: as `discover`.
+    """
     key = config.to_json_string()
     if key not in _FOUND:
         _FOUND[key] = discover(config)
     return _FOUND[key]
 
 
-_FOUND: dict[str, Family] = {}
-"""What discovery found for a config in this process; a teacher is loaded beside its student."""
+@dataclass(frozen=True)
+class Found:
+    """What discovery found."""
+
+    family: Family
+    doubts: tuple[str, ...]
+    """Why nothing narrower holds, one line each."""
+
+
+_FOUND: dict[str, Found] = {}
 
 
 @dataclass
@@ -120,7 +137,7 @@ Calls = dict[str, _Call]
 """Calls of a layer's modules by their paths; of a module that is called more than once, the last."""
 
 
-def discover(config: Any) -> Family:
+def discover(config: Any) -> Found:
     """Find the `Family` of a decoder from its config. The answer has passed the contract on a small random copy.
 
     Raises:
@@ -132,7 +149,8 @@ def discover(config: Any) -> Family:
         small = small_copy(config)
         tokens_BT = random_tokens(small)
         check_causal(small, tokens_BT)
-        guesses = list(_guesses(small, tokens_BT))
+        fewer_heads = _states_head_size(config)
+        guesses = [replace(guess, exports_fewer_heads=fewer_heads) for guess in _guesses(small, tokens_BT)]
     except (BrokenContractError, _NotFoundError) as error:
         raise _unknown(kind, str(error)) from None
     except Exception as error:  # configs and models refuse small sizes with errors of many types
@@ -144,8 +162,21 @@ def discover(config: Any) -> Family:
         except BrokenContractError as error:
             failures.append(str(error))
             continue
-        return family
+        return Found(family, tuple(dict.fromkeys(failures)))
     raise _unknown(kind, f"a small copy of it fails the contract: {failures[-1].rstrip('.')}")
+
+
+def _states_head_size(config: Any) -> bool:
+    """Whether a config can ask for heads of another size than hidden size / heads: then other weights have that size."""
+    try:
+        with quiet(), torch.device("meta"):
+            usual, larger = (
+                AutoModelForCausalLM.from_config(small_config(config, **heads)).num_parameters()
+                for heads in ({}, {"head_dim": 2 * HIDDEN // HEADS})
+            )
+    except Exception:  # configs refuse sizes with errors of many types
+        return False
+    return bool(larger > usual)
 
 
 class _NotFoundError(Exception):
@@ -173,7 +204,9 @@ def _guesses(lm: PreTrainedModel, tokens_BT: torch.Tensor) -> Iterator[Family]:
 def _layers(lm: PreTrainedModel) -> tuple[str, list[nn.Module]]:
     count = getattr(lm.config, "num_hidden_layers", None)
     lists = [
-        (path, module) for path, module in lm.named_modules() if isinstance(module, nn.ModuleList) and len(module) == count
+        (path, module)
+        for path, module in lm.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
     ]
     if not lists:
         raise _NotFoundError(f"it has no list of {count} layers")
@@ -292,7 +325,9 @@ def _parts(lm: PreTrainedModel, sub: _SubLayer) -> _Parts:
     inside = [
         path
         for path, module in sub.layer.named_modules()
-        if path in sub.calls and is_projection(module) and path.startswith(f"{sub.module}." if sub.module else "")
+        if path in sub.calls
+        and is_projection(module)
+        and path.startswith(f"{sub.module}." if sub.module else "")
         and (sub.module or "." not in path)
     ]
     hidden = sub.calls[""].writes.shape[-1]

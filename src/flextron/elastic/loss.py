@@ -50,14 +50,15 @@ def hidden_states(lm: PreTrainedModel, tokens_BT: torch.Tensor, positions_BT: to
 def logits_of(lm: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     """Logits of hidden states, as the model's own forward pass computes them.
 
-    Granite divides them, Cohere multiplies them, MiniCPM3 divides the hidden states, Gemma 2 and nanochat cap them. The
-    contract holds this against the model's own logits for every family.
+    Granite divides them, Cohere and HyperCLOVA X multiply them, Gemma 2 and nanochat cap them. The contract holds this
+    against the model's own logits for every family.
     """
     config = lm.config
-    if base := getattr(config, "dim_model_base", None):
-        hidden = hidden / (config.hidden_size / base)
+    scale = getattr(config, "logits_scaling", None) or 1
+    scale = scale if config.model_type == "hyperclovax" else 1 / scale
+    scale *= getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1
     logits: torch.Tensor = lm.get_output_embeddings()(hidden)
-    logits = logits * getattr(config, "logit_scale", 1) / getattr(config, "logits_scaling", 1)
+    logits = logits if scale == 1 else logits * scale
     cap = getattr(config, "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap
 

@@ -272,8 +272,8 @@ class ElasticModel:
         """Tokens that a text may have at most: rows of the table of learned positions; None where there is no table."""
         if not self.family.positions:
             return None
-        table: Any = self.lm.get_submodule(self.family.positions)
-        return int(table.num_embeddings)
+        table: Any = self.lm.get_submodule(self.family.positions)  # OPT's has two rows more
+        return min(int(table.num_embeddings), int(self.config.max_position_embeddings))
 
     def fitting(self, tokens: int) -> int:
         """Block of `tokens` tokens, or as many as the model has positions for."""

@@ -25,6 +25,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     Cache,
+    PreTrainedModel,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
@@ -135,7 +136,9 @@ def _with_one_stock_layer(config: Any) -> Any:
 
 def _adopt(model: Any, config: Any) -> None:
     config._attn_implementation = model.config._attn_implementation  # the stock __init__ has resolved it
-    model.config = config
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):  # OPT's decoder has the config too
+            module.config = config
 
 
 def _make_layer(layer_class: type[nn.Module], config: Any, index: int) -> nn.Module:

@@ -270,6 +270,7 @@ class _Skippable(nn.Module):
         nothing = torch.zeros_like(hidden_states)
         if torch.is_grad_enabled():
             nothing = _WithZeroGradients.apply(nothing, hidden_states, *self.parameters())  # type: ignore[no-untyped-call]
+            nothing = nothing.clone()  # Falcon adds to it in place
         if self.outputs == 1:
             return nothing
         for cache_ in (value for value in kwargs.values() if isinstance(value, Cache)):

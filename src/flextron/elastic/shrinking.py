@@ -5,10 +5,9 @@ Discovery tries its guesses on such a copy, because a wrong guess shows there as
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,7 +25,15 @@ _SIZES: dict[str, int] = {
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "attention_heads", "num_heads"), HEADS),
     **dict.fromkeys(("head_dim", "kv_channels", "v_head_dim", "index_head_dim", "attention_head_dim"), HIDDEN // HEADS),
     **dict.fromkeys(
-        ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "intermediate_size_mlp", "dense_intermediate_size", "block_ff_dim"),
+        (
+            "intermediate_size",
+            "n_inner",
+            "ffn_dim",
+            "ffn_hidden_size",
+            "intermediate_size_mlp",
+            "dense_intermediate_size",
+            "block_ff_dim",
+        ),
         96,
     ),
     **dict.fromkeys(("moe_intermediate_size", "expert_ffn_hidden_size"), 32),
@@ -63,6 +70,7 @@ _SIZES: dict[str, int] = {
     "linear_head_dim": 16,
     "linear_num_heads": 4,
     "mamba_n_heads": 8,
+    "mamba_n_groups": 1,
     "mamba_d_head": 16,
     "mamba_num_heads": 8,
     "mamba_head_dim": 16,
@@ -81,6 +89,7 @@ _SIZES: dict[str, int] = {
     "laurel_rank": 8,
 }
 """The size that a config field gets in the copy, whatever it was; fields that a config lacks stay away."""
+_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "residual_multiplier")
 _DERIVED = ("n_inner",)
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _GROUPS = ("num_key_value_heads", "num_kv_heads")
@@ -122,6 +131,8 @@ def small_config(config: Any, **changes: Any) -> Any:
 def _small(key: str, value: Any) -> Any:
     if key in _SIZES and type(value) is int and value > 0:
         return min(value, _SIZES[key])
+    if key in _SCALES and value == 1:  # so that code which forgets them shows it
+        return 0.5
     if key in _DERIVED and value is None:  # from the hidden size, as it is in no config that names it
         return _SIZES[key]
     if key in ("rope_parameters", "rope_scaling") and isinstance(value, Mapping):
@@ -185,12 +196,15 @@ def _randomize(lm: PreTrainedModel) -> None:
                 parameter.add_(0.3 * noise)
 
 
-@contextlib.contextmanager
+@contextmanager
 def quiet() -> Iterator[None]:
-    """No notices of transformers inside the block; they are about the original's special tokens and kernels."""
-    before = logging.get_verbosity()
+    """No notices and bars of transformers inside the block; they are about the original's special tokens and kernels."""
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()

@@ -132,7 +132,10 @@ def _build(model: ElasticModel, subnet: Subnet) -> PreTrainedModel:
     config = _plain_config(model, sizes) if subnet.is_uniform and not _skipped(subnet, 0) else None
     lm_class = type(model.lm)
     if config is None:
-        config, lm_class = _per_layer_config(model, subnet, sizes), per_layer.classes_of(model.config.model_type).causal_lm
+        config, lm_class = (
+            _per_layer_config(model, subnet, sizes),
+            per_layer.classes_of(model.config.model_type).causal_lm,
+        )
     try:
         with torch.device("meta"):
             exported = lm_class(config)

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from flextron.choosing.choice import choose
 from flextron.config import TrainConfig
 from flextron.elastic import checkpoint, per_layer
+from flextron.elastic.composite import text_options
 from flextron.elastic.discovery import family_for
 from flextron.elastic.loss import CHUNK_TOKENS, CHUNK_TOKENS_OF_A_GPU
 from flextron.elastic.model import ElasticLayer, ElasticModel, projections_of
@@ -171,6 +172,7 @@ def _without_weights(path: str) -> ElasticModel:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **gguf)
     except Exception as error:  # transformers raises many types for damaged files
         raise CheckpointError(f"cannot read the config of {path}: {first_line(error)}") from error
+    config = text_options(config).get("config", config)
     family = family_for(config)
     try:
         with torch.device("meta"):

@@ -27,7 +27,7 @@ from flextron.elastic.discovery import Coverage, check_coverage, coverage_of, fo
 from flextron.elastic.families import FAMILIES, Axis, Family
 from flextron.elastic.model import ElasticModel
 from flextron.elastic.shrinking import quiet, small_copy
-from flextron.errors import LONGEST, FlextronError
+from flextron.errors import FlextronError
 from flextron.exporting.trying import exports_of
 
 PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
@@ -106,50 +106,46 @@ def _narrowing(axis: Axis) -> str:
 
 
 def _short(text: str) -> str:
-    text = " ".join(text[:LONGEST].split()).split(": ", 1)[-1].split(". If you know")[0]
+    text = " ".join(text.split()).split(": ", 1)[-1].split(". If you know")[0]
     return text.replace("|", "/")[:120]
 
 
 def page(rows: list[Row]) -> str:
     """The text of docs/architectures.md."""
-    works = [row for row in rows if row.coverage]
-    others = [row for row in rows if not row.coverage]
-    return "\n".join(
-        [
-            "# Architectures",
-            "",
-            f"What of every decoder of transformers {transformers.__version__} narrows. `python tools/architectures.py` writes "
-            "this page: it makes",
-            "a small random copy of every type in transformers' list of causal language models, and holds it against the "
-            "contract of",
-            "[contract.py](../src/flextron/elastic/contract.py): full width equals the original, narrowed equals masked, "
-            "permuting changes nothing,",
-            "cached equals uncached. `flextron inspect MODEL` does the same for one checkpoint.",
-            "",
-            f"**{len(works)} of {len(rows)} types work.** Shares are of the layers' weights of the default config. *Narrows*: "
-            "units can be left out one by one.",
-            "*Whole*: sub-layers that can only be left out as a whole. Exports were tried: `hf` with fewer neurons in all "
-            "layers, `hf per layer`",
-            "with unequal layers, some left out. For a type that is not here, see [Add a family](add_a_family.md).",
-            "",
-            "| type | how | MLP | attention | narrows | whole | exports |",
-            "|---|---|---|---|---:|---:|---|",
-            *(_line(row) for row in works),
-            "",
-            "## What does not work",
-            "",
-            "| type | why |",
-            "|---|---|",
-            *(f"| {row.model_type} | {row.reason} |" for row in others),
-            "",
-        ]
-    )
+    works = [_line(row, row.coverage) for row in rows if row.coverage]
+    others = [f"| {row.model_type} | {row.reason} |" for row in rows if not row.coverage]
+    head = _HEAD.format(version=transformers.__version__, works=len(works), all=len(rows))
+    return "\n".join([head, *works, _OTHERS, *others, ""])
 
 
-def _line(row: Row) -> str:
-    assert row.coverage is not None
-    shares = f"{row.coverage.narrows:.0%} | {row.coverage.whole:.0%}"
-    return f"| {row.model_type} | {row.how} | {row.neurons} | {row.attention} | {shares} | {', '.join(row.exports) or '-'} |"
+_HEAD = """\
+# Architectures
+
+What of every decoder of transformers {version} narrows. `python tools/architectures.py` writes this page: it makes a
+small random copy of every type in transformers' list of causal language models, and holds it against the contract of
+[contract.py](../src/flextron/elastic/contract.py): full width equals the original, narrowed equals masked, permuting
+changes nothing, cached equals uncached. `flextron inspect MODEL` does the same for one checkpoint, and checks its own
+weights too.
+
+**{works} of {all} types work.** Shares are of the layers' weights of the default config. *Narrows*: units can be left
+out one by one. *Whole*: sub-layers that can only be left out as a whole. Exports were tried: `hf` with fewer neurons in
+all layers, `hf per layer` with unequal layers, some left out. A multimodal type stands for the text model inside it.
+
+| type | how | MLP | attention | narrows | whole | exports |
+|---|---|---|---|---:|---:|---|"""
+_OTHERS = """
+## What does not work
+
+[Add a family](add_a_family.md) shows how to write an entry for what discovery cannot see.
+
+| type | why |
+|---|---|"""
+
+
+def _line(row: Row, coverage: Coverage) -> str:
+    shares = f"{coverage.narrows:.0%} | {coverage.whole:.0%}"
+    exports = ", ".join(row.exports) or "-"
+    return f"| {row.model_type} | {row.how} | {row.neurons} | {row.attention} | {shares} | {exports} |"
 
 
 def rows_of(model_types: list[str]) -> Iterator[Row]:
@@ -166,7 +162,7 @@ def main(model_types: list[str]) -> None:
     """Print the types that are named, or write the page."""
     rows = list(rows_of(model_types or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)))
     if model_types:
-        print("\n".join(_line(row) for row in rows if row.coverage))
+        print("\n".join(_line(row, row.coverage) for row in rows if row.coverage))
     else:
         PAGE.write_text(page(rows), encoding="utf8")
         print(f"wrote {PAGE}: {sum(row.coverage is not None for row in rows)} of {len(rows)} types work.")

@@ -1,11 +1,11 @@
 """Find out where a decoder without an entry in FAMILIES keeps what narrows: from its modules and one forward pass.
 
 In that pass, a layer's children are its sub-layers: the one whose output at a token depends on other tokens is the
-attention, or what stands in its place; the other one is the MLP. Inside a sub-layer, projections that read its own input
-open it, and one that reads something else and writes the residual stream closes it. A norm belongs to a sub-layer
-if nothing else reads its output. What is left open (does a weight hold Q, K and V as blocks? does the code count heads
-in an attribute?) is tried on a small random copy of the model, against the contract. An attention that does not narrow
-can still be left out as a whole.
+attention, or what stands in its place; the other one is the MLP. Inside a sub-layer, projections that read its own
+input open it, and one that reads something else and writes the residual stream closes it. A norm belongs to a
+sub-layer if nothing else reads its output. What is left open (does a weight hold Q, K and V as blocks? does the code
+count heads in an attribute?) is tried on a small random copy of the model, against the contract. An attention that does
+not narrow can still be left out as a whole.
 
 Shapes: B batch, T time, D model.
 """
@@ -167,7 +167,7 @@ def discover(config: Any) -> Found:
 
 
 def _states_head_size(config: Any) -> bool:
-    """Whether a config can ask for heads of another size than hidden size / heads: then other weights have that size."""
+    """Whether a config can ask for heads of another size than hidden size / heads: then there are more weights."""
     try:
         with quiet(), torch.device("meta"):
             usual, larger = (
@@ -262,9 +262,13 @@ def _sub_layers(layer: nn.Module, calls: Calls) -> tuple[_SubLayer, _SubLayer]:
         raise _NotFoundError("a layer has no attention and nothing in its place")
     if not others and not any(is_projection(module) for module in layer.children()):
         raise _NotFoundError("a layer has no MLP")
-    heaviest = lambda names: max(names, key=lambda name: _weights(layer.get_submodule(name)), default="")  # noqa: E731
-    mlp, mixer = heaviest(others), heaviest(mixers)
-    return tuple(_SubLayer(layer, calls, name, _norm(layer, calls, name)) for name in (mlp, mixer))  # type: ignore[return-value]
+    mlp, mixer = (
+        max(names, key=lambda name: _weights(layer.get_submodule(name)), default="") for names in (others, mixers)
+    )
+    return (
+        _SubLayer(layer, calls, mlp, _norm(layer, calls, mlp)),
+        _SubLayer(layer, calls, mixer, _norm(layer, calls, mixer)),
+    )
 
 
 def _weights(module: nn.Module) -> int:
@@ -321,7 +325,7 @@ class _Parts:
     """Input size of the closing projection."""
 
 
-def _parts(lm: PreTrainedModel, sub: _SubLayer) -> _Parts:
+def _parts(sub: _SubLayer) -> _Parts:
     inside = [
         path
         for path, module in sub.layer.named_modules()
@@ -342,7 +346,7 @@ def _parts(lm: PreTrainedModel, sub: _SubLayer) -> _Parts:
 
 def _mlps(lm: PreTrainedModel, sub: _SubLayer) -> Iterator[Axis]:
     """Yield how an MLP may narrow."""
-    parts = _parts(lm, sub)
+    parts = _parts(sub)
     ratios = {rows / parts.columns for rows in parts.rows}
     if len(ratios) != 1 or not max(ratios).is_integer():
         raise _NotFoundError(f"{sub.module or 'the MLP'} does not open with projections to its neurons")
@@ -358,14 +362,13 @@ def _mlps(lm: PreTrainedModel, sub: _SubLayer) -> Iterator[Axis]:
 
 def _attentions(lm: PreTrainedModel, sub: _SubLayer) -> Iterator[Axis]:
     """Yield how an attention may narrow, and last how it is left out."""
-    parts = _parts(lm, sub)
+    parts = _parts(sub)
     whole = Axis((), parts.closes, norm=sub.norm, outputs=sub.calls[sub.module].outputs)
     heads = getattr(lm.config, "num_attention_heads", 0)
     groups = getattr(lm.config, "num_key_value_heads", None) or heads
     if parts.opens and heads and not any(rows % groups for rows in (*parts.rows, parts.columns)):
-        keys = ("num_attention_heads",)
-        if getattr(lm.config, "num_key_value_heads", None):
-            keys = ("num_key_value_heads", *keys)
+        grouped = bool(getattr(lm.config, "num_key_value_heads", None))
+        keys = ("num_key_value_heads", "num_attention_heads") if grouped else ("num_attention_heads",)
         fused = len(parts.opens) == 1
         counters = tuple(_counters(sub, parts, {heads, groups, parts.columns}))
         for stacked in (3, 1) if fused and parts.rows[0] == 3 * parts.columns else () if fused else (1,):
@@ -421,7 +424,7 @@ def _positions(lm: PreTrainedModel) -> str:
     words = lm.get_input_embeddings()
     longest = getattr(lm.config, "max_position_embeddings", None)
     for path, module in lm.named_modules():
-        if isinstance(module, nn.Embedding) and module is not words and longest:
-            if 0 <= module.num_embeddings - longest <= 2:
-                return path
+        is_table = isinstance(module, nn.Embedding) and module is not words
+        if is_table and longest and 0 <= module.num_embeddings - longest <= 2:
+            return str(path)
     return ""

@@ -55,7 +55,7 @@ class Inspection:
 
 
 def inspect(model: ElasticModel) -> Inspection:
-    """Say what of a model narrows, after holding its spec against the contract on a small random copy and on its weights.
+    """Say what of a model narrows, after checking its spec on a small random copy and on its own weights.
 
     Raises:
         UnknownFamilyError: an equality does not hold; the message names it.

@@ -44,7 +44,7 @@ class SubLayer:
     heads_per_unit: int
     """Number of query heads in a KV group; 1 for neurons."""
     counters: tuple[tuple[nn.Module, str, int], ...]
-    """Module attributes in which the family's own code counts heads or rows, with their full value; `keep` sets them."""
+    """Module attributes in which the family's own code counts heads or rows, and their full value; `keep` sets them."""
     parts: tuple[nn.Module, ...]
     """Modules that are left out at width 0: the sub-layer's own, or its projections if it has none."""
 
@@ -417,7 +417,9 @@ def _counters(layer: nn.Module, axis: Axis) -> Iterator[tuple[nn.Module, str, in
         parent, _, attribute = path.rpartition(".")
         module = layer.get_submodule(parent)
         if not isinstance(getattr(module, attribute, None), int):
-            raise ValueError(f"{type(layer).__name__} has no whole number {path!r}; the family spec is wrong.")
+            raise ValueError(  # noqa: TRY004 - the type is that of a spec's other errors
+                f"{type(layer).__name__} has no whole number {path!r}; the family spec is wrong."
+            )
         yield module, attribute, getattr(module, attribute)
 
 

@@ -63,16 +63,16 @@ class SkippedAttn(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
         """Return zeros like `hidden_states`, and no attention weights."""
-        for cache in (value for value in (*args, *kwargs.values()) if isinstance(value, Cache)):
+        for store in (value for value in (*args, *kwargs.values()) if isinstance(value, Cache)):
             passed = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
-            cache.update(passed, passed, self.layer_idx)
+            store.update(passed, passed, self.layer_idx)
         return torch.zeros_like(hidden_states), None
 
 
 class SkippedMLP(nn.Module):
     """Replace a skipped MLP, or a mixer of a hybrid: return zeros for the residual stream, [B, T, D] -> [B, T, D]."""
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         """Return zeros like `hidden_states`."""
         return torch.zeros_like(hidden_states)
 

@@ -202,7 +202,7 @@ def is_projection(module: nn.Module) -> bool:
 _FAMILY_CODE = "transformers.models."
 
 
-def _elastic_kind(kind: type[nn.Module], *, opens: bool) -> type[nn.Module]:
+def _elastic_kind(kind: Any, *, opens: bool) -> type[nn.Module]:
     return _ELASTIC.get((kind, opens)) or _mixed(_Opening if opens else _Closing, kind)
 
 

@@ -198,7 +198,7 @@ def _randomize(lm: PreTrainedModel) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No notices and bars of transformers inside the block; they are about the original's special tokens and kernels."""
+    """No notices and bars of transformers inside the block; they would be about the small copy."""
     before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

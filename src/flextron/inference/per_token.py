@@ -113,8 +113,8 @@ def running(model: ElasticModel, runs: Sequence[tuple[Forward, Forward]]) -> Ite
     """
     if not all(sub.axis.module for _, _, sub in model.sub_layers()):
         raise FlextronError(
-            f"the MLPs of {model.config.model_type} are not modules of their own, so tokens cannot have widths of their "
-            "own. Use one sub-network for all tokens."
+            f"the MLPs of {model.config.model_type} are not modules of their own, so tokens cannot have widths of "
+            "their own. Use one sub-network for all tokens."
         )
     widths = [sub.width for _, _, sub in model.sub_layers()]
     with model.holder.held():

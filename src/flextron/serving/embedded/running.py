@@ -77,8 +77,8 @@ class EmbeddedEngine:
         """
         if not all(sub.axis.narrows and sub.axis.module for _, _, sub in model.sub_layers()):
             raise FlextronError(
-                f"serving needs attentions that narrow by KV groups and MLPs that are modules; {model.config.model_type} "
-                "lacks one of them. Export a sub-network, and serve that."
+                f"serving needs attentions that narrow by KV groups and MLPs that are modules; "
+                f"{model.config.model_type} lacks one of them. Export a sub-network, and serve that."
             )
         self.levels = tuple(levels)
         self.options = options

@@ -153,7 +153,7 @@ def test_tokens_cannot_have_their_own_widths_without_a_module():
     model = elastic("opt")
     widths = TokenWidths.of_rows(model, [model.search_space.full])
     with (
-        pytest.raises(FlextronError, match="MLPs of opt are not modules of their own"),
+        pytest.raises(FlextronError, match="MLPs of opt are mixtures of experts or not modules of their own"),
         use_token_widths(model, widths),
     ):
         pytest.fail("the block must not run")

@@ -106,12 +106,20 @@ def _flops(model: ElasticModel) -> CostTable:
     def of_unit(sub: SubLayer) -> int:
         return 2 * sum(p.numel() for p in sub.unit_parameters() if p.ndim > 1) // sub.width.full
 
-    return linear_table(
-        model.search_space,
-        metric="flops",
-        unit="FLOPs",
-        fixed=2 * model.lm.get_output_embeddings().weight.numel(),
-        per_neuron=[of_unit(layer.mlp) for layer in model.layers],
-        per_kv_group=[of_unit(layer.attention) for layer in model.layers],
-        conditions={"formula": "flops"},
+    def row(sub: SubLayer, widths: tuple[int, ...]) -> tuple[float, ...]:
+        if not sub.axis.experts:
+            return tuple(of_unit(sub) * width for width in widths)
+        rest = sum(p.numel() for p in sub.parameters() if p.ndim > 1) - sub.width.full * sub.weights_per_unit
+        routed = model.least_units  # a token meets as many experts, however many are kept
+        return tuple(2 * rest + of_unit(sub) * routed if width else 0 for width in widths)
+
+    space = model.search_space
+    return CostTable(
+        space,
+        "flops",
+        "FLOPs",
+        2 * model.lm.get_output_embeddings().weight.numel(),
+        tuple(row(layer.mlp, space.neurons) for layer in model.layers),
+        tuple(row(layer.attention, space.kv_groups) for layer in model.layers),
+        {"formula": "flops"},
     )

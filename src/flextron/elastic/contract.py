@@ -12,13 +12,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from flextron.elastic.checkpoint import Ranking
-from flextron.elastic.families import Family
+from flextron.elastic.families import Axis, Family
 from flextron.elastic.loss import body_of, logits_of
 from flextron.elastic.model import ElasticModel, axis_of
 from flextron.elastic.permutation import permute
+from flextron.elastic.projections import expert_tensors
 from flextron.subnet import SearchSpace, Subnet
 
 TOLERANCE = 1e-5
@@ -80,14 +82,47 @@ def masked(lm: PreTrainedModel, family: Family, subnet: Subnet, *, ranking: Rank
     for index, layer in enumerate(result.get_submodule(family.layers).children()):
         for name, chain in family.axes.items():
             axis = axis_of(layer, chain)
+            if axis.experts:
+                _keep_experts(layer, axis, subnet[name][index], ranking and getattr(ranking, name)[index].long())
+                continue
             closing: Any = layer.get_submodule(axis.closes)
             matrix = closing.weight if isinstance(closing, torch.nn.Linear) else closing.weight.t()
             units = units_of(lm.config, matrix.shape[1], name) if axis.narrows else 1
+            if chain.holds_experts:
+                units = _experts_of(lm, family)
             order = torch.arange(units) if ranking is None else getattr(ranking, name)[index].long()
             matrix.unflatten(1, (units, -1))[:, order[subnet[name][index] :]] = 0
             if not subnet[name][index] and closing.bias is not None:
                 closing.bias.zero_()
     return result
+
+
+def _experts_of(lm: PreTrainedModel, family: Family) -> int:
+    """Number of experts in each mixture."""
+    key = next(kind.config_keys[0] for kind in family.mlp.kinds() if kind.experts)
+    return int(getattr(lm.config, key))
+
+
+def _keep_experts(layer: nn.Module, axis: Axis, kept: int, order: torch.Tensor | None) -> None:
+    """Make a mixture of a plain model one of fewer experts, or let it add zero."""
+    mixture = layer.get_submodule(axis.module)
+    if not kept:
+        mixture.register_forward_hook(_zeros)
+        return
+    count = next(p.shape[0] for p in layer.get_submodule(axis.closes).parameters() if p.ndim == 3)
+    chosen = (torch.arange(count) if order is None else order)[:kept]
+    for held, name in list(expert_tensors(mixture, count)):
+        tensor = held[name][chosen]
+        held[name] = nn.Parameter(tensor) if isinstance(held[name], nn.Parameter) else tensor
+    for path in axis.counts:
+        parent, _, attribute = path.rpartition(".")
+        setattr(layer.get_submodule(parent), attribute, kept)
+
+
+def _zeros(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> Any:
+    if isinstance(output, tuple):
+        return (torch.zeros_like(output[0]), *output[1:])
+    return torch.zeros_like(output)
 
 
 def units_of(config: Any, columns: int, axis: str) -> int:
@@ -196,8 +231,8 @@ def _gradients_reach_every_weight(_plain: PreTrainedModel, model: ElasticModel, 
 
 def _elastic_weights(model: ElasticModel) -> Iterator[tuple[str, torch.Tensor]]:
     for layer, axis, sub in model.sub_layers():
-        for projection in (*sub.opens, sub.closes):
-            yield f"{axis} of layer {layer}", projection.weight
+        for weight in sub.unit_parameters():
+            yield f"{axis} of layer {layer}", weight
 
 
 CHECKS: dict[str, Check] = {

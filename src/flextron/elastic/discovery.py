@@ -193,6 +193,8 @@ def _unknown(kind: str, reason: str) -> UnknownFamilyError:
 def _guesses(lm: PreTrainedModel, tokens_BT: torch.Tensor) -> Iterator[Family]:
     """Yield specs from the one that narrows most to the one that only leaves attentions out."""
     path, layers = _layers(lm)
+    if any((getattr(lm.config, name, None) or 1) > 1 for name in ("n_group", "num_expert_group")):
+        raise _NotFoundError("its experts are routed in groups, so single ones cannot be left out")
     found = [_sub_layers(layer, calls) for layer, calls in zip(layers, _observed(lm, layers, tokens_BT), strict=True)]
     mlps = _alike([list(_mlps(lm, sub)) for sub, _ in found])
     attentions = _alike([list(_attentions(lm, sub)) for _, sub in found])
@@ -346,6 +348,10 @@ def _parts(sub: _SubLayer) -> _Parts:
 
 def _mlps(lm: PreTrainedModel, sub: _SubLayer) -> Iterator[Axis]:
     """Yield how an MLP may narrow."""
+    experts = _experts(sub)
+    if experts:
+        yield _mixture(lm, sub, experts)
+        return
     parts = _parts(sub)
     ratios = {rows / parts.columns for rows in parts.rows}
     if len(ratios) != 1 or not max(ratios).is_integer():
@@ -358,6 +364,34 @@ def _mlps(lm: PreTrainedModel, sub: _SubLayer) -> Iterator[Axis]:
         norm=sub.norm,
         outputs=sub.calls[sub.module].outputs if sub.module else 1,
     )
+
+
+def _experts(sub: _SubLayer) -> str:
+    """The path of a mixture's experts, which hold 3-D weights; empty if this is none."""
+    for path, module in sub.layer.named_modules():
+        if path.startswith(f"{sub.module}.") and any(p.ndim == 3 for p in module.parameters(recurse=False)):
+            return str(path)
+    return ""
+
+
+def _mixture(lm: PreTrainedModel, sub: _SubLayer, experts: str) -> Axis:
+    if experts.rpartition(".")[0] != sub.module:
+        raise _NotFoundError(f"the experts of {sub.module} lie deeper than its router")
+    count = next(p.shape[0] for p in sub.layer.get_submodule(experts).parameters() if p.ndim == 3)
+    keys = [key for key in _EXPERTS if getattr(lm.config, key, None) == count]
+    if not keys:
+        raise _NotFoundError(f"no config field counts the {count} experts of {sub.module}")
+    counters = [
+        f"{sub.module}.{path}.{name}".replace("..", ".")
+        for path, module in sub.layer.get_submodule(sub.module).named_modules()
+        for name, value in vars(module).items()
+        if type(value) is int and value == count and "expert" in name and "shared" not in path
+    ]
+    outputs = sub.calls[sub.module].outputs
+    return Axis((), experts, (keys[0],), norm=sub.norm, counts=tuple(counters), outputs=outputs, experts=True)
+
+
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def _attentions(lm: PreTrainedModel, sub: _SubLayer) -> Iterator[Axis]:

@@ -33,6 +33,8 @@ class Axis:
     """Attributes in which the model's own code counts heads or rows, as paths inside a layer. They shrink alike."""
     outputs: int = 1
     """Number of values that the sub-layer returns: the output alone, or a tuple of (output, weights, ...)."""
+    experts: bool = False
+    """Whether `closes` is the experts of a mixture, which are the units: tensors whose first dimension counts them."""
     instead: Axis | None = None
     """What stands in its place in layers without `closes`, such as the linear attentions of a hybrid."""
 
@@ -49,7 +51,12 @@ class Axis:
     @property
     def narrows(self) -> bool:
         """Whether single units can be left out; else only the whole sub-layer can."""
-        return bool(self.opens)
+        return self.experts or bool(self.opens)
+
+    @property
+    def holds_experts(self) -> bool:
+        """Whether some layers have experts; then other layers have as many units, blocks of neurons."""
+        return any(kind.experts for kind in self.kinds())
 
     def kinds(self) -> Iterator[Axis]:
         """Yield this axis and those that stand in its place in other layers."""

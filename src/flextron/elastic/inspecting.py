@@ -100,6 +100,10 @@ def _sub_layers(model: ElasticModel) -> Iterator[str]:
 def _units(sub: SubLayer, axis: str) -> str:
     if not sub.axis.narrows:
         return "left out as a whole"
+    if sub.axis.experts:
+        return f"{sub.width.full} experts"
+    if axis == "neurons" and sub.closing_size > sub.width.full:
+        return f"{sub.width.full} blocks of {sub.closing_size // sub.width.full} neurons"
     if axis == "neurons":
         return f"{sub.width.full:,} neurons"
     return f"{sub.width.full} KV groups of {sub.heads_per_unit} query heads"
@@ -147,6 +151,9 @@ def _masked(model: ElasticModel, subnet: Subnet) -> Iterator[None]:
     """Let the full model compute `subnet` by zeros in place of what it leaves out."""
     with ExitStack() as hooks:
         for layer, axis, sub in model.sub_layers():
+            if sub.axis.experts:  # which experts a token meets depends on those that are kept
+                sub.keep(subnet[axis][layer])
+                continue
             kept = sub.closing_size // sub.width.full * subnet[axis][layer]
             hooks.callback(sub.closes.register_forward_pre_hook(_first_columns(kept)).remove)
             if not kept:

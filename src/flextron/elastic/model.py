@@ -21,7 +21,14 @@ from flextron.elastic import checkpoint
 from flextron.elastic.checkpoint import Checkpoint, Ranking
 from flextron.elastic.families import Axis, Family, family_of
 from flextron.elastic.holding import Holder
-from flextron.elastic.projections import Projection, Width, make_elastic, make_norm_skippable, make_skippable
+from flextron.elastic.projections import (
+    Projection,
+    Width,
+    expert_tensors,
+    make_elastic,
+    make_norm_skippable,
+    make_skippable,
+)
 from flextron.environment import default_device
 from flextron.errors import CheckpointError, FlextronError
 from flextron.subnet import SearchSpace, Subnet
@@ -39,6 +46,7 @@ class SubLayer:
 
     opens: tuple[Projection, ...]
     closes: Projection
+    """Of a mixture, its experts, which are no projection."""
     axis: Axis
     width: Width
     heads_per_unit: int
@@ -55,12 +63,19 @@ class SubLayer:
 
     def unit_parameters(self) -> Iterator[torch.Tensor]:
         """Yield the parameters that belong to units: matrices and opening biases; all, if the sub-layer is one unit."""
+        if self.axis.experts:
+            yield from (held[name] for held, name in self.expert_tensors() if held[name].requires_grad)
+            return
         if not self.axis.narrows:
             yield from self.parameters()
             return
         for opening in self.opens:
             yield from opening.parameters(recurse=False)
         yield self.closes.weight
+
+    def expert_tensors(self) -> Iterator[tuple[dict[str, Any], str]]:
+        """Yield where a mixture holds each tensor whose first dimension counts its experts."""
+        return expert_tensors(self.parts[0], self.width.full)
 
     @property
     def weights_per_unit(self) -> int:
@@ -146,7 +161,7 @@ class ElasticModel:
         sizes = {"layers": len(self.layers), **{axis: sub.width.full for axis, sub in first.subs.items()}}
         if ranking is not None:
             ranking.check(**sizes, query_heads=first.attention.heads_per_unit)
-        self.search_space = search_space or SearchSpace.of_model(**sizes)
+        self.search_space = search_space or SearchSpace.of_model(**sizes, least_neurons=self.least_units)
         _check_fits(self.search_space, sizes)
         self._subnet = self.search_space.full
         self.holder = Holder()
@@ -225,6 +240,14 @@ class ElasticModel:
             finally:
                 self._choose(before)
 
+    @property
+    def least_units(self) -> int:
+        """Units of an MLP that are kept at least, if any: as many experts as a token is routed to."""
+        if not self.family.mlp.holds_experts:
+            return 1
+        names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
+        return next((int(value) for name in names if (value := getattr(self.config, name, None))), 1)
+
     def _choose(self, subnet: Subnet) -> None:
         for layer, axis, sub in self.sub_layers():
             sub.keep(subnet[axis][layer])
@@ -250,7 +273,8 @@ class ElasticModel:
         digest = hashlib.sha256(repr((self.config.model_type, self.search_space)).encode())
         for layer in (self.layers[0], self.layers[-1]):
             for sub in layer.subs.values():
-                digest.update(sub.closes.weight.detach().signbit().cpu().numpy().tobytes())
+                weight = next(iter(sub.unit_parameters())) if sub.axis.experts else sub.closes.weight
+                digest.update(weight.detach().signbit().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def share(self, subnet: Subnet) -> float:
@@ -325,6 +349,8 @@ def projections_of(model: ElasticModel) -> dict[str, Projection]:
     """Every elastic projection, by its name in the transformers model."""
     found: dict[str, Projection] = {}
     for index, _, sub in model.sub_layers():
+        if sub.axis.experts:
+            continue
         paths = zip((*sub.axis.opens, sub.axis.closes), (*sub.opens, sub.closes), strict=True)
         found |= {f"{model.family.layers}.{index}.{path}": projection for path, projection in paths}
     return found
@@ -362,6 +388,9 @@ def _make_layer_elastic(layer: nn.Module, family: Family, config: Any) -> Elasti
     subs = {}
     for name, axis in axes.items():
         units, heads = _units(layer, axis, config, attends=name == "kv_groups")
+        if family.axes[name].holds_experts and not axis.experts:
+            experts = next(kind for kind in family.axes[name].kinds() if kind.experts)
+            units = _blocks(units, getattr(config, experts.config_keys[0]))
         subs[name] = _make_sub_layer_elastic(layer, axis, Width(units), heads_per_unit=heads)
     return ElasticLayer(layer, subs)
 
@@ -391,10 +420,23 @@ def has_module(layer: nn.Module, path: str) -> bool:
         return False
 
 
+def _blocks(neurons: int, experts: int) -> int:
+    """Number of units of an MLP beside mixtures: as many blocks of neurons as there are experts.
+
+    Raises:
+        ValueError: the neurons cannot be parted so.
+    """
+    if neurons % experts:
+        raise ValueError(f"{neurons} neurons cannot be parted into {experts} blocks, one for each expert elsewhere.")
+    return experts
+
+
 def _units(layer: nn.Module, axis: Axis, config: Any, *, attends: bool) -> tuple[int, int]:
     """Return the number of units of a sub-layer, and of query heads per unit (1 for neurons)."""
     if not axis.narrows:
         return 1, 1
+    if axis.experts:
+        return next(p.shape[0] for p in layer.get_submodule(axis.closes).parameters() if p.ndim == 3), 1
     if not attends:
         return layer.get_submodule(axis.closes).get_parameter("weight").numel() // config.hidden_size, 1
     kv_groups = getattr(config, axis.config_keys[0])
@@ -403,9 +445,10 @@ def _units(layer: nn.Module, axis: Axis, config: Any, *, attends: bool) -> tuple
 
 def _make_sub_layer_elastic(layer: nn.Module, axis: Axis, width: Width, *, heads_per_unit: int) -> SubLayer:
     opens = [make_elastic(layer.get_submodule(path), width, opens=True, stacked=axis.stacked) for path in axis.opens]
-    closes = make_elastic(layer.get_submodule(axis.closes), width, opens=False)
+    closing: Any = layer.get_submodule(axis.closes)
+    closes = closing if axis.experts else make_elastic(closing, width, opens=False)
     if axis.module:
-        make_skippable(layer.get_submodule(axis.module), width, outputs=axis.outputs)
+        make_skippable(layer.get_submodule(axis.module), width, outputs=axis.outputs, experts=axis.experts)
     if axis.norm:
         make_norm_skippable(layer.get_submodule(axis.norm), width)
     parts = tuple(layer.get_submodule(path) for path in axis.parts)

@@ -32,6 +32,10 @@ def permute(model: ElasticModel, ranking: Ranking) -> None:
 def _permute_sub_layer(sub: SubLayer, units: torch.Tensor, heads_GQ: torch.Tensor | None = None) -> None:
     if not sub.axis.narrows:
         return
+    if sub.axis.experts:
+        for held, name in sub.expert_tensors():
+            held[name].copy_(held[name][units.to(held[name].device)])
+        return
     unit_columns = sub.closing_size // sub.width.full
     for module in sub.opens:
         unit_rows = module.matrix().shape[0] // sub.width.full // module.stacked

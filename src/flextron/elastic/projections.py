@@ -6,6 +6,7 @@ Shapes: B batch, T time, D model, K units kept x rows per unit. Linear weights a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple, cast
 
@@ -279,6 +280,43 @@ class _Skippable(nn.Module):
         return nothing, *([None] * (self.outputs - 1))
 
 
+class _Mixture(_Skippable):
+    """A mixture of experts that routes to the first experts only, as if there were no others.
+
+    While it runs, it holds views of the tensors whose first dimension counts experts: the router's and the experts'.
+    """
+
+    def _forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not self.width.kept or self.width.kept == self.width.full:
+            return super()._forward(hidden_states, *args, **kwargs)
+        with _first(self, self.width):
+            return super()._forward(hidden_states, *args, **kwargs)
+
+
+def expert_tensors(mixture: nn.Module, experts: int) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield where a mixture holds each tensor whose first dimension counts its experts. Shared experts are not counted."""
+    for path, module in mixture.named_modules():
+        if "shared" in path:
+            continue
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is not None and tensor.ndim and tensor.shape[0] == experts:
+                    yield held, name
+
+
+@contextmanager
+def _first(mixture: nn.Module, width: Width) -> Iterator[None]:
+    """Replace the tensors of all experts by those of the first ones, inside the block."""
+    full = [(held, name, held[name]) for held, name in expert_tensors(mixture, width.full)]
+    try:
+        for held, name, tensor in full:
+            held[name] = tensor[: width.kept]
+        yield
+    finally:
+        for held, name, tensor in full:
+            held[name] = tensor
+
+
 class _SkippableNorm(nn.Module):
     """A norm that is skipped together with the only sub-layer that reads it."""
 
@@ -304,14 +342,15 @@ def make_norm_skippable(norm: nn.Module, width: Width) -> None:
     cast(_SkippableNorm, norm).width = width
 
 
-def make_skippable(sub_layer: nn.Module, width: Width, *, outputs: int) -> None:
+def make_skippable(sub_layer: nn.Module, width: Width, *, outputs: int, experts: bool = False) -> None:
     """Skip a sub-layer, changed in place, at width 0.
 
     Args:
         outputs: number of values that it returns: the output alone, or a tuple that begins with it.
+        experts: it is a mixture of experts, which routes to the kept ones at other widths.
     """
     kind: Any = type(sub_layer)
-    sub_layer.__class__ = _mixed(_Skippable, kind)
+    sub_layer.__class__ = _mixed(_Mixture if experts else _Skippable, kind)
     skippable = cast(_Skippable, sub_layer)
     skippable.width = width
     skippable.outputs = outputs

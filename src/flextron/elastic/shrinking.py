@@ -48,7 +48,8 @@ _SIZES: dict[str, int] = {
     ),
     **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"), 8),
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"), 2),
-    **dict.fromkeys(("n_group", "topk_group", "num_expert_group"), 1),
+    **dict.fromkeys(("n_group", "num_expert_group"), 2),
+    "topk_group": 1,
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size"), VOCABULARY),
     **dict.fromkeys(
         ("max_position_embeddings", "n_positions", "n_ctx", "model_max_length", "max_seq_len", "context_length"), 128

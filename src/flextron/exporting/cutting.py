@@ -17,7 +17,10 @@ def layer_sizes(model: ElasticModel, subnet: Subnet) -> list[Sizes]:
     """Return the config fields of every layer at the widths of `subnet`."""
     sizes: list[Sizes] = [{} for _ in model.layers]
     for layer, axis, sub_layer in model.sub_layers():
-        sizes[layer] |= axis_sizes(sub_layer, subnet[axis][layer])
+        of_axis = axis_sizes(sub_layer, subnet[axis][layer])
+        if axis == "neurons" and sub_layer.opens:  # beside mixtures, a unit is a block of neurons
+            of_axis = {key: units * (sub_layer.closing_size // sub_layer.width.full) for key, units in of_axis.items()}
+        sizes[layer] |= of_axis
     return sizes
 
 
@@ -50,6 +53,11 @@ def _cut(state: dict[str, torch.Tensor], prefix: str, sub_layer: SubLayer) -> No
         for part in axis.parts:
             for key in [key for key in state if key.startswith(f"{prefix}{part}.")]:
                 del state[key]
+        return
+    if axis.experts:
+        for key in [key for key in state if key.startswith(f"{prefix}{axis.module}.") and "shared" not in key]:
+            if state[key].ndim and state[key].shape[0] == sub_layer.width.full:
+                state[key] = state[key][: sub_layer.width.kept]
         return
     if not axis.narrows:
         return

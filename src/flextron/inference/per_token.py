@@ -111,10 +111,10 @@ def running(model: ElasticModel, runs: Sequence[tuple[Forward, Forward]]) -> Ite
     Raises:
         FlextronError: a sub-layer is no module of its own, as OPT's MLPs, so nothing can run in its place.
     """
-    if not all(sub.axis.module for _, _, sub in model.sub_layers()):
+    if not all(sub.axis.module and not sub.axis.experts for _, _, sub in model.sub_layers()):
         raise FlextronError(
-            f"the MLPs of {model.config.model_type} are not modules of their own, so tokens cannot have widths of "
-            "their own. Use one sub-network for all tokens."
+            f"the MLPs of {model.config.model_type} are mixtures of experts or not modules of their own, so tokens cannot "
+            "have widths of their own. Use one sub-network for all tokens."
         )
     widths = [sub.width for _, _, sub in model.sub_layers()]
     with model.holder.held():

@@ -52,7 +52,7 @@ def refit(
     """
     if model.ranking is None:
         raise FlextronError("only a ranked model can be refitted: its first units must be its best. Rank it first.")
-    subs = [sub for _, axis, sub in model.sub_layers() if axis in axes]
+    subs = [sub for _, axis, sub in model.sub_layers() if axis in axes and sub.opens]
     grams = second_moments(model, [sub.closes for sub in subs], blocks, title="refit" if show else None)
     if not all(gram.isfinite().all() for gram in grams):
         raise FlextronError("the activations of a layer are not finite, so nothing was refitted. Use float32.")

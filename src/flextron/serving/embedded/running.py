@@ -75,7 +75,7 @@ class EmbeddedEngine:
         Raises:
             FlextronError: the model's attentions do not narrow, or a sub-layer is no module of its own.
         """
-        if not all(sub.axis.narrows and sub.axis.module for _, _, sub in model.sub_layers()):
+        if not all(sub.opens and sub.axis.module for _, _, sub in model.sub_layers()):
             raise FlextronError(
                 f"serving needs attentions that narrow by KV groups and MLPs that are modules; "
                 f"{model.config.model_type} lacks one of them. Export a sub-network, and serve that."

@@ -132,7 +132,8 @@ class SearchSpace:
         return {"layers": self.layers, **{axis: self[axis][-1] for axis in AXES}}
 
     @classmethod
-    def of_model(cls, *, layers: int, neurons: int, kv_groups: int, neuron_step: int | None = None, least_neurons: int = 1
+    def of_model(
+        cls, *, layers: int, neurons: int, kv_groups: int, neuron_step: int | None = None, least_neurons: int = 1
     ) -> SearchSpace:
         """Make the default space: 0, the multiples of `neuron_step` and the full width; any number of KV groups.
 

@@ -378,7 +378,8 @@ def _mixture(lm: PreTrainedModel, sub: _SubLayer, experts: str) -> Axis:
     if experts.rpartition(".")[0] != sub.module:
         raise _NotFoundError(f"the experts of {sub.module} lie deeper than its router")
     count = next(p.shape[0] for p in sub.layer.get_submodule(experts).parameters() if p.ndim == 3)
-    keys = [key for key in _EXPERTS if getattr(lm.config, key, None) == count]
+    fields = lm.config.to_dict()  # without the other names that configs give to the field
+    keys = [key for key in _EXPERTS if fields.get(key) == count]
     if not keys:
         raise _NotFoundError(f"no config field counts the {count} experts of {sub.module}")
     counters = [

@@ -56,6 +56,8 @@ _SIZES: dict[str, int] = {
     ),
     **dict.fromkeys(("sliding_window", "attention_chunk_size", "window_size", "attention_window_size"), 8),
     **dict.fromkeys(("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"), 1),
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
     "q_lora_rank": 24,
     "kv_lora_rank": 16,
     "qk_rope_head_dim": 16,

@@ -151,7 +151,7 @@ def _build(model: ElasticModel, subnet: Subnet) -> PreTrainedModel:
 
 def _plain_config(model: ElasticModel, sizes: list[Sizes]) -> Any:
     """Return a config of the original's own class, or None if that class refuses these sizes."""
-    stated = {**_stated(model, sizes), **sizes[0]}
+    stated = {**_stated(model, sizes), **_largest(model, sizes)}
     try:
         return type(model.config).from_dict(stated)
     except (StrictDataclassError, ValueError):
@@ -161,7 +161,7 @@ def _plain_config(model: ElasticModel, sizes: list[Sizes]) -> Any:
 def _per_layer_config(model: ElasticModel, subnet: Subnet, sizes: list[Sizes]) -> Any:
     """Return a config whose fields are the largest of any layer; `per_layer_config` lists the layers that differ."""
     config = model.config
-    top = {key: max(layer[key] for layer in sizes) or getattr(config, key) for key in sizes[0]}
+    top = _largest(model, sizes)
     overrides = {index: _overrides(layer, top, _skipped(subnet, index)) for index, layer in enumerate(sizes)}
     stated = {
         **_stated(model, sizes),
@@ -169,6 +169,12 @@ def _per_layer_config(model: ElasticModel, subnet: Subnet, sizes: list[Sizes]) -
         "per_layer_config": {index: override for index, override in overrides.items() if override},
     }
     return per_layer.classes_of(config.model_type).config.from_dict(stated)
+
+
+def _largest(model: ElasticModel, sizes: list[Sizes]) -> Sizes:
+    """The largest value of each field in any layer; layers of unlike kinds, as in mixtures, have fields of their own."""
+    keys = dict.fromkeys(key for layer in sizes for key in layer)
+    return {key: max(layer.get(key, 0) for layer in sizes) or getattr(model.config, key) for key in keys}
 
 
 def _skipped(subnet: Subnet, layer: int) -> list[str]:

@@ -79,6 +79,9 @@ def measure_importance(
             model. In the second half each layer adds only the best three quarters of its neurons. Needs one fp32 matrix
             [C, C] per sub-layer, and a second one per MLP.
 
+    Experts of a mixture are ordered by what they add to the residual stream, whatever the score: the sum over the tokens
+    that are routed to an expert of the squared norm of its output, weighted by the router.
+
     Raises:
         ValueError: an unknown score.
         FlextronError: activations are not finite.
@@ -86,8 +89,8 @@ def measure_importance(
     if score not in SCORES:
         raise ValueError(f"unknown score {score!r}; the scores are {', '.join(SCORES)}.")
     model.check_tokens(blocks.tokens)
-    mlps = [_Statistic(layer.mlp, score) for layer in model.layers]
-    attentions = [_Statistic(layer.attention, score) for layer in model.layers]
+    mlps = [_statistic(layer.mlp, score) for layer in model.layers]
+    attentions = [_statistic(layer.attention, score) for layer in model.layers]
     batches = list(blocks.batches(min(BATCH_TOKENS, blocks.tokens.numel() // 2)))
     second_round = len(batches) // 2 if score == "reconstruction" and len(batches) > 1 else len(batches)
     with _observed([*mlps, *attentions]), model.use(model.search_space.full), torch.inference_mode():
@@ -97,6 +100,10 @@ def measure_importance(
                     statistic.start_second_round()
             body_of(model.lm)(tokens_BT.to(model.device), use_cache=False)
     return [_orders(mlp, attention) for mlp, attention in zip(mlps, attentions, strict=True)]
+
+
+def _statistic(sub: SubLayer, score: Score) -> _Statistic:
+    return _ExpertStatistic(sub, score) if sub.axis.experts else _Statistic(sub, score)
 
 
 class _Statistic:
@@ -130,7 +137,7 @@ class _Statistic:
         self.first_gram = _normalised(gram_UU).astype(np.float32)
         seen = torch.zeros(self.units, dtype=self.closes.weight.dtype)
         seen[best_first[: int(self.units * SECOND_ROUND_SHARE)]] = 1
-        self.seen_C = seen.to(self.sum.device)
+        self.seen_C = seen.repeat_interleave(len(self.sum) // self.units).to(self.sum.device)
         self.sum.zero_()
 
     def gram(self) -> NDArray[np.float64]:
@@ -156,6 +163,46 @@ class _Statistic:
         if self.first_gram is not None:  # both rounds count alike, whatever the size of their activations
             result = self.first_gram + _normalised(result)
         return result
+
+
+class _ExpertStatistic(_Statistic):
+    """What each expert of a mixture adds: the squared norm of its weighted output, summed over the tokens routed to it."""
+
+    def __init__(self, sub: SubLayer, score: Score) -> None:
+        self.closes = sub.closes
+        self.score = score
+        self.groups = self.units = sub.width.full
+        self.sum = torch.zeros(self.units, dtype=torch.float32, device=next(sub.parameters()).device)
+        self.first_gram = self.seen_C = None
+
+    def observe(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Run each token's experts one by one, and add the squared norms of what they give."""
+        hidden_TD, experts_TK, weights_TK = _routed(module, inputs)
+        for place in range(experts_TK.shape[1]):
+            one = slice(place, place + 1)
+            output_TD = module.forward(hidden_TD, experts_TK[:, one], weights_TK[:, one])
+            self.sum.index_add_(0, experts_TK[:, place], output_TD.float().square().sum(-1))
+        return None
+
+    def start_second_round(self) -> None:
+        """Go on: experts have one round."""
+
+    def gram(self) -> NDArray[np.float64]:
+        """Return the diagonal matrix [U, U] of scores."""
+        result: NDArray[np.float64] = torch.diag(self.sum).double().cpu().numpy()
+        return result
+
+
+def _routed(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The arguments of a mixture's experts: hidden states, and for each token its experts and their weights.
+
+    Raises:
+        FlextronError: they are others.
+    """
+    fits = len(inputs) >= 3 and all(isinstance(value, torch.Tensor) for value in inputs[:3])
+    if not fits or inputs[1].is_floating_point() or inputs[1].shape != inputs[2].shape or inputs[1].ndim != 2:
+        raise FlextronError(f"{type(module).__name__} takes its tokens in a way in which experts cannot be ranked.")
+    return inputs[0], inputs[1], inputs[2]
 
 
 def _normalised(gram_UU: NDArray[np.float64]) -> NDArray[np.float64]:

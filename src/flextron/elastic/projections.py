@@ -294,7 +294,7 @@ class _Mixture(_Skippable):
 
 
 def expert_tensors(mixture: nn.Module, experts: int) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield where a mixture holds each tensor whose first dimension counts its experts. Shared experts are not counted."""
+    """Yield where a mixture holds each tensor whose first dimension counts its experts, the shared ones apart."""
     for path, module in mixture.named_modules():
         if "shared" in path:
             continue

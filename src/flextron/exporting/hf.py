@@ -172,7 +172,7 @@ def _per_layer_config(model: ElasticModel, subnet: Subnet, sizes: list[Sizes]) -
 
 
 def _largest(model: ElasticModel, sizes: list[Sizes]) -> Sizes:
-    """The largest value of each field in any layer; layers of unlike kinds, as in mixtures, have fields of their own."""
+    """The largest value of each field in any layer; in mixtures, layers of unlike kinds have fields of their own."""
     keys = dict.fromkeys(key for layer in sizes for key in layer)
     return {key: max(layer.get(key, 0) for layer in sizes) or getattr(model.config, key) for key in keys}
 

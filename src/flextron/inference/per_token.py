@@ -109,12 +109,12 @@ def running(model: ElasticModel, runs: Sequence[tuple[Forward, Forward]]) -> Ite
     """Let `runs`, one pair (MLP, attention) for each layer, run the sub-layers inside the block.
 
     Raises:
-        FlextronError: a sub-layer is no module of its own, as OPT's MLPs, so nothing can run in its place.
+        FlextronError: an MLP is a mixture of experts, or no module of its own, as OPT's.
     """
     if not all(sub.axis.module and not sub.axis.experts for _, _, sub in model.sub_layers()):
         raise FlextronError(
-            f"the MLPs of {model.config.model_type} are mixtures of experts or not modules of their own, so tokens cannot "
-            "have widths of their own. Use one sub-network for all tokens."
+            f"the MLPs of {model.config.model_type} are mixtures of experts or not modules of their own, so tokens "
+            "cannot have widths of their own. Use one sub-network for all tokens."
         )
     widths = [sub.width for _, _, sub in model.sub_layers()]
     with model.holder.held():

@@ -79,8 +79,8 @@ def measure_importance(
             model. In the second half each layer adds only the best three quarters of its neurons. Needs one fp32 matrix
             [C, C] per sub-layer, and a second one per MLP.
 
-    Experts of a mixture are ordered by what they add to the residual stream, whatever the score: the sum over the tokens
-    that are routed to an expert of the squared norm of its output, weighted by the router.
+    Experts of a mixture are ordered by what they add to the residual stream, whatever the score: the sum over the
+    tokens that are routed to an expert of the squared norm of its output, weighted by the router.
 
     Raises:
         ValueError: an unknown score.
@@ -166,7 +166,7 @@ class _Statistic:
 
 
 class _ExpertStatistic(_Statistic):
-    """What each expert of a mixture adds: the squared norm of its weighted output, summed over the tokens routed to it."""
+    """What each expert of a mixture adds: squared norms of its weighted output, summed over its tokens."""
 
     def __init__(self, sub: SubLayer, score: Score) -> None:
         self.closes = sub.closes

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from flextron.config.fields import DeviceArgument, DtypeArgument, ModelArgument
+from flextron.config.fields import DeviceArgument, ModelArgument
 
 
 @dataclass(frozen=True)
@@ -19,5 +20,5 @@ class InspectConfig:
 
     model: ModelArgument
     """Folder of a checkpoint, hub id or GGUF file."""
-    dtype: DtypeArgument = "auto"
-    device: DeviceArgument = "cpu"
+    device: DeviceArgument = "auto"
+    dtype: ClassVar[str] = "auto"

@@ -43,7 +43,7 @@ MENU = {
         "serving-vllm",
         "deploy",
     ],
-    "Reference": ["reference", "formats", "glossary", "add_a_family", "architecture"],
+    "Reference": ["reference", "formats", "glossary", "architectures", "add_a_family", "architecture"],
     "Results": ["measured", "results"],
     "Project": ["/CONTRIBUTING", "/CHANGELOG", "decisions/index"],
 }

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from flextron.data.blocks import TokenBlocks, load_blocks
     from flextron.demo.quickstart import quickstart
     from flextron.elastic.checkpoint import Ranking
+    from flextron.elastic.families import Axis, Family
     from flextron.elastic.model import SubLayer
     from flextron.elastic.pack import Pack
     from flextron.errors import FlextronError
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Axis",
     "Budget",
     "Ceiling",
     "CostTable",
@@ -60,6 +62,7 @@ __all__ = [
     "ElasticModel",
     "Evaluation",
     "ExportReport",
+    "Family",
     "FlextronError",
     "GgufReport",
     "Limit",
@@ -120,6 +123,8 @@ _HOMES = {
     "SearchSpace": "subnet",
     "ElasticModel": "model",
     "SubLayer": "elastic.model",
+    "Family": "elastic.families",
+    "Axis": "elastic.families",
     "TokenBlocks": "data.blocks",
     "load_blocks": "data.blocks",
     "Ranking": "elastic.checkpoint",

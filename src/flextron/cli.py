@@ -27,6 +27,7 @@ from flextron.commands import (
     evaluate,
     export,
     generate,
+    inspect,
     measure_latency,
     pack,
     quickstart,
@@ -43,6 +44,7 @@ from flextron.config import (
     EvaluateConfig,
     ExportConfig,
     GenerateConfig,
+    InspectConfig,
     MeasureLatencyConfig,
     PackConfig,
     QuickstartConfig,
@@ -68,6 +70,7 @@ TEXT_COLUMNS = 100
 _NO_MEMORY = re.compile(r"^MemoryError|OutOfMemoryError|can't allocate memory|Storage size calculation overflowed")
 """How Python, torch on a GPU and torch on a CPU say it."""
 _RUN: dict[type, Callable[[Any], None]] = {
+    InspectConfig: inspect.run,
     RankConfig: rank.run,
     TrainConfig: train.run,
     MeasureLatencyConfig: measure_latency.run,

@@ -8,15 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flextron.choosing.routing import route, route_tokens
 from flextron.elastic import model as elastic
+from flextron.elastic.checkpoint import Ranking
+from flextron.elastic.discovery import check_coverage, family_for
+from flextron.elastic.families import FAMILIES, Family
 from flextron.elastic.model import move
 from flextron.elastic.pack import FILE as PACK_FILE
 from flextron.elastic.pack import Pack, find_pack
 from flextron.elastic.smollm2 import named
 from flextron.environment import as_dtype
-from flextron.subnet import Subnet
+from flextron.subnet import SearchSpace, Subnet
 
 if TYPE_CHECKING:
     from typing import Self
@@ -35,6 +39,32 @@ class ElasticModel(elastic.ElasticModel):
 
     The choice is part of the model's state: inside `use`, other threads get an error. Load one model for each thread.
     """
+
+    def __init__(
+        self,
+        lm: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        search_space: SearchSpace | None = None,
+        ranking: Ranking | None = None,
+        family: Family | None = None,
+    ) -> None:
+        """Make `lm` elastic in place.
+
+        Args:
+            search_space: widths to offer; by default 16 to 32 MLP widths and every number of KV groups.
+            ranking: the permutation already applied to the weights, if any.
+            family: where the architecture keeps what narrows; by default its entry in FAMILIES, or what discovery finds
+                on a small random copy of the model.
+
+        Raises:
+            UnknownFamilyError: the architecture has no entry, and discovery finds nothing that holds.
+            ValueError: the search space or the ranking belongs to another model, or `family` is wrong.
+        """
+        found = family or family_for(lm.config)
+        super().__init__(lm, tokenizer, search_space=search_space, ranking=ranking, family=found)
+        if family is None and lm.config.model_type not in FAMILIES:
+            check_coverage(self)
 
     @classmethod
     def from_pretrained(
@@ -63,7 +93,7 @@ class ElasticModel(elastic.ElasticModel):
         Raises:
             CheckpointError: the checkpoint or the pack is missing, truncated or incomplete, or they do not belong
                 together.
-            UnknownFamilyError: the architecture has no spec.
+            UnknownFamilyError: the architecture has no entry, and discovery finds nothing that holds.
             FlextronError: the device does not exist.
         """
         if pack is None and not (Path(path) / PACK_FILE).is_file():

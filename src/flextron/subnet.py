@@ -132,16 +132,22 @@ class SearchSpace:
         return {"layers": self.layers, **{axis: self[axis][-1] for axis in AXES}}
 
     @classmethod
-    def of_model(cls, *, layers: int, neurons: int, kv_groups: int, neuron_step: int | None = None) -> SearchSpace:
+    def of_model(
+        cls, *, layers: int, neurons: int, kv_groups: int, neuron_step: int | None = None, least_neurons: int = 1
+    ) -> SearchSpace:
         """Make the default space: 0, the multiples of `neuron_step` and the full width; any number of KV groups.
 
         `neuron_step` defaults to the largest power of two that gives at least 16 steps (64 for 1,536 neurons,
-        512 for 11,008). So there are few widths to search, and hardware runs them well.
+        512 for 11,008). So there are few widths to search, and hardware runs them well. Widths between 0 and
+        `least_neurons` are left out.
         """
         step = 1 << max(0, (neurons // 16).bit_length() - 1) if neuron_step is None else neuron_step
         if not 1 <= step <= neurons:
             raise ValueError(f"neuron_step is {step}; it must lie between 1 and the model's {neurons} neurons.")
-        return cls(layers, (*range(0, neurons, step), neurons), tuple(range(kv_groups + 1)))
+        widths = {*range(0, neurons, step), neurons}
+        if least_neurons > 1:
+            widths = {0, least_neurons, *(width for width in widths if width > least_neurons)}
+        return cls(layers, tuple(sorted(widths)), tuple(range(kv_groups + 1)))
 
     @property
     def full(self) -> Subnet:

@@ -6,11 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 import tiny
 from flextron.elastic.families import FAMILIES, GPT2, LLAMA_LIKE, Family, family_of
 from flextron.elastic.projections import Width, make_elastic
+from flextron.elastic.shrinking import small_copy
 from flextron.errors import FlextronError, UnknownFamilyError
 from flextron.model import ElasticModel
 from flextron.subnet import Subnet
@@ -121,11 +123,10 @@ def test_an_unknown_family_is_told_what_to_add_and_where():
 
 
 def test_an_unknown_model_stays_as_it_was():
-    lm = tiny.plain_model("llama")
-    lm.config.model_type = "mamba"
+    lm = small_copy(AutoConfig.for_model("bloom"))
     with pytest.raises(UnknownFamilyError):
         ElasticModel(lm)
-    assert type(lm.model.layers[0].mlp.up_proj) is nn.Linear
+    assert type(lm.transformer.h[0].mlp.dense_h_to_4h) is nn.Linear
 
 
 def test_a_path_without_layers_is_refused(monkeypatch):

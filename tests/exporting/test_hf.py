@@ -406,7 +406,7 @@ def test_a_subnet_of_another_model_is_refused(llama, tmp_path):
 
 
 def test_a_wrong_export_never_appears(llama, tmp_path, monkeypatch):
-    def last(weight, sub_layer, *, dim):
+    def last(weight, sub_layer, *, dim, stacked=1):
         kept = sub_layer.width.of(weight.shape[dim])
         return weight.narrow(dim, weight.shape[dim] - kept, kept)
 
@@ -436,14 +436,13 @@ def test_a_write_that_fails_leaves_nothing(llama, tmp_path):
     ],
 )
 def test_a_config_that_no_layer_could_have_is_refused(layer, reason):
-    config = per_layer.CLASSES["llama"].config
+    config = per_layer.classes_of("llama").config
     with pytest.raises(Exception, match=reason):
         config(**SIZES, per_layer_config={1: layer})
 
 
 def test_every_class_is_found_by_name():
-    assert set(per_layer.CLASSES) == set(FAMILIES)
-    for classes in per_layer.CLASSES.values():
-        for cls in classes:
+    for model_type in FAMILIES:
+        for cls in per_layer.classes_of(model_type):
             assert getattr(per_layer, cls.__name__) is cls
     assert per_layer.FlextronLlamaForCausalLM.config_class is per_layer.FlextronLlamaConfig

@@ -238,7 +238,7 @@ def test_missing_and_unknown_models_are_refused(tmp_path):
         estimate_training(asked(str(tmp_path / "none")))
     with pytest.raises(CheckpointError, match=r"broken.config.json is not JSON"):
         estimate_training(asked(str(tmp_path / "broken")))
-    with pytest.raises(UnknownFamilyError, match="no family spec for the architecture 't5'"):
+    with pytest.raises(UnknownFamilyError, match="cannot narrow the architecture 't5'"):
         estimate_training(asked(str(tmp_path / "t5")))
 
 

@@ -18,6 +18,7 @@ from flextron.costs.pricing import Ceiling, format_cost
 from flextron.costs.saved import find_table, foreign_conditions
 from flextron.costs.timing import OFF, REPEATS, TOKENS, Timing, present_conditions, time_interleaved, timed_run
 from flextron.data.blocks import require_tokenizer
+from flextron.elastic.loss import body_of
 from flextron.elastic.model import ElasticModel
 from flextron.errors import FlextronError
 from flextron.pictures.usage import TokenUsage
@@ -166,7 +167,7 @@ def usage_of(model: ElasticModel, routing: TokenRouting, text: str, budget: str)
     routing.seen = lambda layer, widths_BT: neurons.update({layer: widths_BT[0].cpu()})
     try:
         with routing.use():
-            model.lm.base_model(input_ids=tokens_BT.to(model.device), use_cache=False)
+            body_of(model.lm)(input_ids=tokens_BT.to(model.device), use_cache=False)
     finally:
         routing.seen = None
     return TokenUsage(

@@ -28,7 +28,7 @@ def run(config: RankConfig) -> None:
         model = _ranked(config, held)
         if config.sensitivity_tokens:
             _measure_sensitivity(model, config)
-    refitted = " and refitted" if config.refit_tokens else ""
+    refitted = " and refitted" if config.refit_tokens and any(layer.mlp.opens for layer in model.layers) else ""
     print(f"wrote {config.out}: {model.search_space.full}, ranked by {config.score}{refitted} on {config.text}.")
 
 

@@ -21,12 +21,23 @@ if TYPE_CHECKING:
 
 def load(config: Any) -> ElasticModel:
     """The model that a config names, in its type and on its device."""
+    import warnings
+
     from flextron.elastic.checkpoint import quiet_transformers
+    from flextron.elastic.discovery import CoverageWarning
     from flextron.model import ElasticModel
 
     quiet_transformers()
     print(f"loading {config.model}", file=sys.stderr)
-    return ElasticModel.from_pretrained(config.model, dtype=config.dtype, device=config.device)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", CoverageWarning)
+        model = ElasticModel.from_pretrained(config.model, dtype=config.dtype, device=config.device)
+    for warning in caught:
+        if issubclass(warning.category, CoverageWarning):
+            note(str(warning.message))
+        else:
+            warnings.showwarning(warning.message, warning.category, warning.filename, warning.lineno)
+    return model
 
 
 def load_original(config: EvaluateConfig) -> ElasticModel | None:

@@ -8,6 +8,7 @@ from flextron.config.evaluate import EvaluateConfig
 from flextron.config.export import ExportConfig
 from flextron.config.fields import Dtype, Phase, Score
 from flextron.config.generate import GenerateConfig
+from flextron.config.inspect import InspectConfig
 from flextron.config.measure_latency import MeasureLatencyConfig
 from flextron.config.pack import PackConfig
 from flextron.config.quickstart import QuickstartConfig
@@ -19,6 +20,7 @@ from flextron.config.train_router import LEAST_EVALUATIONS, TrainRouterConfig
 
 COMMANDS: dict[str, type] = {
     "quickstart": QuickstartConfig,
+    "inspect": InspectConfig,
     "rank": RankConfig,
     "train": TrainConfig,
     "measure-latency": MeasureLatencyConfig,
@@ -42,6 +44,7 @@ __all__ = [
     "EvaluateConfig",
     "ExportConfig",
     "GenerateConfig",
+    "InspectConfig",
     "MeasureLatencyConfig",
     "OptimizerOptions",
     "PackConfig",

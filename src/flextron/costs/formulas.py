@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from transformers import DynamicCache
 
 from flextron.costs.table import CostTable, linear_table
-from flextron.elastic.model import ElasticLayer, ElasticModel, SubLayer
+from flextron.elastic.model import ElasticModel, SubLayer
 from flextron.environment import dtype_name
 
 FORMULAS = ("parameters", "weights", "kv", "flops")
@@ -45,33 +46,22 @@ def _held(model: ElasticModel, metric: str) -> CostTable:
     def size(parameters: Iterable[torch.Tensor]) -> int:
         return sum(p.numel() * (p.element_size() if metric == "weights" else 1) for p in parameters)
 
-    def row(layer: ElasticLayer, sub: SubLayer, widths: tuple[int, ...]) -> tuple[float, ...]:
-        units = size(_of_units(sub))
-        rest = size(_of_module(layer, sub)) - units
+    def row(sub: SubLayer, widths: tuple[int, ...]) -> tuple[float, ...]:
+        units = size(sub.unit_parameters())
+        rest = size(sub.parameters()) - units
         return tuple(units // sub.width.full * width + rest if width else 0 for width in widths)
 
     space = model.search_space
-    elastic = sum(size(_of_module(layer, sub)) for layer in model.layers for sub in (layer.mlp, layer.attention))
+    elastic = sum(size(sub.parameters()) for _, _, sub in model.sub_layers())
     return CostTable(
         space,
         metric,
         "bytes" if metric == "weights" else metric,
         size(model.lm.parameters()) - elastic,
-        tuple(row(layer, layer.mlp, space.neurons) for layer in model.layers),
-        tuple(row(layer, layer.attention, space.kv_groups) for layer in model.layers),
+        tuple(row(layer.mlp, space.neurons) for layer in model.layers),
+        tuple(row(layer.attention, space.kv_groups) for layer in model.layers),
         {"formula": metric, **({"dtype": dtype_name(model.dtype)} if metric == "weights" else {})},
     )
-
-
-def _of_units(sub: SubLayer) -> Iterator[torch.Tensor]:
-    """The weights that `SubLayer.weights_per_unit` counts."""
-    for opening in sub.opens:
-        yield from opening.parameters(recurse=False)
-    yield sub.closes.weight
-
-
-def _of_module(layer: ElasticLayer, sub: SubLayer) -> Iterator[torch.Tensor]:
-    return layer.module.get_submodule(sub.axis.module).parameters()
 
 
 def _kv(model: ElasticModel, context_tokens: int) -> CostTable:
@@ -85,27 +75,51 @@ def _kv(model: ElasticModel, context_tokens: int) -> CostTable:
         fixed=0,
         per_neuron=[0] * len(model.layers),
         per_kv_group=[
-            2 * _head_dim(layer.attention) * kept * model.dtype.itemsize
-            for layer, kept in zip(model.layers, tokens, strict=True)
+            numbers * kept * model.dtype.itemsize
+            for numbers, kept in zip(_numbers_per_unit(model), tokens, strict=True)
         ],
         conditions={"formula": "kv", "dtype": dtype_name(model.dtype), "context_tokens": context_tokens},
     )
 
 
-def _head_dim(attention: SubLayer) -> int:
-    return attention.closing_size // (attention.width.full * attention.heads_per_unit)
+def _numbers_per_unit(model: ElasticModel) -> list[int]:
+    """Numbers that a unit of each layer's attention caches per token: a key and a value for each KV group."""
+    if all(layer.attention.axis.narrows for layer in model.layers):
+        return [
+            2 * sub.closing_size // (sub.width.full * sub.heads_per_unit)
+            for sub in (layer.attention for layer in model.layers)
+        ]
+    with torch.inference_mode(), model.use(model.search_space.full):
+        filled = model(torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=True).past_key_values
+    return [
+        sum(getattr(layer, name).numel() for name in ("keys", "values") if _holds(layer, name))
+        for layer in filled.layers
+    ]
+
+
+def _holds(layer: Any, name: str) -> bool:
+    """Whether a layer of a cache keeps keys or values of every token; linear attentions and state spaces do not."""
+    return isinstance(getattr(layer, name, None), torch.Tensor)
 
 
 def _flops(model: ElasticModel) -> CostTable:
     def of_unit(sub: SubLayer) -> int:
-        return 2 * sum(projection.weight.numel() for projection in (*sub.opens, sub.closes)) // sub.width.full
+        return 2 * sum(p.numel() for p in sub.unit_parameters() if p.ndim > 1) // sub.width.full
 
-    return linear_table(
-        model.search_space,
-        metric="flops",
-        unit="FLOPs",
-        fixed=2 * model.lm.get_output_embeddings().weight.numel(),
-        per_neuron=[of_unit(layer.mlp) for layer in model.layers],
-        per_kv_group=[of_unit(layer.attention) for layer in model.layers],
-        conditions={"formula": "flops"},
+    def row(sub: SubLayer, widths: tuple[int, ...]) -> tuple[float, ...]:
+        if not sub.axis.experts:
+            return tuple(of_unit(sub) * width for width in widths)
+        rest = sum(p.numel() for p in sub.parameters() if p.ndim > 1) - sub.width.full * sub.weights_per_unit
+        routed = model.least_units  # a token meets as many experts, however many are kept
+        return tuple(2 * rest + of_unit(sub) * routed if width else 0 for width in widths)
+
+    space = model.search_space
+    return CostTable(
+        space,
+        "flops",
+        "FLOPs",
+        2 * model.lm.get_output_embeddings().weight.numel(),
+        tuple(row(layer.mlp, space.neurons) for layer in model.layers),
+        tuple(row(layer.attention, space.kv_groups) for layer in model.layers),
+        {"formula": "flops"},
     )

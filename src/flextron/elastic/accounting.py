@@ -58,6 +58,23 @@ def check_accounted(path: str | Path, lm: PreTrainedModel, info: dict[str, Any])
         )
 
 
+def check_unquantised(path: str | Path, config: Any) -> None:
+    """Pass if the weights of a checkpoint are plain numbers.
+
+    Raises:
+        CheckpointError: they are quantised; the message names the method.
+    """
+    record = getattr(config, "quantization_config", None)
+    if record:
+        fields = record if isinstance(record, dict) else record.to_dict()
+        bits = [f"{n} bits" for n, key in ((4, "load_in_4bit"), (8, "load_in_8bit")) if fields.get(key)]
+        method = " ".join([str(getattr(fields.get("quant_method"), "value", fields.get("quant_method"))), *bits])
+        raise CheckpointError(
+            f"{path} is quantised ({method}): its units cannot be left out one by one. Load the checkpoint that it was "
+            "made from, in bfloat16, float16 or float32, and quantise exported sub-networks instead."
+        )
+
+
 def check_finite(path: str | Path, lm: PreTrainedModel) -> None:
     """Pass if all weights are numbers.
 

@@ -109,7 +109,7 @@ def _inject(model: ElasticModel, names: list[str], *, rank: int, alpha: float) -
         lora_alpha=cast(int, alpha),  # a fraction works too
         lora_dropout=0.0,
         target_modules=names,
-        fan_in_fan_out=model.layers[0].mlp.closes.transposed,
+        fan_in_fan_out=model.layers[0].attention.closes.transposed,
     )
     peft.inject_adapter_in_model(config, model.lm, adapter_name=_ADAPTER)
 

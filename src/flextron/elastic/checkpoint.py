@@ -12,13 +12,20 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from flextron.atomic import new_folder
 from flextron.elastic import per_layer
-from flextron.elastic.accounting import check_accounted, check_finite, check_shards_inside, untie_if_apart
+from flextron.elastic.accounting import (
+    check_accounted,
+    check_finite,
+    check_shards_inside,
+    check_unquantised,
+    untie_if_apart,
+)
+from flextron.elastic.composite import is_of_text, text_options
 from flextron.elastic.gguf_source import check_all_used, complete_config
 from flextron.elastic.older_transformers import add_old_names
 from flextron.elastic.source import (
@@ -108,19 +115,23 @@ def load(path: str | Path, *, dtype: str | torch.dtype = "auto", **kwargs: Any) 
             read["config"] = complete_config(Path(path))
         elif Path(source).is_dir() and not gguf:
             check_config(Path(source))
+        composite = {} if gguf else _of_text(source, read)
         lm, info = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # which are told below
-            **read,
+            **{**read, **composite},
         )
         tokenizer = load_tokenizer(source, {"trust_remote_code": False, **gguf, **hub})
     except FlextronError:
         raise
     except Exception as error:  # damaged files make transformers raise errors of many types
         raise CheckpointError(f"cannot load {path}: {first_line(error)}") from error
+    if composite:
+        info["unexpected_keys"] = [key for key in info["unexpected_keys"] if is_of_text(key)]
+        lm._weight_conversions = None  # or saving would give the weights their multimodal names back
     check_accounted(path, lm, info)
     check_finite(path, lm)
     if gguf:
@@ -131,6 +142,18 @@ def load(path: str | Path, *, dtype: str | torch.dtype = "auto", **kwargs: Any) 
         _forget_quantization(lm)
         return Checkpoint(lm, tokenizer, None, None)
     return Checkpoint(lm, tokenizer, *load_metadata(source, kwargs))
+
+
+def _of_text(source: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that load the text model, if this is a multimodal checkpoint.
+
+    Raises:
+        CheckpointError: the weights are quantised.
+    """
+    known = {key: options[key] for key in HUB_OPTIONS if key in options}
+    config = options.get("config") or AutoConfig.from_pretrained(source, **known)
+    check_unquantised(source, config)
+    return text_options(config)
 
 
 def save(

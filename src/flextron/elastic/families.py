@@ -5,6 +5,7 @@ To add a family, see docs/add_a_family.md.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from flextron.errors import UnknownFamilyError
@@ -12,25 +13,57 @@ from flextron.errors import UnknownFamilyError
 
 @dataclass(frozen=True)
 class Axis:
-    """One elastic axis: the units of one sub-layer, which are neurons, or KV groups with their query heads."""
+    """One elastic axis: the units of one sub-layer, which are neurons, or KV groups with their query heads.
+
+    An axis without `opens` does not narrow: the whole sub-layer is its only unit, which is kept or left out.
+    """
 
     opens: tuple[str, ...]
     """Projections whose output rows belong to the units, as paths inside a layer."""
     closes: str
-    """The projection whose input columns belong to the units. Its parent module is the sub-layer."""
-    config_keys: tuple[str, ...]
-    """Config fields that shrink with the axis. The first one counts the units."""
+    """The projection whose input columns belong to the units. Its parent module is the sub-layer; if that is the layer,
+    the projections alone are."""
+    config_keys: tuple[str, ...] = ()
+    """Config fields that shrink with the axis. The first one counts the units. Empty if no config can state them."""
     stacked: int = 1
     """Number of projections stacked in each opening weight: 3 if Q, K and V are blocks of one matrix."""
     norm: str = ""
     """Path inside a layer of the norm that only this sub-layer reads. It is skipped with the sub-layer. Or empty."""
     counts: tuple[str, ...] = ()
-    """Attributes in which the model's own code stores the rows of one stacked block, as paths inside a layer."""
+    """Attributes in which the model's own code counts heads or rows, as paths inside a layer. They shrink alike."""
+    outputs: int = 1
+    """Number of values that the sub-layer returns: the output alone, or a tuple of (output, weights, ...)."""
+    experts: bool = False
+    """Whether `closes` is the experts of a mixture, which are the units: tensors whose first dimension counts them."""
+    instead: Axis | None = None
+    """What stands in its place in layers without `closes`, such as the linear attentions of a hybrid."""
 
     @property
     def module(self) -> str:
-        """Path of the sub-layer inside its layer."""
+        """Path of the sub-layer inside its layer; empty if it has no module of its own."""
         return self.closes.rpartition(".")[0]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Paths of the modules that make up the sub-layer."""
+        return (self.module,) if self.module else (*self.opens, self.closes)
+
+    @property
+    def narrows(self) -> bool:
+        """Whether single units can be left out; else only the whole sub-layer can."""
+        return self.experts or bool(self.opens)
+
+    @property
+    def holds_experts(self) -> bool:
+        """Whether some layers have experts; then other layers have as many units, blocks of neurons."""
+        return any(kind.experts for kind in self.kinds())
+
+    def kinds(self) -> Iterator[Axis]:
+        """Yield this axis and those that stand in its place in other layers."""
+        axis: Axis | None = self
+        while axis is not None:
+            yield axis
+            axis = axis.instead
 
 
 @dataclass(frozen=True)
@@ -63,6 +96,7 @@ _GROUPED_ATTENTION = Axis(
     closes="self_attn.o_proj",
     config_keys=("num_key_value_heads", "num_attention_heads"),
     norm="input_layernorm",
+    outputs=2,
 )
 LLAMA_LIKE = Family(layers="model.layers", mlp=_GATED_MLP, attention=_GROUPED_ATTENTION)
 GEMMA = replace(LLAMA_LIKE, mlp=replace(_GATED_MLP, norm="pre_feedforward_layernorm"))
@@ -78,6 +112,7 @@ GPT2 = Family(
         stacked=3,
         norm="ln_1",
         counts=("attn.split_size",),
+        outputs=2,
     ),
     exports_fewer_heads=False,
 )
@@ -95,6 +130,7 @@ GPT_NEOX = Family(
         closes="attention.dense",
         config_keys=("num_attention_heads",),
         norm="input_layernorm",
+        outputs=2,
     ),
     exports_fewer_heads=False,
 )
@@ -106,6 +142,7 @@ PHI = Family(  # both sub-layers read the same norm
         opens=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         closes="self_attn.dense",
         config_keys=("num_key_value_heads", "num_attention_heads"),
+        outputs=2,
     ),
 )
 

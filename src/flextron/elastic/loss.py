@@ -34,22 +34,35 @@ class Losses:
     """Cross-entropy to the text, in nats."""
 
 
+def body_of(lm: PreTrainedModel) -> Any:
+    """The model below the output projection. Llama 4's `base_model` is the whole model."""
+    return lm.model if lm.base_model is lm else lm.base_model
+
+
 def hidden_states(lm: PreTrainedModel, tokens_BT: torch.Tensor, positions_BT: torch.Tensor | None) -> torch.Tensor:
     """The input of the output projection, [B, T, D]. With `positions_BT`, attention stays inside documents."""
-    hidden_BTD: torch.Tensor = lm.base_model(
+    hidden_BTD: torch.Tensor = body_of(lm)(
         input_ids=tokens_BT, position_ids=positions_BT, use_cache=False
     ).last_hidden_state
     return hidden_BTD
 
 
 def logits_of(lm: PreTrainedModel, hidden: torch.Tensor, head: Callable[..., Any] | None = None) -> torch.Tensor:
-    """Logits of hidden states, as the model's own forward pass computes them: Granite scales, Gemma 2 caps.
+    """Logits of hidden states, as the model's own forward pass computes them.
+
+    Granite divides them, Cohere and HyperCLOVA X multiply them, Gemma 2 and nanochat cap them. The contract holds this
+    against the model's own logits for every family.
 
     Args:
         head: computes the output projection; by default the model's own module.
     """
-    logits: torch.Tensor = (head or lm.get_output_embeddings())(hidden) / getattr(lm.config, "logits_scaling", 1)
-    cap = getattr(lm.config, "final_logit_softcapping", None)
+    config = lm.config
+    scale = getattr(config, "logits_scaling", None) or 1
+    scale = scale if config.model_type == "hyperclovax" else 1 / scale
+    scale *= getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1
+    logits: torch.Tensor = (head or lm.get_output_embeddings())(hidden)
+    logits = logits if scale == 1 else logits * scale
+    cap = getattr(config, "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 

@@ -21,7 +21,14 @@ from flextron.elastic import checkpoint
 from flextron.elastic.checkpoint import Checkpoint, Ranking
 from flextron.elastic.families import Axis, Family, family_of
 from flextron.elastic.holding import Holder
-from flextron.elastic.projections import Projection, Width, make_elastic, make_norm_skippable, make_skippable
+from flextron.elastic.projections import (
+    Projection,
+    Width,
+    expert_tensors,
+    make_elastic,
+    make_norm_skippable,
+    make_skippable,
+)
 from flextron.environment import default_device
 from flextron.errors import CheckpointError, FlextronError
 from flextron.subnet import SearchSpace, Subnet
@@ -32,28 +39,54 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SubLayer:
-    """One elastic sub-layer: an MLP with its neurons, or an attention with its KV groups."""
+    """One elastic sub-layer: an MLP with its neurons, or an attention with its KV groups.
+
+    If it has no opening projections, it does not narrow: all of it is one unit, which is kept or left out.
+    """
 
     opens: tuple[Projection, ...]
     closes: Projection
+    """Of a mixture, its experts, which are no projection."""
     axis: Axis
     width: Width
     heads_per_unit: int
     """Number of query heads in a KV group; 1 for neurons."""
-    counters: tuple[tuple[nn.Module, str], ...]
-    """Module attributes in which the family's own code counts rows of one stacked block; `keep` sets them."""
+    counters: tuple[tuple[nn.Module, str, int], ...]
+    """Module attributes in which the family's own code counts heads or rows, and their full value; `keep` sets them."""
+    parts: tuple[nn.Module, ...]
+    """Modules that are left out at width 0: the sub-layer's own, or its projections if it has none."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield all parameters of the sub-layer."""
+        for part in self.parts:
+            yield from part.parameters()
+
+    def unit_parameters(self) -> Iterator[torch.Tensor]:
+        """Yield the parameters that belong to units: matrices and opening biases; all, if the sub-layer is one unit."""
+        if self.axis.experts:
+            yield from (held[name] for held, name in self.expert_tensors() if held[name].requires_grad)
+            return
+        if not self.axis.narrows:
+            yield from self.parameters()
+            return
+        for opening in self.opens:
+            yield from opening.parameters(recurse=False)
+        yield self.closes.weight
+
+    def expert_tensors(self) -> Iterator[tuple[dict[str, Any], str]]:
+        """Yield where a mixture holds each tensor whose first dimension counts its experts."""
+        return expert_tensors(self.parts[0], self.width.full)
 
     @property
     def weights_per_unit(self) -> int:
         """Number of weights in one unit, opening biases included."""
-        opening = sum(p.numel() for module in self.opens for p in module.parameters(recurse=False))
-        return (opening + self.closes.weight.numel()) // self.width.full
+        return sum(parameter.numel() for parameter in self.unit_parameters()) // self.width.full
 
     def keep(self, units: int) -> None:
         """Run the first `units` units only."""
         self.width.kept = units
-        for module, attribute in self.counters:
-            setattr(module, attribute, self.width.of(self.closing_size))
+        for module, attribute, full in self.counters:
+            setattr(module, attribute, self.width.of(full))
 
     @property
     def closing_size(self) -> int:
@@ -103,29 +136,32 @@ class ElasticModel:
         *,
         search_space: SearchSpace | None = None,
         ranking: Ranking | None = None,
+        family: Family | None = None,
     ) -> None:
         """Make `lm` elastic in place.
 
         Args:
             search_space: widths to offer; by default 16 to 32 MLP widths and every number of KV groups.
             ranking: the permutation already applied to the weights, if any.
+            family: where the architecture keeps what narrows; by default its entry in FAMILIES.
 
         Raises:
             UnknownFamilyError: the architecture has no spec.
-            ValueError: the search space or the ranking belongs to another model.
+            ValueError: the search space or the ranking belongs to another model, or the spec is wrong.
         """
         self.lm = lm
         self.tokenizer = tokenizer
         self.folder: Path | None = None
         """Folder that the model was loaded from, which may hold latency tables and routers; None for other sources."""
         self.ranking = ranking
-        self.family: Family = family_of(lm.config.model_type)
+        self.family: Family = family or family_of(lm.config.model_type)
         self.layers = [_make_layer_elastic(layer, self.family, lm.config) for layer in _layers(lm, self.family)]
+        _check_alike(self.layers)
         first = self.layers[0]
         sizes = {"layers": len(self.layers), **{axis: sub.width.full for axis, sub in first.subs.items()}}
         if ranking is not None:
             ranking.check(**sizes, query_heads=first.attention.heads_per_unit)
-        self.search_space = search_space or SearchSpace.of_model(**sizes)
+        self.search_space = search_space or SearchSpace.of_model(**sizes, least_neurons=self.least_units)
         _check_fits(self.search_space, sizes)
         self._subnet = self.search_space.full
         self.holder = Holder()
@@ -204,6 +240,14 @@ class ElasticModel:
             finally:
                 self._choose(before)
 
+    @property
+    def least_units(self) -> int:
+        """Units of an MLP that are kept at least, if any: as many experts as a token is routed to."""
+        if not self.family.mlp.holds_experts:
+            return 1
+        names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
+        return next((int(value) for name in names if (value := getattr(self.config, name, None))), 1)
+
     def _choose(self, subnet: Subnet) -> None:
         for layer, axis, sub in self.sub_layers():
             sub.keep(subnet[axis][layer])
@@ -229,7 +273,8 @@ class ElasticModel:
         digest = hashlib.sha256(repr((self.config.model_type, self.search_space)).encode())
         for layer in (self.layers[0], self.layers[-1]):
             for sub in layer.subs.values():
-                digest.update(sub.closes.weight.detach().signbit().cpu().numpy().tobytes())
+                weight = next(iter(sub.unit_parameters())) if sub.axis.experts else sub.closes.weight
+                digest.update(weight.detach().signbit().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def share(self, subnet: Subnet) -> float:
@@ -251,8 +296,8 @@ class ElasticModel:
         """Tokens that a text may have at most: rows of the table of learned positions; None where there is no table."""
         if not self.family.positions:
             return None
-        table: Any = self.lm.get_submodule(self.family.positions)
-        return int(table.num_embeddings)
+        table: Any = self.lm.get_submodule(self.family.positions)  # OPT's has two rows more
+        return min(int(table.num_embeddings), int(self.config.max_position_embeddings))
 
     def fitting(self, tokens: int) -> int:
         """Block of `tokens` tokens, or as many as the model has positions for."""
@@ -304,6 +349,8 @@ def projections_of(model: ElasticModel) -> dict[str, Projection]:
     """Every elastic projection, by its name in the transformers model."""
     found: dict[str, Projection] = {}
     for index, _, sub in model.sub_layers():
+        if sub.axis.experts:
+            continue
         paths = zip((*sub.axis.opens, sub.axis.closes), (*sub.opens, sub.closes), strict=True)
         found |= {f"{model.family.layers}.{index}.{path}": projection for path, projection in paths}
     return found
@@ -327,41 +374,108 @@ def move(lm: PreTrainedModel, device: str | torch.device) -> None:
 
 
 def _layers(lm: PreTrainedModel, family: Family) -> list[nn.Module]:
-    layers = list(lm.get_submodule(family.layers).children())
+    try:
+        layers = list(lm.get_submodule(family.layers).children())
+    except AttributeError:
+        layers = []
     if not layers:
         raise ValueError(f"{type(lm).__name__} has no layers at {family.layers!r}; the family spec is wrong.")
     return layers
 
 
 def _make_layer_elastic(layer: nn.Module, family: Family, config: Any) -> ElasticLayer:
+    axes = {name: axis_of(layer, axis) for name, axis in family.axes.items()}
     subs = {}
-    for name, axis in family.axes.items():
+    for name, axis in axes.items():
         units, heads = _units(layer, axis, config, attends=name == "kv_groups")
-        gives_weights = name == "kv_groups"  # an attention returns (output, weights)
-        subs[name] = _make_sub_layer_elastic(
-            layer, axis, Width(units), heads_per_unit=heads, gives_weights=gives_weights
-        )
+        if family.axes[name].holds_experts and not axis.experts:
+            experts = next(kind for kind in family.axes[name].kinds() if kind.experts)
+            units = _blocks(units, getattr(config, experts.config_keys[0]))
+        subs[name] = _make_sub_layer_elastic(layer, axis, Width(units), heads_per_unit=heads)
     return ElasticLayer(layer, subs)
+
+
+def axis_of(layer: nn.Module, axis: Axis) -> Axis:
+    """Return which of an axis's kinds this layer has.
+
+    Raises:
+        ValueError: it has none, or lacks another module of the one that it has.
+    """
+    for kind in axis.kinds():
+        if has_module(layer, kind.closes):
+            paths = (*kind.opens, *kind.parts, *((kind.norm,) if kind.norm else ()))
+            lacking = [path for path in paths if not has_module(layer, path)]
+            if lacking:
+                raise ValueError(f"{type(layer).__name__} has no {lacking[0]!r}; the family spec is wrong.")
+            return kind
+    names = " or ".join(repr(kind.closes) for kind in axis.kinds())
+    raise ValueError(f"{type(layer).__name__} has no {names}; the family spec is wrong.")
+
+
+def has_module(layer: nn.Module, path: str) -> bool:
+    """Return whether there is a module at this path."""
+    try:
+        return isinstance(layer.get_submodule(path), nn.Module)
+    except AttributeError:
+        return False
+
+
+def _blocks(neurons: int, experts: int) -> int:
+    """Number of units of an MLP beside mixtures: as many blocks of neurons as there are experts.
+
+    Raises:
+        ValueError: the neurons cannot be parted so.
+    """
+    if neurons % experts:
+        raise ValueError(f"{neurons} neurons cannot be parted into {experts} blocks, one for each expert elsewhere.")
+    return experts
 
 
 def _units(layer: nn.Module, axis: Axis, config: Any, *, attends: bool) -> tuple[int, int]:
     """Return the number of units of a sub-layer, and of query heads per unit (1 for neurons)."""
+    if not axis.narrows:
+        return 1, 1
+    if axis.experts:
+        return next(p.shape[0] for p in layer.get_submodule(axis.closes).parameters() if p.ndim == 3), 1
     if not attends:
         return layer.get_submodule(axis.closes).get_parameter("weight").numel() // config.hidden_size, 1
     kv_groups = getattr(config, axis.config_keys[0])
     return kv_groups, config.num_attention_heads // kv_groups
 
 
-def _make_sub_layer_elastic(
-    layer: nn.Module, axis: Axis, width: Width, *, heads_per_unit: int, gives_weights: bool
-) -> SubLayer:
+def _make_sub_layer_elastic(layer: nn.Module, axis: Axis, width: Width, *, heads_per_unit: int) -> SubLayer:
     opens = [make_elastic(layer.get_submodule(path), width, opens=True, stacked=axis.stacked) for path in axis.opens]
-    closes = make_elastic(layer.get_submodule(axis.closes), width, opens=False)
-    make_skippable(layer.get_submodule(axis.module), width, gives_weights=gives_weights)
+    closing: Any = layer.get_submodule(axis.closes)
+    closes = closing if axis.experts else make_elastic(closing, width, opens=False)
+    if axis.module:
+        make_skippable(layer.get_submodule(axis.module), width, outputs=axis.outputs, experts=axis.experts)
     if axis.norm:
         make_norm_skippable(layer.get_submodule(axis.norm), width)
-    counters = tuple((layer.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in axis.counts)
-    return SubLayer(tuple(opens), closes, axis, width, heads_per_unit, counters)
+    parts = tuple(layer.get_submodule(path) for path in axis.parts)
+    return SubLayer(tuple(opens), closes, axis, width, heads_per_unit, tuple(_counters(layer, axis)), parts)
+
+
+def _counters(layer: nn.Module, axis: Axis) -> Iterator[tuple[nn.Module, str, int]]:
+    for path in axis.counts:
+        parent, _, attribute = path.rpartition(".")
+        module = layer.get_submodule(parent)
+        if not isinstance(getattr(module, attribute, None), int):
+            raise ValueError(  # noqa: TRY004 - the type is that of a spec's other errors
+                f"{type(layer).__name__} has no whole number {path!r}; the family spec is wrong."
+            )
+        yield module, attribute, getattr(module, attribute)
+
+
+def _check_alike(layers: list[ElasticLayer]) -> None:
+    """Pass if every layer has as many units as the first."""
+    for index, layer in enumerate(layers):
+        for axis, sub in layer.subs.items():
+            first = layers[0][axis].width.full
+            if sub.width.full != first:
+                raise ValueError(
+                    f"layer {index} has {sub.width.full} {axis}, layer 0 has {first}: layers of unlike sizes cannot "
+                    "be narrowed together."
+                )
 
 
 def _check_fits(space: SearchSpace, sizes: dict[str, int]) -> None:

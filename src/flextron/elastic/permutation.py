@@ -30,10 +30,18 @@ def permute(model: ElasticModel, ranking: Ranking) -> None:
 
 
 def _permute_sub_layer(sub: SubLayer, units: torch.Tensor, heads_GQ: torch.Tensor | None = None) -> None:
+    if not sub.axis.narrows:
+        return
+    if sub.axis.experts:
+        for held, name in sub.expert_tensors():
+            held[name].copy_(held[name][units.to(held[name].device)])
+        return
     unit_columns = sub.closing_size // sub.width.full
     for module in sub.opens:
         unit_rows = module.matrix().shape[0] // sub.width.full // module.stacked
-        has_heads = unit_rows == unit_columns  # K and V have one head a group
+        has_heads = (
+            unit_rows >= unit_columns
+        )  # K and V have one head a group; gated queries have two rows for each column
         order = _expand(units, heads_GQ if has_heads else None, unit_rows)
         _reorder(module, order)
     columns = _expand(units, heads_GQ, unit_columns)

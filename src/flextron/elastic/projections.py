@@ -6,6 +6,7 @@ Shapes: B batch, T time, D model, K units kept x rows per unit. Linear weights a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple, cast
 
@@ -136,10 +137,19 @@ class _Closing(Projection):
             parts = x_BTK.view(*x_BTK.shape[:-1], mask.shape[-1], x_BTK.shape[-1] // mask.shape[-1])
             x_BTK = (parts * mask[..., None].to(x_BTK.dtype)).flatten(-2)
         matrix = self.matrix()
+        if not self.width.kept:
+            return self._nothing(x_BTK)
         columns = matrix[:, self.width.span(matrix.shape[1])]
         if (sums_ND := self.width.sums) is not None:
             return torch.addmm(sums_ND, x_BTK.flatten(0, -2), columns.t(), out=sums_ND)
         return self._product(x_BTK, columns, None if self.width.first else self.bias)
+
+    def _nothing(self, x_BTK: torch.Tensor) -> torch.Tensor:
+        """What no unit adds: zeros, also instead of the bias, for sub-layers without a module that could be skipped."""
+        nothing = x_BTK.new_zeros(*x_BTK.shape[:-1], self.matrix().shape[0])
+        if not torch.is_grad_enabled():
+            return nothing
+        return _WithZeroGradients.apply(nothing, x_BTK, *self.parameters(recurse=False))  # type: ignore[no-untyped-call, no-any-return]
 
     def _of_rows(self, x_BTK: torch.Tensor, rows: RowGroups) -> torch.Tensor:
         """Project; a row that uses no unit gets zeros."""
@@ -181,6 +191,22 @@ _ELASTIC: dict[tuple[type, bool], type[Projection]] = {
 }
 
 
+def is_projection(module: nn.Module) -> bool:
+    """Whether `make_elastic` takes such a module: it computes what its weight and bias say, and nothing else.
+
+    So do the Linears that families of transformers define for themselves, such as Falcon's; quantised ones do not.
+    """
+    kind = type(module)
+    return (kind, True) in _ELASTIC or (isinstance(module, nn.Linear) and kind.__module__.startswith(_FAMILY_CODE))
+
+
+_FAMILY_CODE = "transformers.models."
+
+
+def _elastic_kind(kind: Any, *, opens: bool) -> type[nn.Module]:
+    return _ELASTIC.get((kind, opens)) or _mixed(_Opening if opens else _Closing, kind)
+
+
 def make_elastic(projection: nn.Module, width: Width, *, opens: bool, stacked: int = 1) -> Projection:
     """Turn a projection into its elastic kind in place: same object, same Parameters, same names.
 
@@ -196,13 +222,12 @@ def make_elastic(projection: nn.Module, width: Width, *, opens: bool, stacked: i
             "Load it onto one device: pass device instead of device_map. "
             "A model larger than the memory can be ranked with `flextron rank --stream`."
         )
-    try:
-        projection.__class__ = _ELASTIC[type(projection), opens]
-    except KeyError:
+    if not is_projection(projection):
         raise TypeError(
             f"cannot narrow a {type(projection).__name__}: elastic projections are Linear or Conv1D. "
             "Load the model unquantised and without adapters."
-        ) from None
+        )
+    projection.__class__ = _elastic_kind(type(projection), opens=opens)
     elastic = cast(Projection, projection)
     elastic.width = width
     elastic.stacked = stacked
@@ -231,8 +256,10 @@ class _Skippable(nn.Module):
     """
 
     width: Width
-    gives_weights: bool
+    outputs: int
     layer_idx: int
+    layer_id: int
+    """Its layer's number in GPT-Neo; other families call it `layer_idx`."""
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.width.run is not None:
@@ -245,12 +272,50 @@ class _Skippable(nn.Module):
         nothing = torch.zeros_like(hidden_states)
         if torch.is_grad_enabled():
             nothing = _WithZeroGradients.apply(nothing, hidden_states, *self.parameters())  # type: ignore[no-untyped-call]
-        if not self.gives_weights:
+            nothing = nothing.clone()  # Falcon adds to it in place
+        if self.outputs == 1:
             return nothing
         for cache_ in (value for value in kwargs.values() if isinstance(value, Cache)):
             passed = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
-            cache_.update(passed, passed, self.layer_idx)
-        return nothing, None
+            cache_.update(passed, passed, self.layer_idx if hasattr(self, "layer_idx") else self.layer_id)
+        return nothing, *([None] * (self.outputs - 1))
+
+
+class _Mixture(_Skippable):
+    """A mixture of experts that routes to the first experts only, as if there were no others.
+
+    While it runs, it holds views of the tensors whose first dimension counts experts: the router's and the experts'.
+    """
+
+    def _forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not self.width.kept or self.width.kept == self.width.full:
+            return super()._forward(hidden_states, *args, **kwargs)
+        with _first(self, self.width):
+            return super()._forward(hidden_states, *args, **kwargs)
+
+
+def expert_tensors(mixture: nn.Module, experts: int) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield where a mixture holds each tensor whose first dimension counts its experts, the shared ones apart."""
+    for path, module in mixture.named_modules():
+        if "shared" in path:
+            continue
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is not None and tensor.ndim and tensor.shape[0] == experts:
+                    yield held, name
+
+
+@contextmanager
+def _first(mixture: nn.Module, width: Width) -> Iterator[None]:
+    """Replace the tensors of all experts by those of the first ones, inside the block."""
+    full = [(held, name, held[name]) for held, name in expert_tensors(mixture, width.full)]
+    try:
+        for held, name, tensor in full:
+            held[name] = tensor[: width.kept]
+        yield
+    finally:
+        for held, name, tensor in full:
+            held[name] = tensor
 
 
 class _SkippableNorm(nn.Module):
@@ -278,14 +343,15 @@ def make_norm_skippable(norm: nn.Module, width: Width) -> None:
     cast(_SkippableNorm, norm).width = width
 
 
-def make_skippable(sub_layer: nn.Module, width: Width, *, gives_weights: bool) -> None:
+def make_skippable(sub_layer: nn.Module, width: Width, *, outputs: int, experts: bool = False) -> None:
     """Skip a sub-layer, changed in place, at width 0.
 
     Args:
-        gives_weights: whether it returns (output, weights) instead of the output alone.
+        outputs: number of values that it returns: the output alone, or a tuple that begins with it.
+        experts: it is a mixture of experts, which routes to the kept ones at other widths.
     """
     kind: Any = type(sub_layer)
-    sub_layer.__class__ = _mixed(_Skippable, kind)
+    sub_layer.__class__ = _mixed(_Mixture if experts else _Skippable, kind)
     skippable = cast(_Skippable, sub_layer)
     skippable.width = width
-    skippable.gives_weights = gives_weights
+    skippable.outputs = outputs

@@ -45,7 +45,8 @@ def check_folder(folder: Path) -> None:
     if not isinstance(config, dict):
         raise CheckpointError(f"{file} holds a {type(config).__name__} instead of an object. Get the file again.")
     weights = [weights.stat().st_size for weights in folder.glob("model*.safetensors")]
-    check_sizes(config, file, sum(weights) or None)
+    text = config.get("text_config")  # of a multimodal checkpoint
+    check_sizes({**config, **text} if isinstance(text, dict) else config, file, sum(weights) or None)
 
 
 def check_gguf(file: Path) -> None:

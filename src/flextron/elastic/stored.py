@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from flextron.elastic.composite import text_options
 from flextron.errors import CheckpointError
 from flextron.records import RecordError, parse_object
 
@@ -56,6 +57,7 @@ def check_weights(config: Any, shapes: Sequence[Sequence[int]], where: Path) -> 
     Raises:
         CheckpointError: it is larger.
     """
+    config = text_options(config).get("config", config)
     with torch.device("meta"):
         wanted = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
     found = sum(map(math.prod, shapes))

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from flextron.elastic.loss import body_of
 from flextron.elastic.model import ElasticModel
 
 STATE_BYTES = 5e8
@@ -25,7 +26,7 @@ class Walk:
     """Runs single layers of a model; `walking` makes one."""
 
     def __init__(self, model: ElasticModel) -> None:
-        self._base = model.lm.base_model
+        self._base = body_of(model.lm)
         self._device = model.device
         self._runs = 0
         self._hidden_BTD: torch.Tensor | None = None

@@ -17,12 +17,23 @@ def layer_sizes(model: ElasticModel, subnet: Subnet) -> list[Sizes]:
     """Return the config fields of every layer at the widths of `subnet`."""
     sizes: list[Sizes] = [{} for _ in model.layers]
     for layer, axis, sub_layer in model.sub_layers():
-        sizes[layer] |= axis_sizes(sub_layer, subnet[axis][layer])
+        of_axis = axis_sizes(sub_layer, subnet[axis][layer])
+        if axis == "neurons" and sub_layer.opens:  # beside mixtures, a unit is a block of neurons
+            of_axis = {key: units * (sub_layer.closing_size // sub_layer.width.full) for key, units in of_axis.items()}
+        sizes[layer] |= of_axis
     return sizes
 
 
 def axis_sizes(sub_layer: SubLayer, units: int) -> Sizes:
-    """Return the config fields of one sub-layer that keeps `units` units."""
+    """Return the config fields of one sub-layer that keeps `units` units.
+
+    Raises:
+        ExportError: the architecture has no field for them.
+    """
+    if not sub_layer.axis.config_keys:
+        if units not in (0, sub_layer.width.full):
+            raise ExportError(f"no config field states the units of {sub_layer.axis.closes}. Keep all of them.")
+        return {}
     counts, *shrinks = sub_layer.axis.config_keys
     return {counts: units, **dict.fromkeys(shrinks, units * sub_layer.heads_per_unit)}
 
@@ -39,20 +50,32 @@ def cut_state(model: ElasticModel, subnet: Subnet) -> dict[str, torch.Tensor]:
 def _cut(state: dict[str, torch.Tensor], prefix: str, sub_layer: SubLayer) -> None:
     axis = sub_layer.axis
     if not sub_layer.width.kept:
-        for key in [key for key in state if key.startswith(f"{prefix}{axis.module}.")]:
-            del state[key]
+        for part in axis.parts:
+            for key in [key for key in state if key.startswith(f"{prefix}{part}.")]:
+                del state[key]
+        return
+    if axis.experts:
+        for key in [key for key in state if key.startswith(f"{prefix}{axis.module}.") and "shared" not in key]:
+            if state[key].ndim and state[key].shape[0] == sub_layer.width.full:
+                state[key] = state[key][: sub_layer.width.kept]
+        return
+    if not axis.narrows:
         return
     for path, module in zip(axis.opens, sub_layer.opens, strict=True):
         for name, dim in ((f"{prefix}{path}.weight", _rows(module)), (f"{prefix}{path}.bias", 0)):
             if name in state:
-                state[name] = _first(state[name], sub_layer, dim=dim)
+                state[name] = _first(state[name], sub_layer, dim=dim, stacked=module.stacked)
     weight = f"{prefix}{axis.closes}.weight"
     state[weight] = _first(state[weight], sub_layer, dim=1 - _rows(sub_layer.closes))
 
 
-def _first(weight: torch.Tensor, sub_layer: SubLayer, *, dim: int) -> torch.Tensor:
-    """Return the slice of the kept units; GPT-2's stacked Q, K, V stay whole, because it exports all heads or none."""
-    return weight.narrow(dim, 0, sub_layer.width.of(weight.shape[dim]))
+def _first(weight: torch.Tensor, sub_layer: SubLayer, *, dim: int, stacked: int = 1) -> torch.Tensor:
+    """Return the slice of the kept units, of each stacked block."""
+    if sub_layer.width.is_full:
+        return weight
+    blocks = weight.chunk(stacked, dim)
+    kept = [block.narrow(dim, 0, sub_layer.width.of(block.shape[dim])) for block in blocks]
+    return kept[0] if stacked == 1 else torch.cat(kept, dim)
 
 
 def _rows(projection: nn.Module) -> int:
@@ -65,8 +88,7 @@ def parameters_asked(model: ElasticModel, subnet: Subnet) -> int:
     dropped = model.layer_weights(model.search_space.full) - model.layer_weights(subnet)
     for layer, axis, sub_layer in model.sub_layers():
         if not subnet[axis][layer]:
-            module = model.layers[layer].module.get_submodule(sub_layer.axis.module)
-            dropped += sum(p.numel() for p in module.parameters())
+            dropped += sum(p.numel() for p in sub_layer.parameters())
             dropped -= sub_layer.width.full * sub_layer.weights_per_unit
     return int(model.lm.num_parameters()) - dropped
 

@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from flextron.atomic import check_new, new_folder
 from flextron.elastic import per_layer
 from flextron.elastic.checkpoint import save_tokenizer
-from flextron.elastic.families import Axis
 from flextron.elastic.model import ElasticModel
 from flextron.elastic.older_transformers import add_old_names
 from flextron.elastic.source import METADATA_FILE
@@ -130,10 +129,13 @@ def _build(model: ElasticModel, subnet: Subnet) -> PreTrainedModel:
     """Return the exported model; its weights are views of the elastic model's."""
     sizes = layer_sizes(model, subnet)
     state = cut_state(model, subnet)
-    config = _plain_config(model, sizes) if subnet.is_uniform and all(sizes[0].values()) else None
+    config = _plain_config(model, sizes) if subnet.is_uniform and not _skipped(subnet, 0) else None
     lm_class = type(model.lm)
     if config is None:
-        config, lm_class = _per_layer_config(model, sizes), per_layer.CLASSES[model.config.model_type].causal_lm
+        config, lm_class = (
+            _per_layer_config(model, subnet, sizes),
+            per_layer.classes_of(model.config.model_type).causal_lm,
+        )
     try:
         with torch.device("meta"):
             exported = lm_class(config)
@@ -149,29 +151,39 @@ def _build(model: ElasticModel, subnet: Subnet) -> PreTrainedModel:
 
 def _plain_config(model: ElasticModel, sizes: list[Sizes]) -> Any:
     """Return a config of the original's own class, or None if that class refuses these sizes."""
-    stated = {**_stated(model, sizes), **sizes[0]}
+    stated = {**_stated(model, sizes), **_largest(model, sizes)}
     try:
         return type(model.config).from_dict(stated)
     except (StrictDataclassError, ValueError):
         return None
 
 
-def _per_layer_config(model: ElasticModel, sizes: list[Sizes]) -> Any:
+def _per_layer_config(model: ElasticModel, subnet: Subnet, sizes: list[Sizes]) -> Any:
     """Return a config whose fields are the largest of any layer; `per_layer_config` lists the layers that differ."""
     config = model.config
-    top = {key: max(layer[key] for layer in sizes) or getattr(config, key) for key in sizes[0]}
-    axes = {"attention": model.family.attention, "mlp": model.family.mlp}
-    overrides = {index: _overrides(layer, top, axes) for index, layer in enumerate(sizes)}
+    top = _largest(model, sizes)
+    overrides = {index: _overrides(layer, top, _skipped(subnet, index)) for index, layer in enumerate(sizes)}
     stated = {
         **_stated(model, sizes),
         **top,
         "per_layer_config": {index: override for index, override in overrides.items() if override},
     }
-    return per_layer.CLASSES[config.model_type].config.from_dict(stated)
+    return per_layer.classes_of(config.model_type).config.from_dict(stated)
 
 
-def _overrides(layer: Sizes, top: Sizes, axes: dict[str, Axis]) -> dict[str, Any]:
-    skip = [name for name, axis in axes.items() if not layer[axis.config_keys[0]]]
+def _largest(model: ElasticModel, sizes: list[Sizes]) -> Sizes:
+    """The largest value of each field in any layer; in mixtures, layers of unlike kinds have fields of their own."""
+    keys = dict.fromkeys(key for layer in sizes for key in layer)
+    return {key: max(layer.get(key, 0) for layer in sizes) or getattr(model.config, key) for key in keys}
+
+
+def _skipped(subnet: Subnet, layer: int) -> list[str]:
+    """What a layer leaves out, in the words of `per_layer`."""
+    names = {"attention": subnet.kv_groups, "mlp": subnet.neurons}
+    return [name for name, widths in names.items() if not widths[layer]]
+
+
+def _overrides(layer: Sizes, top: Sizes, skip: list[str]) -> dict[str, Any]:
     sizes = {key: size for key, size in layer.items() if size not in (0, top[key])}
     return {**sizes, "skip": skip} if skip else dict(sizes)
 
@@ -189,7 +201,7 @@ def _stated(model: ElasticModel, sizes: list[Sizes]) -> dict[str, Any]:
 
 def _write(exported: PreTrainedModel, model: ElasticModel, subnet: Subnet, folder: Path, *, remote_code: bool) -> None:
     if remote_code and exported.config.model_type.startswith(per_layer.PREFIX):
-        classes = per_layer.CLASSES[model.config.model_type]
+        classes = per_layer.classes_of(model.config.model_type)
         autos = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
         module = REMOTE_CODE_FILE.removesuffix(".py")
         exported.config.auto_map = {auto: f"{module}.{cls.__name__}" for auto, cls in zip(autos, classes, strict=True)}

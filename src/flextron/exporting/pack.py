@@ -194,6 +194,11 @@ def _others(trained: ElasticModel, base: ElasticModel) -> dict[str, torch.Tensor
     return changed
 
 
+def _narrowing(layer: ElasticLayer) -> list[SubLayer]:
+    """The sub-layers of a layer that narrow; the others are not trained."""
+    return [sub for sub in layer.subs.values() if sub.opens]
+
+
 def _changes(
     trained: ElasticModel, base: ElasticModel, blocks: TokenBlocks, *, show: bool
 ) -> Iterator[tuple[str, _Parts]]:
@@ -202,12 +207,12 @@ def _changes(
 
     def read(layer: ElasticLayer) -> list[Projection]:
         """One projection for each input: those that open a sub-layer read the same."""
-        return [projection for sub in layer.subs.values() for projection in (sub.opens[0], sub.closes)]
+        return [projection for sub in _narrowing(layer) for projection in (sub.opens[0], sub.closes)]
 
     found = second_moments(trained, read, blocks, title="pack" if show else None)
     with torch.no_grad(), closing(found):
         for layer, moments in zip(trained.layers, found, strict=True):
-            for sub, opened, closed in zip(layer.subs.values(), moments[::2], moments[1::2], strict=True):
+            for sub, opened, closed in zip(_narrowing(layer), moments[::2], moments[1::2], strict=True):
                 for projection in (*sub.opens, sub.closes):
                     name, weight = names[id(projection)], projection.matrix().float()
                     change = weight - before[name].matrix().float()

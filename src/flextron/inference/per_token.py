@@ -23,6 +23,7 @@ from torch import nn
 
 from flextron.elastic.model import ElasticModel, SubLayer
 from flextron.elastic.projections import RowGroups
+from flextron.errors import FlextronError
 from flextron.inference.routed_kernel import Activation, available, routed_mlp
 from flextron.subnet import AXES, Subnet
 
@@ -105,7 +106,16 @@ def use_token_widths(model: ElasticModel, widths: TokenWidths, *, masked: bool =
 
 @contextmanager
 def running(model: ElasticModel, runs: Sequence[tuple[Forward, Forward]]) -> Iterator[None]:
-    """Let `runs`, one pair (MLP, attention) for each layer, run the sub-layers inside the block."""
+    """Let `runs`, one pair (MLP, attention) for each layer, run the sub-layers inside the block.
+
+    Raises:
+        FlextronError: an MLP is a mixture of experts, or no module of its own, as OPT's.
+    """
+    if not all(sub.axis.module and not sub.axis.experts for _, _, sub in model.sub_layers()):
+        raise FlextronError(
+            f"the MLPs of {model.config.model_type} are mixtures of experts or not modules of their own, so tokens "
+            "cannot have widths of their own. Use one sub-network for all tokens."
+        )
     widths = [sub.width for _, _, sub in model.sub_layers()]
     with model.holder.held():
         before = [width.run for width in widths]

@@ -79,6 +79,9 @@ def measure_importance(
             model. In the second half each layer adds only the best three quarters of its neurons. Needs a few fp32
             matrices [C, C], of one layer at a time.
 
+    Experts of a mixture are ordered by what they add to the residual stream, whatever the score: the sum over the
+    tokens that are routed to an expert of the squared norm of its output, weighted by the router.
+
     Raises:
         ValueError: an unknown score.
         FlextronError: activations are not finite.
@@ -92,7 +95,7 @@ def measure_importance(
     orders = []
     with walking(model) as walk, model.use(model.search_space.full), torch.inference_mode():
         for index, layer in enumerate(progress(model.layers, "rank") if show else model.layers):
-            mlp, attention = _Statistic(layer.mlp, score), _Statistic(layer.attention, score)
+            mlp, attention = _statistic(layer.mlp, score), _statistic(layer.attention, score)
             with _observed([mlp, attention]):
                 for place, tokens_BT in enumerate(batches):
                     if place == second_round:
@@ -100,6 +103,10 @@ def measure_importance(
                     hidden[place] = walk.through(index, tokens_BT, hidden[place])
             orders.append(_orders(mlp, attention))
     return orders
+
+
+def _statistic(sub: SubLayer, score: Score) -> _Statistic:
+    return _ExpertStatistic(sub, score) if sub.axis.experts else _Statistic(sub, score)
 
 
 class _Statistic:
@@ -135,7 +142,7 @@ class _Statistic:
         self.first_gram = _normalise(gram_UU).astype(np.float32)
         seen = torch.zeros(self.units, dtype=self.closes.weight.dtype)
         seen[best_first[: int(self.units * SECOND_ROUND_SHARE)]] = 1
-        self.seen_C = seen.to(self.sum.device)
+        self.seen_C = seen.repeat_interleave(len(self.sum) // self.units).to(self.sum.device)
         self.sum.zero_()
 
     def gram(self) -> NDArray[np.float64]:
@@ -174,6 +181,46 @@ class _Statistic:
         weight_DC = self.closes.matrix().detach().float()
         weights_U = weight_DC.view(len(weight_DC), self.units, -1).square().sum((0, 2))
         return self.sum * (weights_U.sqrt() if self.score == "absolute_weight" else weights_U)
+
+
+class _ExpertStatistic(_Statistic):
+    """What each expert of a mixture adds: squared norms of its weighted output, summed over its tokens."""
+
+    def __init__(self, sub: SubLayer, score: Score) -> None:
+        self.closes = sub.closes
+        self.score = score
+        self.groups = self.units = sub.width.full
+        self.sum = torch.zeros(self.units, dtype=torch.float32, device=next(sub.parameters()).device)
+        self.first_gram = self.seen_C = None
+
+    def observe(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Run each token's experts one by one, and add the squared norms of what they give."""
+        hidden_TD, experts_TK, weights_TK = _routed(module, inputs)
+        for place in range(experts_TK.shape[1]):
+            one = slice(place, place + 1)
+            output_TD = module.forward(hidden_TD, experts_TK[:, one], weights_TK[:, one])
+            self.sum.index_add_(0, experts_TK[:, place], output_TD.float().square().sum(-1))
+        return None
+
+    def start_second_round(self) -> None:
+        """Go on: experts have one round."""
+
+    def gram(self) -> NDArray[np.float64]:
+        """Return the diagonal matrix [U, U] of scores."""
+        result: NDArray[np.float64] = torch.diag(self.sum).double().cpu().numpy()
+        return result
+
+
+def _routed(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The arguments of a mixture's experts: hidden states, and for each token its experts and their weights.
+
+    Raises:
+        FlextronError: they are others.
+    """
+    fits = len(inputs) >= 3 and all(isinstance(value, torch.Tensor) for value in inputs[:3])
+    if not fits or inputs[1].is_floating_point() or inputs[1].shape != inputs[2].shape or inputs[1].ndim != 2:
+        raise FlextronError(f"{type(module).__name__} takes its tokens in a way in which experts cannot be ranked.")
+    return inputs[0], inputs[1], inputs[2]
 
 
 def _normalise(gram_UU: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -23,7 +23,8 @@ from contextlib import closing
 import torch
 
 from flextron.data.blocks import TokenBlocks
-from flextron.elastic.model import ElasticModel, SubLayer
+from flextron.elastic.model import ElasticLayer, ElasticModel, SubLayer
+from flextron.elastic.projections import Projection
 from flextron.errors import FlextronError
 from flextron.ranking.moments import root_of, second_moments
 
@@ -54,17 +55,23 @@ def refit(
     """
     if model.ranking is None:
         raise FlextronError("only a ranked model can be refitted: its first units must be its best. Rank it first.")
-    moments = second_moments(
-        model, lambda layer: [layer[axis].closes for axis in axes], blocks, title="refit" if show else None
-    )
+
+    def closing_projections(layer: ElasticLayer) -> list[Projection]:
+        return [sub.closes for sub in subs_of(layer)]
+
+    def subs_of(layer: ElasticLayer) -> list[SubLayer]:
+        """The sub-layers that narrow."""
+        return [layer[axis] for axis in axes if layer[axis].opens]
+
+    moments = second_moments(model, closing_projections, blocks, title="refit" if show else None)
     with closing(moments):
         for index, grams in enumerate(moments):
             if not all(gram_CC.isfinite().all() for gram_CC in grams):
                 raise FlextronError(
                     f"the activations of layer {index} are not finite, so it cannot be refitted. Use float32."
                 )
-            for axis, gram_CC in zip(axes, grams, strict=True):
-                _refit(model.layers[index][axis], gram_CC, rank)
+            for sub, gram_CC in zip(subs_of(model.layers[index]), grams, strict=True):
+                _refit(sub, gram_CC, rank)
 
 
 def _refit(sub: SubLayer, gram_CC: torch.Tensor, rank: int | None) -> None:

@@ -16,9 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from flextron.choosing.choice import choose
 from flextron.config import TrainConfig
 from flextron.elastic import checkpoint, per_layer
-from flextron.elastic.families import family_of
+from flextron.elastic.composite import text_options
+from flextron.elastic.discovery import family_for
 from flextron.elastic.loss import CHUNK_TOKENS, CHUNK_TOKENS_OF_A_GPU
-from flextron.elastic.model import ElasticLayer, ElasticModel, projections_of
+from flextron.elastic.model import ElasticLayer, ElasticModel, SubLayer, projections_of
 from flextron.elastic.source import first_line, source_of
 from flextron.environment import arithmetic_dtype, default_device, dtype_name
 from flextron.errors import CheckpointError
@@ -171,12 +172,13 @@ def _without_weights(path: str) -> ElasticModel:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **gguf)
     except Exception as error:  # transformers raises many types for damaged files
         raise CheckpointError(f"cannot read the config of {path}: {first_line(error)}") from error
-    family_of(config.model_type)
+    config = text_options(config).get("config", config)
+    family = family_for(config)
     try:
         with torch.device("meta"):
             lm = AutoModelForCausalLM.from_config(config)
         search_space = None if gguf else checkpoint.load_metadata(source, {})[0]
-        return ElasticModel(lm, search_space=search_space)
+        return ElasticModel(lm, search_space=search_space, family=family)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"cannot make {path} elastic: {error}") from error
 
@@ -320,7 +322,7 @@ def _activations_of_layer(
     hidden: int = model.config.hidden_size
     fused = model.config._attn_implementation != "eager"
     values: int = (
-        2 * sum(opening.matrix().shape[0] for opening in layer.mlp.opens)
+        2 * _values_of_mlp(model, layer.mlp)
         + 4 * layer.attention.closing_size
         + block_tokens * (1 if fused else 3 * model.config.num_attention_heads)
         + hidden * (sum(len(sub.opens) for sub in layer.subs.values()) if casts else 2)
@@ -328,6 +330,13 @@ def _activations_of_layer(
     norms = [p for name, p in layer.module.named_parameters() if p.ndim == 1 and name.endswith("weight")]
     normed = sum(hidden if norm.numel() == hidden else layer.attention.closing_size for norm in norms)
     return arithmetic.itemsize * values + 2 * _FP32 * normed
+
+
+def _values_of_mlp(model: ElasticModel, mlp: SubLayer) -> int:
+    """Rows of the opening projections, or of all experts that a token is routed to."""
+    if mlp.axis.experts:
+        return model.least_units * mlp.weights_per_unit // int(model.config.hidden_size)
+    return sum(opening.matrix().shape[0] for opening in mlp.opens)
 
 
 def _loss(model: ElasticModel, config: TrainConfig, processes: int) -> int:

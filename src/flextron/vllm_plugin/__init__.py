@@ -23,6 +23,6 @@ def register() -> None:
     except ImportError:
         return
     known = ModelRegistry.get_supported_archs()
-    for classes in per_layer.CLASSES.values():
-        if classes.causal_lm.__name__ not in known:
-            ModelRegistry.register_model(classes.causal_lm.__name__, BACKEND)
+    for name in per_layer.causal_lm_names().values():
+        if name not in known:
+            ModelRegistry.register_model(name, BACKEND)

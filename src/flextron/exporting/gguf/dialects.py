@@ -45,6 +45,11 @@ _AS_DECI = ("llama", "mistral", "qwen2")
 """Model types whose layers `deci` can compute."""
 
 
+def has_dialect(model_type: str) -> bool:
+    """Return whether llama.cpp has an architecture for this model type."""
+    return model_type in _OWN
+
+
 def states_unequal_layers(model: ElasticModel) -> bool:
     """Return whether llama.cpp has an architecture for this family with different widths per layer."""
     return model.config.model_type in _AS_DECI

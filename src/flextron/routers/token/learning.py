@@ -20,7 +20,7 @@ import torch
 from flextron.costs.pricing import Ceiling
 from flextron.costs.table import CostTable
 from flextron.data.blocks import TokenBlocks, batch_tokens
-from flextron.elastic.loss import hidden_states, losses
+from flextron.elastic.loss import body_of, hidden_states, losses
 from flextron.elastic.model import ElasticLayer, ElasticModel
 from flextron.errors import RouterError
 from flextron.inference.per_token import Forward, TokenWidths, masked_parts, rows_of_attention, running
@@ -344,7 +344,7 @@ def calibrate(
                 )
                 with routing.use(), casts, torch.inference_mode():
                     for tokens_BT in blocks.batches(batch_tokens(model.device, 1024)):
-                        model.lm.base_model(input_ids=tokens_BT.to(model.device), use_cache=False)
+                        body_of(model.lm)(input_ids=tokens_BT.to(model.device), use_cache=False)
                 return routing
 
             offset, routing = _find_offset(used_at, budget, offset)

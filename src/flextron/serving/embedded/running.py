@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from flextron.elastic.model import ElasticModel
+from flextron.errors import FlextronError
 from flextron.serving.embedded.active import ActiveText
 from flextron.serving.embedded.attention import Batch, Row
 from flextron.serving.embedded.controller import Controller, Run, Text
@@ -70,7 +71,15 @@ class EmbeddedEngine:
 
         Args:
             levels: nested sub-networks, smallest first.
+
+        Raises:
+            FlextronError: the model's attentions do not narrow, or a sub-layer is no module of its own.
         """
+        if not all(sub.opens and sub.axis.module for _, _, sub in model.sub_layers()):
+            raise FlextronError(
+                f"serving needs attentions that narrow by KV groups and MLPs that are modules; "
+                f"{model.config.model_type} lacks one of them. Export a sub-network, and serve that."
+            )
         self.levels = tuple(levels)
         self.options = options
         pool = PagePool(-(-options.cache_tokens // PAGE_TOKENS))

@@ -1,27 +1,38 @@
-"""Time flextron's decoding loop for SmolLM2 against `generate` of transformers, at full width and narrowed.
+"""Time a token of SmolLM2 on a CPU: transformers' eager `generate`, flextron's decoder, llama.cpp; full and narrowed.
 
-python benchmarks/decoding.py
+    python benchmarks/decoding.py
 
-Each round runs in turn: transformers at full width, flextron at full width, and flextron at sub-networks with half of
-the layers' weights. It also compares the greedy texts.
+Each engine runs in a process of its own, because the idle threads of one slow the other, and engines take turns.
+llama.cpp runs exports of the same sub-networks in the same type. The greedy texts are compared too.
 """
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import tyro
 
-from flextron import ElasticModel, Subnet
+from flextron import Subnet
+from flextron.demo.quickstart import smollm2_path
+from flextron.environment import describe_environment
+from flextron.exporting.gguf.engine import LlamaCpp
 from flextron.inference.streaming import stream_tokens
 from model import load_smollm2, write_results
 
 PROMPT = "Once upon a time, in a land far away, there was a library with"
+WIDTHS = {"full": (1536, 3), "81% of the layers' weights": (1152, 3), "50%": (704, 2)}
+"""Neurons and KV groups of every layer."""
+_GGUF_TYPES = {"float32": "f32", "bfloat16": "bf16"}
 
 
 @dataclass(frozen=True)
@@ -30,47 +41,86 @@ class Settings:
 
     new_tokens: int = 64
     """Number of tokens to generate; the first comes with the prompt and is not timed."""
-    rounds: int = 5
-    """Number of interleaved rounds; medians are printed."""
+    rounds: int = 3
+    """Number of rounds, in which engines take turns; medians are printed."""
+    threads: int = torch.get_num_threads()
+    """Threads of each engine."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights."""
     out: Path | None = None
     """JSON file to write."""
 
 
+@dataclass(frozen=True)
+class Run:
+    """What one engine is to do."""
+
+    engine: str
+    size: str
+    file: Path
+    """Its export, for llama.cpp."""
+    settings: Settings
+
+
 def main(settings: Settings) -> None:
     """Time all runs and print the results."""
-    model = load_smollm2(getattr(torch, settings.dtype))
+    print(describe_environment())
+    with tempfile.TemporaryDirectory() as folder:
+        files = {size: Path(folder) / f"{number}.gguf" for number, size in enumerate(WIDTHS)}
+        for size, file in files.items():
+            export(file, size, _GGUF_TYPES[settings.dtype])
+        runs = [Run("transformers", "full", files["full"], settings)]
+        runs += [Run(engine, size, files[size], settings) for size in WIDTHS for engine in ("flextron", "llama.cpp")]
+        found: dict[tuple[str, str], list[float]] = {(run.engine, run.size): [] for run in runs}
+        texts: dict[tuple[str, str], list[int]] = {}
+        for _ in range(settings.rounds):
+            for run in runs:
+                with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+                    tokens, ms = process.submit(measure, run).result()
+                found[run.engine, run.size].append(ms)
+                texts[run.engine, run.size] = tokens
+    print(f"\n{settings.dtype}, {settings.threads} threads, medians of {settings.rounds} rounds, ms a token\n")
+    print("| | " + " | ".join(WIDTHS) + " |\n|---|" + "---:|" * len(WIDTHS))
+    for engine in ("transformers", "flextron", "llama.cpp"):
+        cells = [found.get((engine, size)) for size in WIDTHS]
+        print(f"| {engine} | " + " | ".join("" if ms is None else f"{median(ms):.1f}" for ms in cells) + " |")
+    speeds = [median(a / b for a, b in zip(found["llama.cpp", s], found["flextron", s], strict=True)) for s in WIDTHS]
+    print("| flextron's speed in llama.cpp's | " + " | ".join(f"{speed:.2f}" for speed in speeds) + " |")
+    equal = texts["flextron", "full"] == texts["transformers", "full"]
+    print(f"\nsame greedy text of {settings.new_tokens} tokens as transformers: {equal}")
+    write_results(settings.out, {"ms": {" ".join(key): ms for key, ms in found.items()}, "equal": equal})
+
+
+def export(file: Path, size: str, dtype: str) -> None:
+    neurons, groups = WIDTHS[size]
+    subnet = f"neurons={neurons},kv_groups={groups}"
+    command = [sys.executable, "-m", "flextron.cli", "export", str(smollm2_path()), str(file), "--to", "gguf"]
+    subprocess.run([*command, "--quantize", dtype, "--subnet", subnet], check=True, capture_output=True)
+
+
+def measure(run: Run) -> tuple[list[int], float]:
+    """Return the tokens, and the ms of each after the first; after one run to warm up."""
+    torch.set_num_threads(run.settings.threads)
+    model = load_smollm2(getattr(torch, run.settings.dtype))
     prompt_BT = model.tokenizer(PROMPT, return_tensors="pt").input_ids  # type: ignore[misc]
-    layers = model.search_space.layers
-    subnets = {
-        "full": model.search_space.full,
-        "half, widths alternating": Subnet((1088, 448) * (layers // 2), (1, 2) * (layers // 2)),
-        "half, 704 neurons, 2 groups": model.search_space.uniform(704, 2),
-    }
-    times: dict[str, list[float]] = {"transformers, full": [], **{name: [] for name in subnets}}
-    equal = True
-    for round_ in range(settings.rounds + 1):
-        eager, eager_ms = _eager(model, prompt_BT, settings.new_tokens)
-        found = {name: _ours(model, subnet, prompt_BT, settings.new_tokens) for name, subnet in subnets.items()}
-        equal &= found["full"][0] == eager
-        if round_:  # the first round warms up
-            times["transformers, full"].append(eager_ms)
-            for name, (_, ms) in found.items():
-                times[name].append(ms)
-    print(f"{settings.dtype}, {torch.get_num_threads()} threads, medians of {settings.rounds} interleaved rounds")
-    for name, values in times.items():
-        ratio = median(a / b for a, b in zip(values, times["full"], strict=True))
-        share = f", {model.share(subnets[name]):.1%} of the layers' weights" if name in subnets else ""
-        print(f"  {name:<30}{median(values):7.1f} ms per token, {ratio:.2f} of flextron at full width{share}")
-    print(f"  same greedy text of {settings.new_tokens} tokens as transformers: {equal}")
-    write_results(settings.out, {"ms_per_token": times, "equal": equal})
+    count = run.settings.new_tokens
+    if run.engine == "llama.cpp":
+        prompt = prompt_BT[0].tolist()
+        del model
+        with LlamaCpp(run.file, context=len(prompt) + count + 8, threads=run.settings.threads) as engine:
+            engine.times(prompt, count)
+            return [], engine.times(prompt, count).per_token_ms
+    neurons, groups = WIDTHS[run.size]
+    subnet = model.search_space.uniform(neurons, groups)
+    decode = _eager if run.engine == "transformers" else _ours
+    decode(model, subnet, prompt_BT, count)
+    return decode(model, subnet, prompt_BT, count)
 
 
-def _eager(model: ElasticModel, prompt_BT: torch.Tensor, new_tokens: int) -> tuple[list[int], float]:
-    """Return the tokens, and ms per token after the first: the whole time minus that of one token."""
+def _eager(model: Any, subnet: Subnet, prompt_BT: torch.Tensor, new_tokens: int) -> tuple[list[int], float]:
+    """Take the whole time minus that of one token."""
     options = {"attention_mask": torch.ones_like(prompt_BT), "do_sample": False}
-    with torch.inference_mode():
+    with torch.inference_mode(), model.use(subnet):
         start = time.perf_counter()
         model.generate(prompt_BT, max_new_tokens=1, **options)
         one = time.perf_counter() - start
@@ -80,8 +130,7 @@ def _eager(model: ElasticModel, prompt_BT: torch.Tensor, new_tokens: int) -> tup
     return output_BT[0, prompt_BT.shape[1] :].tolist(), 1000 * (whole - one) / (new_tokens - 1)
 
 
-def _ours(model: ElasticModel, subnet: Subnet, prompt_BT: torch.Tensor, new_tokens: int) -> tuple[list[int], float]:
-    """Return the tokens, and ms per token after the first."""
+def _ours(model: Any, subnet: Subnet, prompt_BT: torch.Tensor, new_tokens: int) -> tuple[list[int], float]:
     stream = stream_tokens(model, subnet, prompt_BT, max_new_tokens=new_tokens)
     tokens = [next(stream)]
     start = time.perf_counter()

@@ -1,11 +1,10 @@
-"""Kernels of a decoding step on a CPU, compiled by Numba when they are first called and kept on disk.
+"""Kernels of a decoding step on a CPU, compiled by Numba when they are first called, and kept on disk.
 
-A step reads every weight once for a few tokens, so the speed of memory is its limit. torch reaches it for none of these
-shapes: it takes 26 ms for the products of SmolLM2 with one row and 57 with eight, these take 23 and 34 (two threads of
-an AMD EPYC, `benchmarks/decoding.py`). All sums are in float32.
+A step reads every weight once for a few tokens, so the speed of memory is its limit. torch's products of few rows do
+not reach it (docs/decisions/0009-decoding.md). All sums are in float32.
 
-Shapes: M rows (tokens), D model, O outputs, K inputs, G KV groups, Q query heads of a group, S head size, T tokens.
-Weights are float32, bfloat16 as the bits of uint16, or int8 with a scale for each row.
+Shapes: M rows (tokens), D model, O outputs, K inputs, U neurons, G KV groups, S head size, R rotated numbers of a head,
+T tokens, P pages. Weights are float32, or bfloat16 as the bits of uint16.
 """
 
 from __future__ import annotations
@@ -81,26 +80,23 @@ def _kernel(**options: Any) -> Any:
 
 
 @_kernel()
-def _rows(
-    w_OK: np.ndarray, s_OB: np.ndarray, first: int, last: int, x_MK: np.ndarray, inputs: int, y_OM: np.ndarray
-) -> None:
+def _rows(w_OK: np.ndarray, first: int, last: int, x_MK: np.ndarray, inputs: int, y_OM: np.ndarray) -> None:
     """y = W x^T for some rows of W and the first `inputs` columns; the number of rows of x is 1, 2, 4 or 8, 16, ..."""
     count = len(x_MK)
     zero = np.float32(0)
     for o in range(first, last):
-        scale = s_OB[o, 0] if len(s_OB) else np.float32(1)
         if count == 1:
             a = zero
             for k in range(inputs):
                 a += _load(w_OK[o, k]) * x_MK[0, k]
-            y_OM[o, 0] = a * scale
+            y_OM[o, 0] = a
         elif count == 2:
             a0, a1 = zero, zero
             for k in range(inputs):
                 v = _load(w_OK[o, k])
                 a0 += x_MK[0, k] * v
                 a1 += x_MK[1, k] * v
-            y_OM[o, 0], y_OM[o, 1] = a0 * scale, a1 * scale
+            y_OM[o, 0], y_OM[o, 1] = a0, a1
         elif count == 4:
             a0, a1, a2, a3 = zero, zero, zero, zero
             for k in range(inputs):
@@ -109,7 +105,7 @@ def _rows(
                 a1 += x_MK[1, k] * v
                 a2 += x_MK[2, k] * v
                 a3 += x_MK[3, k] * v
-            y_OM[o, 0], y_OM[o, 1], y_OM[o, 2], y_OM[o, 3] = a0 * scale, a1 * scale, a2 * scale, a3 * scale
+            y_OM[o, 0], y_OM[o, 1], y_OM[o, 2], y_OM[o, 3] = a0, a1, a2, a3
         else:
             for m in range(0, count, 8):
                 a0, a1, a2, a3, a4, a5, a6, a7 = zero, zero, zero, zero, zero, zero, zero, zero
@@ -123,18 +119,18 @@ def _rows(
                     a5 += x_MK[m + 5, k] * v
                     a6 += x_MK[m + 6, k] * v
                     a7 += x_MK[m + 7, k] * v
-                y_OM[o, m], y_OM[o, m + 1] = a0 * scale, a1 * scale
-                y_OM[o, m + 2], y_OM[o, m + 3] = a2 * scale, a3 * scale
-                y_OM[o, m + 4], y_OM[o, m + 5] = a4 * scale, a5 * scale
-                y_OM[o, m + 6], y_OM[o, m + 7] = a6 * scale, a7 * scale
+                y_OM[o, m], y_OM[o, m + 1] = a0, a1
+                y_OM[o, m + 2], y_OM[o, m + 3] = a2, a3
+                y_OM[o, m + 4], y_OM[o, m + 5] = a4, a5
+                y_OM[o, m + 6], y_OM[o, m + 7] = a6, a7
 
 
 @_kernel(parallel=True)
-def product(w_OK: np.ndarray, s_OB: np.ndarray, x_MK: np.ndarray, y_OM: np.ndarray) -> None:
+def product(w_OK: np.ndarray, x_MK: np.ndarray, y_OM: np.ndarray) -> None:
     """y = W x^T, for as many rows of W as y has and as many columns as x has."""
     rows = len(y_OM)
     for block in prange((rows + BLOCK - 1) // BLOCK):
-        _rows(w_OK, s_OB, block * BLOCK, min(rows, (block + 1) * BLOCK), x_MK, x_MK.shape[1], y_OM)
+        _rows(w_OK, block * BLOCK, min(rows, (block + 1) * BLOCK), x_MK, x_MK.shape[1], y_OM)
 
 
 @_kernel()
@@ -176,9 +172,9 @@ def _add(h_MD: np.ndarray, y_OM: np.ndarray, bias_D: np.ndarray, widths_M: np.nd
 def mlp(
     h_MD: np.ndarray,
     normed_MD: np.ndarray,
-    gate: tuple[np.ndarray, np.ndarray, np.ndarray],
-    up: tuple[np.ndarray, np.ndarray, np.ndarray],
-    down: tuple[np.ndarray, np.ndarray, np.ndarray],
+    gate: tuple[np.ndarray, np.ndarray],
+    up: tuple[np.ndarray, np.ndarray],
+    down: tuple[np.ndarray, np.ndarray],
     widths_M: np.ndarray,
     activation: int,
     opened: np.ndarray,
@@ -189,7 +185,7 @@ def mlp(
     """h += down(activation(gate(normed)) * up(normed)), each row with its first neurons.
 
     Args:
-        gate, up, down: weights, scales (or none) and bias (or none).
+        gate, up, down: weights, and biases or none.
         opened, hidden: room for 2 * neurons * M numbers, and for M * neurons.
     """
     count = len(h_MD)
@@ -200,20 +196,20 @@ def mlp(
     inputs = normed_MD.shape[1]
     for block in prange((neurons + BLOCK - 1) // BLOCK):
         first, last = block * BLOCK, min(neurons, (block + 1) * BLOCK)
-        _rows(gate[0], gate[1], first, last, normed_MD, inputs, gate_UM)
-        _rows(up[0], up[1], first, last, normed_MD, inputs, up_UM)
+        _rows(gate[0], first, last, normed_MD, inputs, gate_UM)
+        _rows(up[0], first, last, normed_MD, inputs, up_UM)
         for m in range(count):
             for u in range(first, min(last, widths_M[m])):
                 g, v = gate_UM[u, m], up_UM[u, m]
-                if len(gate[2]):
-                    g += gate[2][u]
-                if len(up[2]):
-                    v += up[2][u]
+                if len(gate[1]):
+                    g += gate[1][u]
+                if len(up[1]):
+                    v += up[1][u]
                 hidden_MU[m, u] = _activation(activation, g) * v
             for u in range(max(first, widths_M[m]), last):
                 hidden_MU[m, u] = 0
-    product(down[0], down[1], hidden_MU, y_OM)
-    _add(h_MD, y_OM, down[2], widths_M, factor)
+    product(down[0], hidden_MU, y_OM)
+    _add(h_MD, y_OM, down[1], widths_M, factor)
 
 
 @_kernel()
@@ -237,8 +233,8 @@ def _head(x_S: np.ndarray, weight_S: np.ndarray, epsilon: float, cos_R: np.ndarr
 @_kernel()
 def keys_and_values(
     normed_MD: np.ndarray,
-    keys: tuple[np.ndarray, np.ndarray, np.ndarray],
-    values: tuple[np.ndarray, np.ndarray, np.ndarray],
+    keys: tuple[np.ndarray, np.ndarray],
+    values: tuple[np.ndarray, np.ndarray],
     norm: tuple[np.ndarray, float],
     cos_MR: np.ndarray,
     sin_MR: np.ndarray,
@@ -251,8 +247,8 @@ def keys_and_values(
     count, size = len(normed_MD), cache_T2GS.shape[3]
     rows = groups * size
     y_OM = opened[: 2 * rows * count].reshape(2 * rows, count)
-    product(keys[0], keys[1], normed_MD, y_OM[:rows])
-    product(values[0], values[1], normed_MD, y_OM[rows:])
+    product(keys[0], normed_MD, y_OM[:rows])
+    product(values[0], normed_MD, y_OM[rows:])
     head_S = np.empty(size, np.float32)
     for m in range(count):
         if slots_M[m] < 0:
@@ -260,13 +256,13 @@ def keys_and_values(
         for g in range(groups):
             for i in range(size):
                 head_S[i] = y_OM[g * size + i, m]
-                if len(keys[2]):
-                    head_S[i] += keys[2][g * size + i]
+                if len(keys[1]):
+                    head_S[i] += keys[1][g * size + i]
             _head(head_S, norm[0], norm[1], cos_MR[m], sin_MR[m])
             for i in range(size):
                 value = y_OM[rows + g * size + i, m]
-                if len(values[2]):
-                    value += values[2][g * size + i]
+                if len(values[1]):
+                    value += values[1][g * size + i]
                 _store(cache_T2GS, (slots_M[m], 0, g, i), head_S[i])
                 _store(cache_T2GS, (slots_M[m], 1, g, i), value)
 
@@ -275,8 +271,8 @@ def keys_and_values(
 def attention(
     h_MD: np.ndarray,
     normed_MD: np.ndarray,
-    queries: tuple[np.ndarray, np.ndarray, np.ndarray],
-    output: tuple[np.ndarray, np.ndarray, np.ndarray],
+    queries: tuple[np.ndarray, np.ndarray],
+    output: tuple[np.ndarray, np.ndarray],
     norm: tuple[np.ndarray, float],
     cos_MR: np.ndarray,
     sin_MR: np.ndarray,
@@ -306,10 +302,10 @@ def attention(
     rows = groups * heads_per_group * size
     y_RM = opened[: rows * count].reshape(rows, count)
     mixed_MR = hidden[: count * rows].reshape(count, rows)
-    product(queries[0], queries[1], normed_MD, y_RM)
+    product(queries[0], normed_MD, y_RM)
     for m in range(count):
         for o in range(rows):
-            mixed_MR[m, o] = y_RM[o, m] + (queries[2][o] if len(queries[2]) else np.float32(0))
+            mixed_MR[m, o] = y_RM[o, m] + (queries[1][o] if len(queries[1]) else np.float32(0))
     longest = np.max(positions_M) + 1
     for task in prange(count * groups):
         m, g = task // groups, task % groups
@@ -346,5 +342,5 @@ def attention(
                 weight = scores[place + t] / total
                 for i in range(size):
                     query_S[i] += weight * _load(cache_T2GS[slot, 1, g, i])
-    product(output[0], output[1], mixed_MR, y_OM)
-    _add(h_MD, y_OM, output[2], widths_M, factor)
+    product(output[0], mixed_MR, y_OM)
+    _add(h_MD, y_OM, output[1], widths_M, factor)

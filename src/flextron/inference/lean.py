@@ -10,8 +10,10 @@ Shapes: M rows (tokens, rounded up to 1, 2, 4 or a multiple of 8), L layers, D m
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -39,11 +41,10 @@ _TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.2}
 """Of log-probabilities in nats, at most of the words, for the middle one of the tokens: rounding makes some tokens go
 astray in both passes, where an activation is huge."""
 _NONE = np.empty(0, np.float32)
-_NO_SCALES = np.empty((0, 0), np.float32)
 _lock = threading.Lock()  # Numba's simplest pool of threads takes one caller at a time
 
-Matrix = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""Weight, scales and bias; the last two may be empty."""
+Matrix = tuple[np.ndarray, np.ndarray]
+"""Weight and bias, which may be empty."""
 Kind = tuple[float, int, float]
 """How an attention weighs: the scale of its scores, how many tokens back it sees or 0, the cap of its scores or 0."""
 
@@ -120,7 +121,8 @@ class LeanStep:
             return None
         try:
             if model.lm not in _kinds_of:
-                _kinds_of[model.lm] = _kinds_if_equal(model)
+                with _told("preparing fast decoding; at its first use on a machine this compiles for some 20 seconds"):
+                    _kinds_of[model.lm] = _kinds_if_equal(model)
             kinds = _kinds_of[model.lm]
         except (RuntimeError, TypeError, AttributeError, IndexError):  # its modules do not fit together as Llama's do
             kinds = _kinds_of[model.lm] = None
@@ -236,9 +238,9 @@ class LeanStep:
         """Multiply by the output projection, [M, V]."""
         from flextron.inference import kernels
 
-        weight, scales, bias = self._head
+        weight, bias = self._head
         y_VM = np.empty((len(weight), len(x_MD)), np.float32)
-        kernels.product(weight, scales, x_MD.numpy(), y_VM)
+        kernels.product(weight, x_MD.numpy(), y_VM)
         logits_MV = torch.from_numpy(y_VM).t().contiguous()
         return logits_MV + torch.from_numpy(bias) if len(bias) else logits_MV
 
@@ -365,6 +367,17 @@ def _recorded(lm: Any, tokens: torch.Tensor) -> dict[int, Kind]:
     return kinds
 
 
+@contextmanager
+def _told(line: str) -> Iterator[None]:
+    """Print a line to standard error, if the block takes more than two seconds."""
+    timer = threading.Timer(2.0, print, [line], {"file": sys.stderr, "flush": True})
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def _use_threads() -> None:
     """Compute in as many threads as torch does."""
     import numba
@@ -379,7 +392,7 @@ def _rounded(rows: int) -> int:
 
 def _matrix(projection: Any) -> Matrix:
     bias = projection.bias
-    return _array(projection.weight.detach()), _NO_SCALES, _NONE if bias is None else bias.detach().float().numpy()
+    return _array(projection.weight.detach()), _NONE if bias is None else bias.detach().float().numpy()
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:

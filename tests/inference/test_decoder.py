@@ -2,6 +2,8 @@
 
 import copy
 import itertools
+import subprocess
+import sys
 from functools import cache
 
 import pytest
@@ -96,6 +98,17 @@ def test_logits_are_those_of_transformers(model):
 def test_logits_are_the_same_in_two_threads(llama):
     torch.set_num_threads(2)  # `thread_count` of conftest sets it back
     assert_logits_are_those_of_transformers(llama)
+
+
+def test_torch_keeps_its_number_of_threads():
+    """Numba sets OpenMP's number when it starts, in a process that has not decoded before."""
+    code = (
+        "import sys, torch; sys.path.insert(0, 'tests'); import tiny; from flextron.model import ElasticModel;"
+        "from flextron.inference.decoder import supports; torch.set_num_threads(1);"
+        "print(supports(ElasticModel(tiny.plain_model('llama'))), torch.get_num_threads())"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["True", "1"]
 
 
 def assert_logits_are_those_of_transformers(model):

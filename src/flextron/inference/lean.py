@@ -160,8 +160,7 @@ class LeanStep:
         h_ND = self._lm.model.embed_tokens(ids).float() * self._factor
         cos_1NR, sin_1NR = self._lm.model.rotary_emb(h_ND, torch.tensor([places.positions]))
         room.fill(h_ND, cos_1NR[0], sin_1NR[0], places)
-        with _lock:
-            _use_threads()
+        with _lock, _in_threads_of_torch():
             for number, layer in enumerate(self._layers):
                 neurons_M, groups_M = room.padded(neurons_LM[number]), room.padded(groups_LM[number])
                 if cached_groups_L[number]:
@@ -378,12 +377,18 @@ def _told(line: str) -> Iterator[None]:
         timer.cancel()
 
 
-def _use_threads() -> None:
-    """Compute in as many threads as torch does."""
+@contextmanager
+def _in_threads_of_torch() -> Iterator[None]:
+    """Compute in as many threads as torch does. Numba shares OpenMP with torch, and sets its number when it starts."""
     import numba
 
-    most: int = numba.config.NUMBA_NUM_THREADS
-    numba.set_num_threads(min(torch.get_num_threads(), most))
+    threads, most = torch.get_num_threads(), int(numba.config.NUMBA_NUM_THREADS)
+    try:
+        numba.set_num_threads(min(threads, most))
+        yield
+    finally:
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
 
 
 def _rounded(rows: int) -> int:

@@ -68,6 +68,7 @@ def main(settings: Settings) -> None:
     with tempfile.TemporaryDirectory() as folder:
         files = {size: Path(folder) / f"{number}.gguf" for number, size in enumerate(WIDTHS)}
         for size, file in files.items():
+            print(f"exporting {size}", flush=True)
             export(file, size, _GGUF_TYPES[settings.dtype])
         runs = [Run("transformers", "full", files["full"], settings)]
         runs += [Run(engine, size, files[size], settings) for size in WIDTHS for engine in ("flextron", "llama.cpp")]
@@ -77,6 +78,7 @@ def main(settings: Settings) -> None:
             for run in runs:
                 with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
                     tokens, ms = process.submit(measure, run).result()
+                print(f"{run.engine}, {run.size}: {ms:.1f} ms a token", flush=True)
                 found[run.engine, run.size].append(ms)
                 texts[run.engine, run.size] = tokens
     print(f"\n{settings.dtype}, {settings.threads} threads, medians of {settings.rounds} rounds, ms a token\n")
@@ -100,16 +102,15 @@ def export(file: Path, size: str, dtype: str) -> None:
 
 def measure(run: Run) -> tuple[list[int], float]:
     """Return the tokens, and the ms of each after the first; after one run to warm up."""
+    count = run.settings.new_tokens
+    if run.engine == "llama.cpp":
+        with LlamaCpp(run.file, context=512, threads=run.settings.threads) as engine:
+            prompt = engine.tokenize(PROMPT)
+            engine.times(prompt, count)
+            return [], engine.times(prompt, count).per_token_ms
     torch.set_num_threads(run.settings.threads)
     model = load_smollm2(getattr(torch, run.settings.dtype))
     prompt_BT = model.tokenizer(PROMPT, return_tensors="pt").input_ids  # type: ignore[misc]
-    count = run.settings.new_tokens
-    if run.engine == "llama.cpp":
-        prompt = prompt_BT[0].tolist()
-        del model
-        with LlamaCpp(run.file, context=len(prompt) + count + 8, threads=run.settings.threads) as engine:
-            engine.times(prompt, count)
-            return [], engine.times(prompt, count).per_token_ms
     neurons, groups = WIDTHS[run.size]
     subnet = model.search_space.uniform(neurons, groups)
     decode = _eager if run.engine == "transformers" else _ours

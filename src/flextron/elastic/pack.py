@@ -1,7 +1,7 @@
 """Packs: an elastic model as a small file beside any copy of its base checkpoint.
 
 A pack holds the ranking, and for every elastic projection a low-rank change of the ranked weights, W + B A. So a
-trained model of 270 MB travels in some 10 MB to everyone who has the base.
+trained model of 270 MB travels in some 12 MB to everyone who has the base.
 
 Shapes: R rank, A [R, in], B [out, R], both int8 with one scale for each of the R parts.
 """

@@ -1,7 +1,7 @@
 """`LeanStep`: a few tokens through an elastic model on a CPU, each with its own widths, by compiled kernels.
 
 transformers' forward pass of SmolLM2 takes some 2,000 operations, whose calls cost as much time as reading the weights.
-Here a layer is three kernels (`kernels`), which read torch's own memory: no weight is copied.
+Here a layer is five calls of `kernels`, which read torch's own memory: no weight of a projection is copied.
 
 Which models it computes right is not listed but found out: `LeanStep.of` runs a few tokens both ways and compares.
 
@@ -34,7 +34,6 @@ MOST_TOKENS = 16
 _RECORDING = "flextron_recording"
 _ACTIVATIONS = {"SiLUActivation": 0, "SiLU": 0, "GELUTanh": 1, "PytorchGELUTanh": 1, "GELUActivation": 2, "GELU": 2}
 _NAMES = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
-_DTYPES = (torch.float32, torch.bfloat16)
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings whose angles do not change with the length of the text."""
 _TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.2}
@@ -73,6 +72,14 @@ class _Norm:
         self.weight = module(ones).detach().float().mul((1 + self.epsilon) ** 0.5).numpy()
 
 
+def _head_norm(module: Any) -> tuple[np.ndarray, float]:
+    """What a norm of heads multiplies by, and its epsilon; nothing where heads have no norm."""
+    if module is None:
+        return _NONE, 0.0
+    norm = _Norm(module)
+    return norm.weight, norm.epsilon
+
+
 class _Layer:
     """Views of one layer's weights."""
 
@@ -81,10 +88,7 @@ class _Layer:
         self.queries, self.keys, self.values, self.output = (_matrix(p) for p in (*attention.opens, attention.closes))
         self.activation = _ACTIVATIONS[type(module.mlp.act_fn).__name__]
         self.before_attention, self.before_mlp = _Norm(module.input_layernorm), _Norm(module.post_attention_layernorm)
-        self.head_norms = [
-            (_NONE, 0.0) if norm is None else (_Norm(norm).weight, _Norm(norm).epsilon)
-            for norm in (getattr(module.self_attn, name, None) for name in ("q_norm", "k_norm"))
-        ]
+        self.head_norms = [_head_norm(getattr(module.self_attn, name, None)) for name in ("q_norm", "k_norm")]
         self.rotates = bool(getattr(module.self_attn, "use_rope", True))
         self.heads_per_group = attention.heads_per_unit
         self.factor = float(getattr(module, "residual_multiplier", 1.0))
@@ -297,8 +301,8 @@ def _has_the_parts(model: ElasticModel) -> bool:
         model.device.type == "cpu"
         and not lm.training
         and lm.config._attn_implementation in ("sdpa", "eager")
-        and {parameter.dtype for parameter in lm.parameters()} <= set(_DTYPES)
-        and len({parameter.dtype for parameter in lm.parameters()}) == 1
+        and lm.dtype in _TOLERANCES
+        and {parameter.dtype for parameter in lm.parameters()} == {lm.dtype}
         and all(hasattr(inner, name) for name in ("embed_tokens", "norm", "rotary_emb"))
         and getattr(inner.rotary_emb, "rope_type", None) in _FIXED_ROPE
         and type(lm.get_output_embeddings()) is nn.Linear

@@ -8,7 +8,7 @@ Shapes: N tokens of the batch, L layers, U parts of a sub-layer (neurons or quer
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -24,15 +24,28 @@ from flextron.inference.per_token import mlp, running
 from flextron.serving.embedded.attention import NAME, Batch, LayerBatch, register
 from flextron.subnet import Subnet
 
+HALVED_ROWS = 16
+"""Up to so many rows the weight's rows are multiplied in two halves; above, the product is transposed, up to
+`FEW_ROWS`, where torch's linear is as fast. Two threads of an AMD EPYC, all products of SmolLM2: 1 row 30 ms for 42, 8
+rows 66 for 101, 32 rows 101 for 162 (benchmarks/serving.py steps)."""
 FEW_ROWS = 64
 
 
 def few_rows_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Compute `F.linear` for few rows in float32 on a CPU: transposed, where MKL takes up to 1.6 times as long."""
+    """Compute `F.linear` for few rows in float32 on a CPU, where MKL takes up to 1.7 times as long by itself.
+
+    For models that a `LeanStep` does not run, and for steps of more tokens than it takes.
+    """
     rows_RK = x.flatten(0, -2)
-    if len(rows_RK) > FEW_ROWS:
+    count, size = len(rows_RK), len(weight)
+    if count > FEW_ROWS:
         return F.linear(x, weight, bias)
-    y = torch.mm(weight, rows_RK.t()).t().view(*x.shape[:-1], len(weight))
+    if count <= HALVED_ROWS and size % 2 == 0:
+        halves = weight.as_strided((2, size // 2, weight.shape[1]), (size // 2 * weight.stride(0), *weight.stride()))
+        y_RO = torch.bmm(rows_RK.expand(2, -1, -1), halves.transpose(1, 2)).transpose(0, 1).reshape(count, size)
+    else:
+        y_RO = torch.mm(weight, rows_RK.t()).t()
+    y = y_RO.view(*x.shape[:-1], size)
     return y if bias is None else y + bias
 
 
@@ -78,7 +91,7 @@ class MixedModel:
     def _is_cpu_float32(self) -> bool:
         return self.device.type == "cpu" and self.model.lm.dtype == torch.float32
 
-    def _set_product(self, product: Any | None) -> None:
+    def _set_product(self, product: Callable[..., torch.Tensor] | None) -> None:
         """Compute all products of the layers and of the output projection by `product`; None: by torch's linear."""
         for _, _, sub in self.model.sub_layers():
             for projection in (*sub.opens, sub.closes):

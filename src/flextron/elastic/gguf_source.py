@@ -15,6 +15,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from flextron.elastic.sizes import gguf_reader
 from flextron.elastic.stored import check_layers, check_weights
 from flextron.errors import CheckpointError
 
@@ -35,9 +36,7 @@ def complete_config(file: Path) -> Any:
     Raises:
         CheckpointError: rotary frequencies that belong to no known setting.
     """
-    import gguf
-
-    reader = gguf.GGUFReader(file)
+    reader = gguf_reader(file)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     shapes = [tensor.shape.tolist() for tensor in tensors.values()]
     layers = reader.fields.get(f"{reader.fields['general.architecture'].contents()}.block_count")
@@ -51,6 +50,8 @@ def complete_config(file: Path) -> Any:
         if own is not None:
             config.rope_parameters = json.loads(own.contents())
         else:
+            import gguf
+
             factors = torch.tensor(gguf.dequantize(tensors[ROPE_TENSOR].data, tensors[ROPE_TENSOR].tensor_type))
             config.rope_parameters = _rope_of(config, factors, file)
     check_weights(config, shapes, file)
@@ -78,9 +79,7 @@ def check_all_used(file: Path, lm: PreTrainedModel) -> None:
     Raises:
         CheckpointError: it has none for some; the message names one.
     """
-    import gguf
-
-    reader = gguf.GGUFReader(file)
+    reader = gguf_reader(file)
     architecture = reader.fields["general.architecture"].contents()
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=lm.config.to_dict())
     used = {*get_gguf_hf_weights_map(lm, processor), ROPE_TENSOR}

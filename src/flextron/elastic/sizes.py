@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,11 @@ def check_gguf(file: Path) -> None:
         CheckpointError: as `check_folder`, or the file cannot be read.
     """
     try:
-        import gguf
+        import gguf  # noqa: F401
     except ImportError:
         return  # transformers says what to install
     try:
-        fields = gguf.GGUFReader(file).fields
+        fields = gguf_reader(file).fields
         architecture = fields["general.architecture"].contents()
         names = [name for names in _NAMES.values() for name in names]
         found = {name: fields.get(f"{architecture}.{name}") for name in names}
@@ -69,6 +70,19 @@ def check_gguf(file: Path) -> None:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"cannot load {file}: {reason}. Get the file again.") from None
     check_sizes(config, file, file.stat().st_size)
+
+
+def gguf_reader(file: Path) -> Any:
+    """Open a GGUF file. It takes seconds to read the metadata of a large vocabulary, so the last file stays open."""
+    state = file.stat()
+    return _gguf_reader(file, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=1)
+def _gguf_reader(file: Path, _changed: int, _size: int) -> Any:
+    import gguf
+
+    return gguf.GGUFReader(file)
 
 
 def check_sizes(config: Mapping[str, Any], file: Path, weights_bytes: int | None) -> None:

@@ -3,8 +3,11 @@
 A step reads every weight once for a few tokens, so the speed of memory is its limit. torch's products of few rows do
 not reach it (docs/decisions/0009-decoding.md). All sums are in float32.
 
-Shapes: M rows (tokens), D model, O outputs, K inputs, U neurons, G KV groups, S head size, R rotated numbers of a head,
-T tokens, P pages. Weights are float32, or bfloat16 as the bits of uint16.
+A call from Python costs 20 to 50 microseconds, as long as reading the weights of a small layer. So `layers` runs all
+layers in one call, and is given addresses instead of hundreds of arrays.
+
+Shapes: M rows (tokens), L layers, D model, O outputs, K inputs, U neurons, G KV groups, S head size, R rotated numbers
+of a head, T tokens, P pages. Weights are float32, bfloat16 as the bits of uint16, or int8 with a scale for each row.
 """
 
 from __future__ import annotations
@@ -13,12 +16,13 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import njit, prange, types
+from numba import carray, njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 BLOCK = 32
 """Rows of a matrix that a thread takes at once."""
+_FLOATS = np.empty(0, np.float32)
 
 
 @intrinsic
@@ -29,6 +33,16 @@ def _float_of_bits(_context: Any, bits: Any) -> Any:
         return builder.bitcast(arguments[0], cgutils.ir.FloatType())
 
     return types.float32(types.uint32), generate
+
+
+@intrinsic
+def _pointer(_context: Any, address: Any, like: Any) -> Any:
+    """The memory at an address, which holds numbers of the type of the array `like`."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like.dtype)(types.int64, like), generate
 
 
 @intrinsic
@@ -80,9 +94,9 @@ def _kernel(**options: Any) -> Any:
 
 
 @_kernel()
-def _rows(w_OK: np.ndarray, first: int, last: int, x_MK: np.ndarray, inputs: int, y_OM: np.ndarray) -> None:
-    """y = W x^T for some rows of W and the first `inputs` columns; the number of rows of x is 1, 2, 4 or 8, 16, ..."""
-    count = len(x_MK)
+def _rows(w_OK: np.ndarray, first: int, last: int, x_MK: np.ndarray, y_OM: np.ndarray) -> None:
+    """y = W x^T for some rows of W and the first columns; the number of rows of x is 1, 2, 4 or 8, 16, ..."""
+    count, inputs = x_MK.shape
     zero = np.float32(0)
     for o in range(first, last):
         if count == 1:
@@ -125,12 +139,56 @@ def _rows(w_OK: np.ndarray, first: int, last: int, x_MK: np.ndarray, inputs: int
                 y_OM[o, m + 6], y_OM[o, m + 7] = a6, a7
 
 
+@_kernel()
+def _outputs(matrix: tuple[np.ndarray, ...], first: int, last: int, x_MK: np.ndarray, y_OM: np.ndarray) -> None:
+    """Some outputs of a projection: its rows times x, their scales, and the bias."""
+    weight_OK, scale_O, bias_O = matrix
+    _rows(weight_OK, first, last, x_MK, y_OM)
+    if len(scale_O):
+        for o in range(first, last):
+            for m in range(len(x_MK)):
+                y_OM[o, m] *= scale_O[o]
+    if len(bias_O):
+        for o in range(first, last):
+            for m in range(len(x_MK)):
+                y_OM[o, m] += bias_O[o]
+
+
 @_kernel(parallel=True)
-def product(w_OK: np.ndarray, x_MK: np.ndarray, y_OM: np.ndarray) -> None:
-    """y = W x^T, for as many rows of W as y has and as many columns as x has."""
-    rows = len(y_OM)
-    for block in prange((rows + BLOCK - 1) // BLOCK):
-        _rows(w_OK, block * BLOCK, min(rows, (block + 1) * BLOCK), x_MK, x_MK.shape[1], y_OM)
+def product(matrix: tuple[np.ndarray, np.ndarray, np.ndarray], x_MK: np.ndarray, y_OM: np.ndarray) -> None:
+    """The first outputs of a projection, as many as y has, of as many inputs as x has.
+
+    Args:
+        matrix: weight [O, K], scales [O] or none, bias [O] or none.
+    """
+    outputs = len(y_OM)
+    for block in prange((outputs + BLOCK - 1) // BLOCK):
+        _outputs(matrix, block * BLOCK, min(outputs, (block + 1) * BLOCK), x_MK, y_OM)
+
+
+@_kernel(parallel=True)
+def _three_products(
+    queries: tuple[np.ndarray, ...],
+    keys: tuple[np.ndarray, ...],
+    values: tuple[np.ndarray, ...],
+    x_MD: np.ndarray,
+    queries_OM: np.ndarray,
+    keys_OM: np.ndarray,
+    values_OM: np.ndarray,
+) -> None:
+    """The same as three `product`s."""
+    of_queries = (len(queries_OM) + BLOCK - 1) // BLOCK
+    of_keys = (len(keys_OM) + BLOCK - 1) // BLOCK
+    for block in prange(of_queries + 2 * of_keys):
+        if block < of_queries:
+            first = block * BLOCK
+            _outputs(queries, first, min(len(queries_OM), first + BLOCK), x_MD, queries_OM)
+        elif block < of_queries + of_keys:
+            first = (block - of_queries) * BLOCK
+            _outputs(keys, first, min(len(keys_OM), first + BLOCK), x_MD, keys_OM)
+        else:
+            first = (block - of_queries - of_keys) * BLOCK
+            _outputs(values, first, min(len(values_OM), first + BLOCK), x_MD, values_OM)
 
 
 @_kernel()
@@ -156,60 +214,36 @@ def _activation(kind: int, x: Any) -> Any:
 
 
 @_kernel()
-def _add(h_MD: np.ndarray, y_OM: np.ndarray, bias_D: np.ndarray, widths_M: np.ndarray, factor: float) -> None:
-    """Add outputs to the residual stream; the bias goes to rows that use a unit."""
+def _add(h_MD: np.ndarray, y_DM: np.ndarray, widths_M: np.ndarray, factor: float) -> None:
+    """Add the outputs of a sub-layer to the residual stream of the rows that use a unit of it."""
     for m in range(len(widths_M)):
-        if widths_M[m] == 0:
-            continue
-        for d in range(h_MD.shape[1]):
-            y = y_OM[d, m]
-            if len(bias_D):
-                y += bias_D[d]
-            h_MD[m, d] += factor * y
+        if widths_M[m]:
+            for d in range(h_MD.shape[1]):
+                h_MD[m, d] += factor * y_DM[d, m]
 
 
 @_kernel(parallel=True)
-def mlp(
-    h_MD: np.ndarray,
-    normed_MD: np.ndarray,
-    gate: tuple[np.ndarray, np.ndarray],
-    up: tuple[np.ndarray, np.ndarray],
-    down: tuple[np.ndarray, np.ndarray],
+def _hidden(
+    gate: tuple[np.ndarray, ...],
+    up: tuple[np.ndarray, ...],
+    x_MD: np.ndarray,
     widths_M: np.ndarray,
     activation: int,
-    opened: np.ndarray,
-    hidden: np.ndarray,
-    y_OM: np.ndarray,
-    factor: float,
+    gate_UM: np.ndarray,
+    up_UM: np.ndarray,
+    hidden_MU: np.ndarray,
 ) -> None:
-    """h += down(activation(gate(normed)) * up(normed)), each row with its first neurons.
-
-    Args:
-        gate, up, down: weights, and biases or none.
-        opened, hidden: room for 2 * neurons * M numbers, and for M * neurons.
-    """
-    count = len(h_MD)
-    neurons = max(np.max(widths_M), 1)
-    gate_UM = opened[: neurons * count].reshape(neurons, count)
-    up_UM = opened[neurons * count : 2 * neurons * count].reshape(neurons, count)
-    hidden_MU = hidden[: count * neurons].reshape(count, neurons)
-    inputs = normed_MD.shape[1]
+    """activation(gate(x)) * up(x), each row with its first neurons, and zeros for the others."""
+    neurons = len(gate_UM)
     for block in prange((neurons + BLOCK - 1) // BLOCK):
         first, last = block * BLOCK, min(neurons, (block + 1) * BLOCK)
-        _rows(gate[0], first, last, normed_MD, inputs, gate_UM)
-        _rows(up[0], first, last, normed_MD, inputs, up_UM)
-        for m in range(count):
+        _outputs(gate, first, last, x_MD, gate_UM)
+        _outputs(up, first, last, x_MD, up_UM)
+        for m in range(len(widths_M)):
             for u in range(first, min(last, widths_M[m])):
-                g, v = gate_UM[u, m], up_UM[u, m]
-                if len(gate[1]):
-                    g += gate[1][u]
-                if len(up[1]):
-                    v += up[1][u]
-                hidden_MU[m, u] = _activation(activation, g) * v
+                hidden_MU[m, u] = _activation(activation, gate_UM[u, m]) * up_UM[u, m]
             for u in range(max(first, widths_M[m]), last):
                 hidden_MU[m, u] = 0
-    product(down[0], hidden_MU, y_OM)
-    _add(h_MD, y_OM, down[1], widths_M, factor)
 
 
 @_kernel()
@@ -231,116 +265,187 @@ def _head(x_S: np.ndarray, weight_S: np.ndarray, epsilon: float, cos_R: np.ndarr
 
 
 @_kernel()
-def keys_and_values(
-    normed_MD: np.ndarray,
-    keys: tuple[np.ndarray, np.ndarray],
-    values: tuple[np.ndarray, np.ndarray],
+def _write(
+    keys_OM: np.ndarray,
+    values_OM: np.ndarray,
     norm: tuple[np.ndarray, float],
-    cos_MR: np.ndarray,
-    sin_MR: np.ndarray,
+    angles: tuple[np.ndarray, np.ndarray],
     slots_M: np.ndarray,
-    groups: int,
-    opened: np.ndarray,
     cache_T2GS: np.ndarray,
 ) -> None:
-    """Write keys and values of the first groups at `slots_M`; rows without a slot (-1) write none."""
-    count, size = len(normed_MD), cache_T2GS.shape[3]
-    rows = groups * size
-    y_OM = opened[: 2 * rows * count].reshape(2 * rows, count)
-    product(keys[0], normed_MD, y_OM[:rows])
-    product(values[0], normed_MD, y_OM[rows:])
+    """Write keys and values at `slots_M`; rows without a slot (-1) write none."""
+    size = cache_T2GS.shape[3]
     head_S = np.empty(size, np.float32)
-    for m in range(count):
+    for m in range(len(slots_M)):
         if slots_M[m] < 0:
             continue
-        for g in range(groups):
+        for g in range(len(keys_OM) // size):
             for i in range(size):
-                head_S[i] = y_OM[g * size + i, m]
-                if len(keys[1]):
-                    head_S[i] += keys[1][g * size + i]
-            _head(head_S, norm[0], norm[1], cos_MR[m], sin_MR[m])
+                head_S[i] = keys_OM[g * size + i, m]
+            _head(head_S, norm[0], norm[1], angles[0][m], angles[1][m])
             for i in range(size):
-                value = y_OM[rows + g * size + i, m]
-                if len(values[1]):
-                    value += values[1][g * size + i]
                 _store(cache_T2GS, (slots_M[m], 0, g, i), head_S[i])
-                _store(cache_T2GS, (slots_M[m], 1, g, i), value)
+                _store(cache_T2GS, (slots_M[m], 1, g, i), values_OM[g * size + i, m])
+
+
+@_kernel()
+def _mix(
+    query_S: np.ndarray,
+    cache_T2GS: np.ndarray,
+    group: int,
+    table_P: np.ndarray,
+    page: int,
+    seen: tuple[int, int],
+    scale: float,
+    cap: float,
+    scores_T: np.ndarray,
+) -> None:
+    """Replace a query by the mean of the values that it sees, weighted by a softmax of its scores."""
+    size = len(query_S)
+    start, end = seen
+    highest = np.float32(-np.inf)
+    for p in range(start // page, (end + page - 1) // page):
+        before = table_P[p] * page - p * page
+        for t in range(max(start, p * page), min(end, (p + 1) * page)):
+            score = np.float32(0)
+            for i in range(size):
+                score += query_S[i] * _load(cache_T2GS[before + t, 0, group, i])
+            score *= scale
+            if cap:
+                score = np.float32(cap * math.tanh(score / cap))
+            scores_T[t] = score
+            highest = max(highest, score)
+    total = np.float32(0)
+    for t in range(start, end):
+        weight = np.float32(math.exp(scores_T[t] - highest))
+        scores_T[t] = weight
+        total += weight
+    for i in range(size):
+        query_S[i] = 0
+    for p in range(start // page, (end + page - 1) // page):
+        before = table_P[p] * page - p * page
+        for t in range(max(start, p * page), min(end, (p + 1) * page)):
+            weight = scores_T[t] / total
+            for i in range(size):
+                query_S[i] += weight * _load(cache_T2GS[before + t, 1, group, i])
 
 
 @_kernel(parallel=True)
-def attention(
-    h_MD: np.ndarray,
-    normed_MD: np.ndarray,
-    queries: tuple[np.ndarray, np.ndarray],
-    output: tuple[np.ndarray, np.ndarray],
+def _attend(
+    queries_OM: np.ndarray,
     norm: tuple[np.ndarray, float],
-    cos_MR: np.ndarray,
-    sin_MR: np.ndarray,
+    angles: tuple[np.ndarray, np.ndarray],
     cache_T2GS: np.ndarray,
-    tables_MP: np.ndarray,
-    page: int,
-    positions_M: np.ndarray,
+    texts: tuple[np.ndarray, int, np.ndarray],
     widths_M: np.ndarray,
-    heads_per_group: int,
     kind: tuple[float, int, float],
-    opened: np.ndarray,
-    hidden: np.ndarray,
     scores: np.ndarray,
-    y_OM: np.ndarray,
-    factor: float,
+    mixed_MO: np.ndarray,
 ) -> None:
-    """h += output(attention(normed)), each row with its first groups, over the keys and values of its own text.
+    """Each row's first groups attend to the keys and values of its own text; the others give zeros."""
+    tables_MP, page, positions_M = texts
+    scale, window, cap = kind
+    count, size = len(widths_M), cache_T2GS.shape[3]
+    heads = mixed_MO.shape[1] // size
+    heads_per_group = heads // max(np.max(widths_M), 1)
+    longest = np.max(positions_M) + 1
+    for task in prange(count * heads):
+        m, head = task // heads, task % heads
+        group, first = head // heads_per_group, head * size
+        query_S = mixed_MO[m, first : first + size]
+        if group >= widths_M[m]:
+            query_S[:] = 0
+            continue
+        for i in range(size):
+            query_S[i] = queries_OM[first + i, m]
+        _head(query_S, norm[0], norm[1], angles[0][m], angles[1][m])
+        end = positions_M[m] + 1
+        start = max(0, end - window) if window else 0
+        scores_T = scores[task * longest : (task + 1) * longest]
+        _mix(query_S, cache_T2GS, group, tables_MP[m], page, (start, end), scale, cap, scores_T)
+
+
+@_kernel()
+def _vector(address: int, size: int) -> np.ndarray:
+    return carray(_pointer(address, _FLOATS), (size if address else 0,))
+
+
+@_kernel()
+def _matrix(addresses: np.ndarray, outputs: int, inputs: int, like: np.ndarray) -> tuple[np.ndarray, ...]:
+    weight_OK = carray(_pointer(addresses[0], like), (outputs, inputs))
+    return weight_OK, _vector(addresses[1], outputs), _vector(addresses[2], outputs)
+
+
+@_kernel()
+def layers(
+    h_MD: np.ndarray,
+    model: tuple[np.ndarray, ...],
+    sizes: tuple[int, int],
+    angles: tuple[np.ndarray, np.ndarray],
+    texts: tuple[np.ndarray, int, np.ndarray, np.ndarray],
+    caches_L3: np.ndarray,
+    cache_like: np.ndarray,
+    neurons_LM: np.ndarray,
+    groups_LM: np.ndarray,
+    cached_groups_L: np.ndarray,
+    rooms: tuple[np.ndarray, ...],
+) -> None:
+    """Run tokens through all layers; `h` holds their embeddings before, and the last layer's outputs after.
 
     Args:
-        tables_MP: pages of `page` tokens of each row's text.
-        kind: scale of the scores; how many tokens back are seen, or 0; the cap of the scores, or 0.
-        scores: room for M * groups * heads_per_group * T numbers, T the longest text.
+        model: what `lean.LeanStep` says of the model: an array of the weights' type, then [L, ...] for each layer:
+            [7, 3] addresses of weight, scales and bias of gate, up, down, queries, keys, values and output; [4]
+            addresses of the weights of norms (before attention, before MLP, of queries, of keys); [2] neurons and KV
+            groups; [3] whether it rotates, its activation, how many tokens back it sees or 0; [7] numbers: epsilons of
+            the four norms, factor of the residual, scale and cap of the scores.
+        sizes: query heads of a group, and head size.
+        angles: cosines and sines, [M, R].
+        texts: pages [M, P] of each row's text, tokens of a page, positions [M], slots [M].
+        caches_L3: address, tokens and groups of each layer's cache; `cache_like` is of its type.
+        neurons_LM, groups_LM: widths of each row.
+        cached_groups_L: groups whose keys and values are written.
+        rooms: normed [M, D], opened and hidden, scores, and outputs [D, M].
     """
-    count, size = len(h_MD), cache_T2GS.shape[3]
-    scale, window, cap = kind
-    groups = max(np.max(widths_M), 1)
-    rows = groups * heads_per_group * size
-    y_RM = opened[: rows * count].reshape(rows, count)
-    mixed_MR = hidden[: count * rows].reshape(count, rows)
-    product(queries[0], normed_MD, y_RM)
-    for m in range(count):
-        for o in range(rows):
-            mixed_MR[m, o] = y_RM[o, m] + (queries[1][o] if len(queries[1]) else np.float32(0))
-    longest = np.max(positions_M) + 1
-    for task in prange(count * groups):
-        m, g = task // groups, task % groups
-        first = g * heads_per_group * size
-        if g >= widths_M[m]:
-            mixed_MR[m, first : first + heads_per_group * size] = 0
-            continue
-        length = positions_M[m] + 1
-        start = max(0, length - window) if window else 0
-        for q in range(heads_per_group):
-            query_S = mixed_MR[m, first + q * size : first + (q + 1) * size]
-            _head(query_S, norm[0], norm[1], cos_MR[m], sin_MR[m])
-            place = (task * heads_per_group + q) * longest
-            highest = np.float32(-np.inf)
-            for t in range(start, length):
-                slot = tables_MP[m, t // page] * page + t % page
-                score = np.float32(0)
-                for i in range(size):
-                    score += query_S[i] * _load(cache_T2GS[slot, 0, g, i])
-                score *= scale
-                if cap:
-                    score = np.float32(cap * math.tanh(score / cap))
-                scores[place + t] = score
-                highest = max(highest, score)
-            total = np.float32(0)
-            for t in range(start, length):
-                weight = np.float32(math.exp(scores[place + t] - highest))
-                scores[place + t] = weight
-                total += weight
-            for i in range(size):
-                query_S[i] = 0
-            for t in range(start, length):
-                slot = tables_MP[m, t // page] * page + t % page
-                weight = scores[place + t] / total
-                for i in range(size):
-                    query_S[i] += weight * _load(cache_T2GS[slot, 1, g, i])
-    product(output[0], mixed_MR, y_OM)
-    _add(h_MD, y_OM, output[1], widths_M, factor)
+    like, matrices, norms, full, kinds, numbers = model
+    heads, size = sizes
+    tables_MP, page, positions_M, slots_M = texts
+    normed_MD, opened, hidden, scores, y_DM = rooms
+    count, width = h_MD.shape
+    none = angles[0][:, :0]
+    for layer in range(len(matrices)):
+        neurons, groups = max(np.max(neurons_LM[layer]), 0), max(np.max(groups_LM[layer]), 0)
+        cached = cached_groups_L[layer]
+        units, all_rows = full[layer, 0], full[layer, 1] * size
+        factor = np.float32(numbers[layer, 4])
+        matrix_of = matrices[layer]
+        if cached:
+            normalize(h_MD, _vector(norms[layer, 0], width), numbers[layer, 0], normed_MD)
+            rows, cached_rows = groups * heads * size, cached * size
+            queries_OM = opened[: rows * count].reshape(rows, count)
+            rest = opened[rows * count : (rows + 2 * cached_rows) * count].reshape(2 * cached_rows, count)
+            keys_OM, values_OM = rest[:cached_rows], rest[cached_rows:]
+            queries = _matrix(matrix_of[3], all_rows * heads, width, like)
+            keys, values = _matrix(matrix_of[4], all_rows, width, like), _matrix(matrix_of[5], all_rows, width, like)
+            _three_products(queries, keys, values, normed_MD, queries_OM, keys_OM, values_OM)
+            turned = angles if kinds[layer, 0] else (none, none)
+            address, tokens, held = caches_L3[layer]
+            cache_T2GS = carray(_pointer(address, cache_like), (tokens, 2, held, size))
+            key_norm = (_vector(norms[layer, 3], size), numbers[layer, 3])
+            _write(keys_OM, values_OM, key_norm, turned, slots_M, cache_T2GS)
+            if groups:
+                mixed_MO = hidden[: count * rows].reshape(count, rows)
+                query_norm = (_vector(norms[layer, 2], size), numbers[layer, 2])
+                kind = (np.float32(numbers[layer, 5]), kinds[layer, 2], np.float32(numbers[layer, 6]))
+                row_texts = (tables_MP, page, positions_M)
+                _attend(queries_OM, query_norm, turned, cache_T2GS, row_texts, groups_LM[layer], kind, scores, mixed_MO)
+                product(_matrix(matrix_of[6], width, all_rows * heads, like), mixed_MO, y_DM)
+                _add(h_MD, y_DM, groups_LM[layer], factor)
+        if neurons:
+            normalize(h_MD, _vector(norms[layer, 1], width), numbers[layer, 1], normed_MD)
+            gate_UM = opened[: neurons * count].reshape(neurons, count)
+            up_UM = opened[neurons * count : 2 * neurons * count].reshape(neurons, count)
+            hidden_MU = hidden[: count * neurons].reshape(count, neurons)
+            gate, up = _matrix(matrix_of[0], units, width, like), _matrix(matrix_of[1], units, width, like)
+            _hidden(gate, up, normed_MD, neurons_LM[layer], kinds[layer, 1], gate_UM, up_UM, hidden_MU)
+            product(_matrix(matrix_of[2], width, units, like), hidden_MU, y_DM)
+            _add(h_MD, y_DM, neurons_LM[layer], factor)

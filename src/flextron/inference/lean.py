@@ -1,7 +1,7 @@
 """`LeanStep`: a few tokens through an elastic model on a CPU, each with its own widths, by compiled kernels.
 
 transformers' forward pass of SmolLM2 takes some 2,000 operations, whose calls cost as much time as reading the weights.
-Here a layer is five calls of `kernels`, which read torch's own memory: no weight of a projection is copied.
+Here all layers are one call of `kernels`, which reads torch's own memory: no weight of a projection is copied.
 
 Which models it computes right is not listed but found out: `LeanStep.of` runs a few tokens both ways and compares.
 
@@ -25,7 +25,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from flextron.elastic.loss import logits_of
-from flextron.elastic.model import ElasticModel, SubLayer
+from flextron.elastic.model import ElasticLayer, ElasticModel, SubLayer
 from flextron.elastic.projections import ClosingLinear, OpeningLinear
 from flextron.subnet import AXES
 
@@ -42,8 +42,8 @@ astray in both passes, where an activation is huge."""
 _NONE = np.empty(0, np.float32)
 _lock = threading.Lock()  # Numba's simplest pool of threads takes one caller at a time
 
-Matrix = tuple[np.ndarray, np.ndarray]
-"""Weight and bias, which may be empty."""
+Matrix = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Weight, scales of its rows, and bias; the last two may be empty."""
 Kind = tuple[float, int, float]
 """How an attention weighs: the scale of its scores, how many tokens back it sees or 0, the cap of its scores or 0."""
 
@@ -63,35 +63,64 @@ class Places:
 
 
 class _Norm:
-    """An RMSNorm. What it multiplies by is asked of the module: some add 1 to their weight."""
+    """An RMSNorm, or nothing. What it multiplies by is asked of the module: some add 1 to their weight."""
 
     def __init__(self, module: Any) -> None:
-        epsilon = getattr(module, "variance_epsilon", None)
-        self.epsilon = float(module.eps if epsilon is None else epsilon)
-        ones = torch.ones_like(module.weight, dtype=torch.float32)
-        self.weight = module(ones).detach().float().mul((1 + self.epsilon) ** 0.5).numpy()
+        self.weight, self.epsilon = _NONE, 0.0
+        if module is not None:
+            epsilon = getattr(module, "variance_epsilon", None)
+            self.epsilon = float(module.eps if epsilon is None else epsilon)
+            ones = torch.ones_like(module.weight, dtype=torch.float32)
+            self.weight = module(ones).detach().float().mul((1 + self.epsilon) ** 0.5).numpy()
 
 
-def _head_norm(module: Any) -> tuple[np.ndarray, float]:
-    """What a norm of heads multiplies by, and its epsilon; nothing where heads have no norm."""
-    if module is None:
-        return _NONE, 0.0
-    norm = _Norm(module)
-    return norm.weight, norm.epsilon
+class _Weights:
+    """What `kernels.layers` needs to know of a model; see there. It keeps alive what it holds the addresses of."""
+
+    def __init__(self, layers: Sequence[ElasticLayer], kinds: Sequence[Kind]) -> None:
+        matrices = [
+            [_matrix(p) for p in (*layer.mlp.opens, layer.mlp.closes, *layer.attention.opens, layer.attention.closes)]
+            for layer in layers
+        ]
+        norms = [[_Norm(module) for module in _norms(layer.module)] for layer in layers]
+        self._alive = matrices, norms
+        self.of_kernel = (
+            matrices[0][0][0][:0],
+            np.array([[[_address(part) for part in matrix] for matrix in row] for row in matrices], np.int64),
+            np.array([[_address(norm.weight) for norm in row] for row in norms], np.int64),
+            np.array([[layer.mlp.width.full, layer.attention.width.full] for layer in layers], np.int64),
+            np.array(
+                [
+                    [_rotates(layer), _activation(layer), window]
+                    for layer, (_, window, _) in zip(layers, kinds, strict=True)
+                ],
+                np.int64,
+            ),
+            np.array(
+                [
+                    [*(norm.epsilon for norm in row), _residual_factor(layer), scale, cap]
+                    for row, layer, (scale, _, cap) in zip(norms, layers, kinds, strict=True)
+                ]
+            ),
+        )
 
 
-class _Layer:
-    """Views of one layer's weights."""
+def _norms(layer: Any) -> tuple[Any, ...]:
+    of_heads = (getattr(layer.self_attn, name, None) for name in ("q_norm", "k_norm"))
+    return layer.input_layernorm, layer.post_attention_layernorm, *of_heads
 
-    def __init__(self, module: Any, mlp: SubLayer, attention: SubLayer) -> None:
-        self.gate, self.up, self.down = (_matrix(p) for p in (*mlp.opens, mlp.closes))
-        self.queries, self.keys, self.values, self.output = (_matrix(p) for p in (*attention.opens, attention.closes))
-        self.activation = _ACTIVATIONS[type(module.mlp.act_fn).__name__]
-        self.before_attention, self.before_mlp = _Norm(module.input_layernorm), _Norm(module.post_attention_layernorm)
-        self.head_norms = [_head_norm(getattr(module.self_attn, name, None)) for name in ("q_norm", "k_norm")]
-        self.rotates = bool(getattr(module.self_attn, "use_rope", True))
-        self.heads_per_group = attention.heads_per_unit
-        self.factor = float(getattr(module, "residual_multiplier", 1.0))
+
+def _rotates(layer: ElasticLayer) -> bool:
+    return bool(getattr(layer.module.self_attn, "use_rope", True))
+
+
+def _activation(layer: ElasticLayer) -> int:
+    module: Any = layer.module
+    return _ACTIVATIONS[type(module.mlp.act_fn).__name__]
+
+
+def _residual_factor(layer: ElasticLayer) -> float:
+    return float(getattr(layer.module, "residual_multiplier", 1.0))
 
 
 class LeanStep:
@@ -107,15 +136,16 @@ class LeanStep:
         self._lm = lm
         self.dtype: torch.dtype = lm.dtype
         """Of the weights, and of keys and values."""
-        self._kinds = kinds
-        self._layers = [_Layer(layer.module, layer.mlp, layer.attention) for layer in model.layers]
+        self._weights = _Weights(model.layers, kinds)
         self._norm = _Norm(lm.model.norm)
         self._head = _matrix(lm.get_output_embeddings())
         self._factor = float(getattr(lm.model, "embedding_multiplier", 1.0))
         first = model.layers[0]
         self.groups = first.attention.width.full
         self.head_size = first.attention.closing_size // (self.groups * first.attention.heads_per_unit)
-        self._widest = max(2 * first.mlp.width.full, first.attention.closing_size, 2 * self.groups * self.head_size)
+        self._heads_per_group = first.attention.heads_per_unit
+        attention = first.attention.closing_size + 2 * self.groups * self.head_size
+        self._widest = max(attention, *(2 * layer.mlp.width.full for layer in model.layers))
         self._rooms: dict[int, _Room] = {}
 
     @classmethod
@@ -164,88 +194,35 @@ class LeanStep:
         h_ND = self._lm.model.embed_tokens(ids).float() * self._factor
         cos_1NR, sin_1NR = self._lm.model.rotary_emb(h_ND, torch.tensor([places.positions]))
         room.fill(h_ND, cos_1NR[0], sin_1NR[0], places)
+        addresses = [(cache.data_ptr(), *cache.shape[::2]) for cache in caches]
+        groups_LM = room.padded(groups_LM)
+        scores = room.scores(int(groups_LM.max()) * self._heads_per_group)
         with _lock, _in_threads_of_torch():
-            for number, layer in enumerate(self._layers):
-                neurons_M, groups_M = room.padded(neurons_LM[number]), room.padded(groups_LM[number])
-                if cached_groups_L[number]:
-                    self._run_attention(kernels, layer, number, room, groups_M, cached_groups_L[number], caches)
-                if neurons_M.any():
-                    kernels.normalize(room.h, layer.before_mlp.weight, layer.before_mlp.epsilon, room.normed)
-                    kernels.mlp(
-                        room.h,
-                        room.normed,
-                        layer.gate,
-                        layer.up,
-                        layer.down,
-                        neurons_M,
-                        layer.activation,
-                        room.opened,
-                        room.hidden,
-                        room.y,
-                        layer.factor,
-                    )
+            kernels.layers(
+                room.h,
+                self._weights.of_kernel,
+                (self._heads_per_group, self.head_size),
+                (room.cos, room.sin),
+                (room.tables, room.page, room.positions, room.slots),
+                np.array(addresses, np.int64),
+                _array(caches[0][:0].flatten()),
+                room.padded(neurons_LM),
+                groups_LM,
+                np.array(cached_groups_L, np.int64),
+                (room.normed, room.opened, room.hidden, scores, room.y),
+            )
             chosen_MD = np.zeros((_rounded(len(wanted)), room.h.shape[1]), np.float32)
             chosen_MD[: len(wanted)] = room.h[list(wanted)]
             kernels.normalize(chosen_MD, self._norm.weight, self._norm.epsilon, chosen_MD)
             return logits_of(self._lm, torch.from_numpy(chosen_MD), self._product)[: len(wanted)]
 
-    def _run_attention(
-        self,
-        kernels: Any,
-        layer: _Layer,
-        number: int,
-        room: _Room,
-        groups_M: np.ndarray,
-        cached_groups: int,
-        caches: Sequence[torch.Tensor],
-    ) -> None:
-        kernels.normalize(room.h, layer.before_attention.weight, layer.before_attention.epsilon, room.normed)
-        cache = _array(caches[number])
-        angles = (room.cos, room.sin) if layer.rotates else (room.cos[:, :0], room.sin[:, :0])
-        kernels.keys_and_values(
-            room.normed,
-            layer.keys,
-            layer.values,
-            layer.head_norms[1],
-            *angles,
-            room.slots,
-            cached_groups,
-            room.opened,
-            cache,
-        )
-        if not groups_M.any():
-            return
-        heads = int(groups_M.max()) * layer.heads_per_group
-        kernels.attention(
-            room.h,
-            room.normed,
-            layer.queries,
-            layer.output,
-            layer.head_norms[0],
-            *angles,
-            cache,
-            room.tables,
-            room.page,
-            room.positions,
-            groups_M,
-            layer.heads_per_group,
-            self._kinds[number],
-            room.opened,
-            room.hidden,
-            room.scores(heads),
-            room.y,
-            layer.factor,
-        )
-
     def _product(self, x_MD: torch.Tensor) -> torch.Tensor:
         """Multiply by the output projection, [M, V]."""
         from flextron.inference import kernels
 
-        weight, bias = self._head
-        y_VM = np.empty((len(weight), len(x_MD)), np.float32)
-        kernels.product(weight, x_MD.numpy(), y_VM)
-        logits_MV = torch.from_numpy(y_VM).t().contiguous()
-        return logits_MV + torch.from_numpy(bias) if len(bias) else logits_MV
+        y_VM = np.empty((len(self._head[0]), len(x_MD)), np.float32)
+        kernels.product(self._head, x_MD.numpy(), y_VM)
+        return torch.from_numpy(y_VM).t().contiguous()
 
     def _room(self, rows: int) -> _Room:
         if rows not in self._rooms:
@@ -278,10 +255,10 @@ class _Room:
         for row, table in zip(self.tables, places.tables, strict=False):
             row[: len(table)] = table
 
-    def padded(self, widths_N: np.ndarray) -> np.ndarray:
-        widths_M = np.zeros(len(self.h), np.int64)
-        widths_M[: len(widths_N)] = widths_N
-        return widths_M
+    def padded(self, widths_LN: np.ndarray) -> np.ndarray:
+        widths_LM = np.zeros((len(widths_LN), len(self.h)), np.int64)
+        widths_LM[:, : widths_LN.shape[1]] = widths_LN
+        return widths_LM
 
     def scores(self, heads: int) -> np.ndarray:
         size = len(self.h) * heads * (int(self.positions.max()) + 1)
@@ -306,6 +283,7 @@ def _has_the_parts(model: ElasticModel) -> bool:
         and all(hasattr(inner, name) for name in ("embed_tokens", "norm", "rotary_emb"))
         and getattr(inner.rotary_emb, "rope_type", None) in _FIXED_ROPE
         and type(lm.get_output_embeddings()) is nn.Linear
+        and len({layer.attention.heads_per_unit for layer in model.layers}) == 1
         and all(
             {name for name, _ in layer.module.named_children()} == set(_NAMES)
             and len(layer.mlp.opens) == 2
@@ -337,7 +315,8 @@ def _kinds_if_equal(model: ElasticModel) -> list[Kind] | None:
     with model.use(model.search_space.full):
         kinds = _recorded(lm, tokens)
         expected = lm(tokens, use_cache=False).logits[0].float()
-    step = LeanStep(model, [kinds.get(i, (1.0, 0, 0.0)) for i in range(len(model.layers))])
+    found_kinds = [kinds.get(i, (1.0, 0, 0.0)) for i in range(len(model.layers))]
+    step = LeanStep(model, found_kinds)
     places = Places(range(size), range(size), [[0]] * size, size)
     caches = [step.new_cache(size, step.groups) for _ in model.layers]
     neurons_LM, groups_LM = (
@@ -346,7 +325,7 @@ def _kinds_if_equal(model: ElasticModel) -> list[Kind] | None:
     cached = [layer.attention.width.full for layer in model.layers]
     found = step.logits(tokens[0].tolist(), places, caches, neurons_LM, groups_LM, cached, range(size))
     apart_N = (found.log_softmax(-1) - expected.log_softmax(-1)).abs().amax(-1)
-    return list(step._kinds) if apart_N.median() <= _TOLERANCES[lm.dtype] else None
+    return found_kinds if apart_N.median() <= _TOLERANCES[lm.dtype] else None
 
 
 def _recorded(lm: Any, tokens: torch.Tensor) -> dict[int, Kind]:
@@ -401,7 +380,12 @@ def _rounded(rows: int) -> int:
 
 def _matrix(projection: Any) -> Matrix:
     bias = projection.bias
-    return _array(projection.weight.detach()), _NONE if bias is None else bias.detach().float().numpy()
+    return _array(projection.weight.detach()), _NONE, _NONE if bias is None else bias.detach().float().numpy()
+
+
+def _address(array: np.ndarray) -> int:
+    """Where its numbers lie; 0 if it has none."""
+    return array.ctypes.data if array.size else 0
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:

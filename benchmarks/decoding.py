@@ -1,6 +1,7 @@
 """Time a token of SmolLM2 on a CPU: transformers' eager `generate`, flextron's decoder, llama.cpp; full and narrowed.
 
     python benchmarks/decoding.py
+    python benchmarks/decoding.py --dtype int8
 
 Each engine runs in a process of its own, because the idle threads of one slow the other, and engines take turns.
 llama.cpp runs exports of the same sub-networks in the same type. The greedy texts are compared too.
@@ -22,17 +23,18 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from flextron import Subnet
+from flextron import ElasticModel, Subnet
 from flextron.demo.quickstart import smollm2_path
+from flextron.elastic.checkpoint import quiet_transformers
 from flextron.environment import describe_environment
 from flextron.exporting.gguf.engine import LlamaCpp
 from flextron.inference.streaming import stream_tokens
-from model import load_smollm2, write_results
+from model import write_results
 
 PROMPT = "Once upon a time, in a land far away, there was a library with"
 WIDTHS = {"full": (1536, 3), "81% of the layers' weights": (1152, 3), "50%": (704, 2)}
 """Neurons and KV groups of every layer."""
-_GGUF_TYPES = {"float32": "f32", "bfloat16": "bf16"}
+_GGUF_TYPES = {"float32": "f32", "bfloat16": "bf16", "int8": "q8_0"}
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,8 @@ class Settings:
     """Number of rounds, in which engines take turns; medians are printed."""
     threads: int = torch.get_num_threads()
     """Threads of each engine."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the weights."""
+    dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    """Type of the weights. Beside int8, llama.cpp runs Q8_0, and transformers float32."""
     out: Path | None = None
     """JSON file to write."""
 
@@ -109,11 +111,14 @@ def measure(run: Run) -> tuple[list[int], float]:
             engine.times(prompt, count)
             return [], engine.times(prompt, count).per_token_ms
     torch.set_num_threads(run.settings.threads)
-    model = load_smollm2(getattr(torch, run.settings.dtype))
+    quiet_transformers()
+    is_eager = run.engine == "transformers"
+    dtype = "float32" if is_eager and run.settings.dtype == "int8" else run.settings.dtype
+    model = ElasticModel.from_pretrained("smollm2", dtype=dtype)
     prompt_BT = model.tokenizer(PROMPT, return_tensors="pt").input_ids  # type: ignore[misc]
     neurons, groups = WIDTHS[run.size]
     subnet = model.search_space.uniform(neurons, groups)
-    decode = _eager if run.engine == "transformers" else _ours
+    decode = _eager if is_eager else _ours
     decode(model, subnet, prompt_BT, count)
     return decode(model, subnet, prompt_BT, count)
 

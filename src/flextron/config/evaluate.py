@@ -10,7 +10,7 @@ from flextron.config.fields import (
     AnyDeviceArgument,
     BudgetsArgument,
     DeviceArgument,
-    DtypeArgument,
+    HeldTypeArgument,
     ModelArgument,
     OptionalInt,
     OptionalPath,
@@ -64,7 +64,7 @@ class EvaluateConfig:
     measure: bool = True
     """With --tasks, measure the times that budgets limit. This takes a few seconds for each, and happens only if the latency table was measured here."""
     any_device: AnyDeviceArgument = False
-    dtype: DtypeArgument = "auto"
+    dtype: HeldTypeArgument = "auto"
     device: DeviceArgument = "auto"
 
     def __post_init__(self) -> None:

@@ -16,6 +16,7 @@ def unset(metavar: str) -> object:
 
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+HeldType = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 Score = Literal["reconstruction", "absolute", "absolute_weight", "rms", "rms_weight"]
 Engine = Literal["hf", "gguf"]
 Quantization = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "q6_k", "q5_k_m", "q4_k_m"]
@@ -63,6 +64,12 @@ AnyDeviceArgument = Annotated[
     bool,
     arg(
         help="For budgets of time, use a latency table that was measured elsewhere, if none was measured on this device and version."
+    ),
+]
+HeldTypeArgument = Annotated[
+    HeldType,
+    arg(
+        help="Data type of the weights. auto keeps the checkpoint's. int8 takes a quarter of float32's memory, on a CPU."
     ),
 ]
 DtypeArgument = Annotated[Dtype, arg(help="Data type of the weights. auto keeps the checkpoint's.")]

@@ -11,7 +11,7 @@ from flextron.config.fields import (
     AnyDeviceArgument,
     BudgetArgument,
     DeviceArgument,
-    DtypeArgument,
+    HeldTypeArgument,
     ModelArgument,
     OptionalPath,
     OptionalText,
@@ -57,7 +57,7 @@ class GenerateConfig:
     seed: int = 0
     """Seed for the sampling."""
     any_device: AnyDeviceArgument = False
-    dtype: DtypeArgument = "auto"
+    dtype: HeldTypeArgument = "auto"
     device: DeviceArgument = "auto"
 
     def __post_init__(self) -> None:

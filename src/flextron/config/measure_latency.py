@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from flextron.config.fields import (
     DeviceArgument,
-    DtypeArgument,
+    HeldTypeArgument,
     ModelArgument,
     OptionalPath,
     OptionalText,
@@ -46,7 +46,7 @@ class MeasureLatencyConfig:
     """With --engine llamacpp, the type of the weights in the GGUF files."""
     device_name: OptionalText = None
     """With --from-csv, the device that was timed. On other devices, commands then need --any-device to use the table. The default is a table for every device."""
-    dtype: DtypeArgument = "auto"
+    dtype: HeldTypeArgument = "auto"
     device: DeviceArgument = "auto"
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ from flextron.budget import Budget
 from flextron.config.fields import (
     AnyDeviceArgument,
     DeviceArgument,
-    DtypeArgument,
+    HeldTypeArgument,
     ModelArgument,
     NeuronStepArgument,
     OptionalPath,
@@ -40,7 +40,7 @@ class RouteConfig:
     """File for a picture of the widths: .png, .svg or .pdf."""
     out: OptionalPath = None
     """JSON file for the sub-network. Other commands read it with --subnet."""
-    dtype: DtypeArgument = "auto"
+    dtype: HeldTypeArgument = "auto"
     device: DeviceArgument = "auto"
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ from flextron.budget import Budget
 from flextron.config.fields import (
     AnyDeviceArgument,
     DeviceArgument,
-    DtypeArgument,
+    HeldTypeArgument,
     ModelArgument,
     OptionalText,
     check_at_least,
@@ -67,7 +67,7 @@ class ServeConfig:
     drain_seconds: float = 30.0
     """Time that requests under way get to end after SIGTERM or Ctrl-C. A second signal ends them at once."""
     any_device: AnyDeviceArgument = False
-    dtype: DtypeArgument = "auto"
+    dtype: HeldTypeArgument = "auto"
     device: DeviceArgument = "auto"
 
     def __post_init__(self) -> None:

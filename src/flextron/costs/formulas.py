@@ -47,21 +47,28 @@ def _held(model: ElasticModel, metric: str) -> CostTable:
         return sum(p.numel() * (p.element_size() if metric == "weights" else 1) for p in parameters)
 
     def row(sub: SubLayer, widths: tuple[int, ...]) -> tuple[float, ...]:
-        units = size(sub.unit_parameters())
-        rest = size(sub.parameters()) - units
+        units = size(sub.unit_parameters()) + size(_scales(sub.opens))
+        rest = size(sub.parameters()) + size(_scales((*sub.opens, sub.closes))) - units
         return tuple(units // sub.width.full * width + rest if width else 0 for width in widths)
 
     space = model.search_space
     elastic = sum(size(sub.parameters()) for _, _, sub in model.sub_layers())
+    around = (model.lm.get_output_embeddings(), model.lm.get_input_embeddings())
     return CostTable(
         space,
         metric,
         "bytes" if metric == "weights" else metric,
-        size(model.lm.parameters()) - elastic,
+        size(model.lm.parameters()) + size(_scales(around)) - elastic,
         tuple(row(layer.mlp, space.neurons) for layer in model.layers),
         tuple(row(layer.attention, space.kv_groups) for layer in model.layers),
-        {"formula": metric, **({"dtype": dtype_name(model.dtype)} if metric == "weights" else {})},
+        {"formula": metric, **({"dtype": model.weights_type} if metric == "weights" else {})},
     )
+
+
+def _scales(modules: Iterable[Any]) -> Iterable[torch.Tensor]:
+    """What int8 weights are multiplied by, tied ones once."""
+    found = (getattr(module, "scale", None) for module in modules)
+    return {id(scale): scale for scale in found if isinstance(scale, torch.Tensor)}.values()
 
 
 def _kv(model: ElasticModel, context_tokens: int) -> CostTable:

@@ -19,7 +19,7 @@ from transformers import DynamicCache
 
 from flextron.costs.busy import ProcessorTime, processor_time
 from flextron.elastic.model import ElasticModel
-from flextron.environment import describe_device, dtype_name
+from flextron.environment import describe_device
 from flextron.inference.decoder import Decoder, supports
 from flextron.progress import bar
 from flextron.subnet import Subnet
@@ -141,7 +141,7 @@ def present_conditions(model: ElasticModel) -> dict[str, Any]:
     """The conditions that a table must share with the present to be used: device, type, versions."""
     return {
         "device": describe_device(model.device),
-        "dtype": dtype_name(model.dtype),
+        "dtype": model.weights_type,
         "torch": _release(version("torch")),
         "transformers": _release(version("transformers")),
     }

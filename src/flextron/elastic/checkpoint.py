@@ -28,6 +28,7 @@ from flextron.elastic.accounting import (
 from flextron.elastic.composite import is_of_text, text_options
 from flextron.elastic.gguf_source import check_all_used, complete_config
 from flextron.elastic.older_transformers import add_old_names
+from flextron.elastic.sizes import one_reading
 from flextron.elastic.source import (
     COPY_AGAIN,
     METADATA_FILE,
@@ -106,6 +107,11 @@ def load(path: str | Path, *, dtype: str | torch.dtype = "auto", **kwargs: Any) 
         CheckpointError: the checkpoint is missing, unreadable or incomplete, or is not safetensors or GGUF.
     """
     per_layer.register()
+    with one_reading(path):
+        return _load(path, dtype, kwargs)
+
+
+def _load(path: str | Path, dtype: str | torch.dtype, kwargs: Mapping[str, Any]) -> Checkpoint:
     source, gguf = source_of(path)
     check_shards_inside(source)
     hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
@@ -141,7 +147,7 @@ def load(path: str | Path, *, dtype: str | torch.dtype = "auto", **kwargs: Any) 
     if gguf:
         _forget_quantization(lm)
         return Checkpoint(lm, tokenizer, None, None)
-    return Checkpoint(lm, tokenizer, *load_metadata(source, kwargs))
+    return Checkpoint(lm, tokenizer, *load_metadata(source, dict(kwargs)))
 
 
 def _of_text(source: str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from flextron.elastic.projections import (
     make_norm_skippable,
     make_skippable,
 )
-from flextron.environment import default_device
+from flextron.environment import default_device, dtype_name
 from flextron.errors import CheckpointError, FlextronError
 from flextron.subnet import SearchSpace, Subnet
 
@@ -91,7 +91,7 @@ class SubLayer:
     @property
     def closing_size(self) -> int:
         """Number of input columns of the closing projection at full width."""
-        return self.closes.matrix().shape[1]
+        return self.closes.inputs
 
 
 @dataclass(frozen=True)
@@ -164,6 +164,8 @@ class ElasticModel:
         self.search_space = search_space or SearchSpace.of_model(**sizes, least_neurons=self.least_units)
         _check_fits(self.search_space, sizes)
         self._subnet = self.search_space.full
+        self._quantization: str | None = None
+        self._fingerprint: str | None = None
         self.holder = Holder()
         lm.register_forward_pre_hook(self.holder.check)
 
@@ -211,8 +213,14 @@ class ElasticModel:
         `beside` are further text files by name, written with it.
 
         Raises:
-            CheckpointError: the folder exists and `overwrite` is false, or it cannot be written (then nothing is left).
+            CheckpointError: the folder exists and `overwrite` is false, or it cannot be written (then nothing is left);
+                or the weights are quantised.
         """
+        if self._quantization is not None:
+            raise CheckpointError(
+                f"cannot save {self._quantization} weights: they are made in a second when a model is loaded. "
+                "Load the model in a float type, and save that."
+            )
         saved = Checkpoint(self.lm, self.tokenizer, self.search_space, self.ranking)
         checkpoint.save(folder, saved, overwrite=overwrite, beside=beside)
 
@@ -270,6 +278,8 @@ class ElasticModel:
 
     def fingerprint(self) -> str:
         """Return a hash of the sizes and of the weights' signs, which is the same in every dtype."""
+        if self._fingerprint is not None:
+            return self._fingerprint
         digest = hashlib.sha256(repr((self.config.model_type, self.search_space)).encode())
         for layer in (self.layers[0], self.layers[-1]):
             for sub in layer.subs.values():
@@ -290,6 +300,15 @@ class ElasticModel:
         """Call transformers' `generate` with the sub-network in use; the KV cache holds only its KV groups."""
         with self.holder.running():
             return self.lm.generate(*args, **kwargs)
+
+    @property
+    def weights_type(self) -> str:
+        """Type of the weights, such as "float32" or "int8"."""
+        return self._quantization or dtype_name(self.dtype)
+
+    def quantized_to(self, name: str, fingerprint: str) -> None:
+        """Note that the weights are of another type now; what was measured for them before still belongs to them."""
+        self._quantization, self._fingerprint = name, fingerprint
 
     @property
     def positions(self) -> int | None:

@@ -16,6 +16,8 @@ from torch import nn
 from transformers import Cache
 from transformers.pytorch_utils import Conv1D
 
+from flextron.errors import FlextronError
+
 
 class RowGroups(NamedTuple):
     """Rows of a batch, grouped by the number of units of a sub-layer that they use."""
@@ -81,21 +83,43 @@ class Projection(nn.Module):
     bias: Any
     multiply: Callable[..., torch.Tensor] | None = None
     """Computes products in place of `F.linear`, with the same arguments; set by the serving engine."""
+    scale: torch.Tensor | None = None
+    """What each output of int8 weights is multiplied by, [out]; None for weights in float."""
 
     def matrix(self) -> torch.Tensor:
-        """Return a view of the weight as [out, in]."""
+        """Return a view of the weight as [out, in].
+
+        Raises:
+            FlextronError: the weights are in 8 bits.
+        """
+        if self.scale is not None:
+            raise FlextronError("the weights of this model are int8, for running only. Load it in a float type.")
+        return self._stored()
+
+    @property
+    def inputs(self) -> int:
+        """Number of input columns at full width."""
+        return self._stored().shape[1]
+
+    def _stored(self) -> torch.Tensor:
         return self.weight.t() if self.transposed else self.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Project with the units that run."""
         if self.width.rows is not None:
             return self._of_rows(x, self.width.rows)
-        if self.width.is_full and self.multiply is None:
+        if self.width.is_full and self.multiply is None and self.scale is None:
             return super().forward(x)  # type: ignore[no-any-return]
         return self._narrow(x)
 
-    def _product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return F.linear(x, weight, bias) if self.multiply is None else self.multiply(x, weight, bias)
+    def _product(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, scale: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        multiply = self.multiply or F.linear
+        if scale is None:
+            return multiply(x, weight, bias)
+        y = multiply(x, weight.to(x.dtype), None) * scale.to(x.dtype)
+        return y if bias is None else y + bias
 
     def _of_rows(self, x: torch.Tensor, rows: RowGroups) -> torch.Tensor:
         """Project a batch whose rows use different numbers of units."""
@@ -110,18 +134,23 @@ class _Opening(Projection):
     """Keeps the first rows: [B, T, D] -> [B, T, stacked * K]."""
 
     def _narrow(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        weights = self.matrix().chunk(self.stacked)
-        biases = (None,) * self.stacked if self.bias is None else self.bias.chunk(self.stacked)
+        weights = self._stored().chunk(self.stacked)
+        biases, scales = (
+            (None,) * self.stacked if vector is None else vector.chunk(self.stacked)
+            for vector in (self.bias, self.scale)
+        )
         rows = self.width.span(weights[0].shape[0])
         parts = [
-            self._product(x_BTD, weight[rows], None if bias is None else bias[rows])
-            for weight, bias in zip(weights, biases, strict=True)
+            self._product(
+                x_BTD, weight[rows], None if bias is None else bias[rows], None if scale is None else scale[rows]
+            )
+            for weight, bias, scale in zip(weights, biases, scales, strict=True)
         ]
         return parts[0] if self.stacked == 1 else torch.cat(parts, dim=-1)
 
     def _of_rows(self, x_BTD: torch.Tensor, rows: RowGroups) -> torch.Tensor:
         """Project; a row's output holds zeros for kept units that it does not use."""
-        most = self.width.of(self.matrix().shape[0] // self.stacked)
+        most = self.width.of(self._stored().shape[0] // self.stacked)
         outputs = []
         for indices in self.width.groups(rows):
             parts = self.forward(x_BTD[indices]).chunk(self.stacked, dim=-1)
@@ -136,24 +165,26 @@ class _Closing(Projection):
         if (mask := self.width.mask) is not None:
             parts = x_BTK.view(*x_BTK.shape[:-1], mask.shape[-1], x_BTK.shape[-1] // mask.shape[-1])
             x_BTK = (parts * mask[..., None].to(x_BTK.dtype)).flatten(-2)
-        matrix = self.matrix()
+        matrix = self._stored()
         if not self.width.kept:
             return self._nothing(x_BTK)
         columns = matrix[:, self.width.span(matrix.shape[1])]
         if (sums_ND := self.width.sums) is not None:
+            if self.scale is not None:
+                return sums_ND.add_(self._product(x_BTK.flatten(0, -2), columns, None, self.scale))
             return torch.addmm(sums_ND, x_BTK.flatten(0, -2), columns.t(), out=sums_ND)
-        return self._product(x_BTK, columns, None if self.width.first else self.bias)
+        return self._product(x_BTK, columns, None if self.width.first else self.bias, self.scale)
 
     def _nothing(self, x_BTK: torch.Tensor) -> torch.Tensor:
         """What no unit adds: zeros, also instead of the bias, for sub-layers without a module that could be skipped."""
-        nothing = x_BTK.new_zeros(*x_BTK.shape[:-1], self.matrix().shape[0])
+        nothing = x_BTK.new_zeros(*x_BTK.shape[:-1], self._stored().shape[0])
         if not torch.is_grad_enabled():
             return nothing
         return _WithZeroGradients.apply(nothing, x_BTK, *self.parameters(recurse=False))  # type: ignore[no-untyped-call, no-any-return]
 
     def _of_rows(self, x_BTK: torch.Tensor, rows: RowGroups) -> torch.Tensor:
         """Project; a row that uses no unit gets zeros."""
-        size, columns = self.matrix().shape
+        size, columns = self._stored().shape
         outputs = [
             self.forward(x_BTK[indices][..., : self.width.of(columns)])
             if self.width.kept

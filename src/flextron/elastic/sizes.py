@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -73,16 +76,37 @@ def check_gguf(file: Path) -> None:
 
 
 def gguf_reader(file: Path) -> Any:
-    """Open a GGUF file. It takes seconds to read the metadata of a large vocabulary, so the last file stays open."""
+    """Open a GGUF file. It takes seconds to read the metadata of a large vocabulary, so the last one is kept."""
     state = file.stat()
     return _gguf_reader(file, state.st_mtime_ns, state.st_size)
 
 
 @lru_cache(maxsize=1)
 def _gguf_reader(file: Path, _changed: int, _size: int) -> Any:
-    import gguf
+    from gguf.gguf_reader import GGUFReader
 
-    return gguf.GGUFReader(file)
+    return GGUFReader(file)
+
+
+@contextmanager
+def one_reading(path: str | Path) -> Iterator[None]:
+    """Let a GGUF file be read once inside the block, by flextron and by transformers.
+
+    transformers reads the metadata three times, and makes the table of all names of tensors again for every module:
+    for SmolLM2, half a minute.
+    """
+    if not str(path).endswith(".gguf") or find_spec("gguf") is None:
+        yield
+        return
+    package: Any = import_module("gguf")
+    before = package.GGUFReader, package.get_tensor_name_map
+    package.GGUFReader = lambda file: gguf_reader(Path(file))
+    package.get_tensor_name_map = lru_cache(before[1])
+    try:
+        yield
+    finally:
+        package.GGUFReader, package.get_tensor_name_map = before
+        _gguf_reader.cache_clear()  # which holds as much memory as the weights
 
 
 def check_sizes(config: Mapping[str, Any], file: Path, weights_bytes: int | None) -> None:

@@ -366,7 +366,7 @@ def _attend(
 
 
 @_kernel()
-def _vector(address: int, size: int) -> np.ndarray:
+def _vector(address: int, size: int) -> Any:
     return carray(_pointer(address, _FLOATS), (size if address else 0,))
 
 

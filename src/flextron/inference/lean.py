@@ -27,6 +27,7 @@ from transformers import AttentionInterface
 from flextron.elastic.loss import logits_of
 from flextron.elastic.model import ElasticLayer, ElasticModel, SubLayer
 from flextron.elastic.projections import ClosingLinear, OpeningLinear
+from flextron.elastic.quantized import OutputLinear
 from flextron.subnet import AXES
 
 MOST_TOKENS = 16
@@ -279,10 +280,11 @@ def _has_the_parts(model: ElasticModel) -> bool:
         and not lm.training
         and lm.config._attn_implementation in ("sdpa", "eager")
         and lm.dtype in _TOLERANCES
-        and {parameter.dtype for parameter in lm.parameters()} == {lm.dtype}
+        and {parameter.dtype for parameter in lm.parameters()} <= {lm.dtype, torch.int8}
+        and len({projection.weight.dtype for layer in model.layers for projection in _projections_of(layer)}) == 1
         and all(hasattr(inner, name) for name in ("embed_tokens", "norm", "rotary_emb"))
         and getattr(inner.rotary_emb, "rope_type", None) in _FIXED_ROPE
-        and type(lm.get_output_embeddings()) is nn.Linear
+        and type(lm.get_output_embeddings()) in (nn.Linear, OutputLinear)
         and len({layer.attention.heads_per_unit for layer in model.layers}) == 1
         and all(
             {name for name, _ in layer.module.named_children()} == set(_NAMES)
@@ -293,6 +295,10 @@ def _has_the_parts(model: ElasticModel) -> bool:
             for layer in model.layers
         )
     )
+
+
+def _projections_of(layer: ElasticLayer) -> Iterator[Any]:
+    return (projection for sub in layer.subs.values() for _, projection in _projections(sub))
 
 
 def _projections(sub: SubLayer) -> zip[tuple[str, Any]]:
@@ -380,7 +386,12 @@ def _rounded(rows: int) -> int:
 
 def _matrix(projection: Any) -> Matrix:
     bias = projection.bias
-    return _array(projection.weight.detach()), _NONE, _NONE if bias is None else bias.detach().float().numpy()
+    scale = getattr(projection, "scale", None)
+    return (
+        _array(projection.weight.detach()),
+        _NONE if scale is None else scale.numpy(),
+        _NONE if bias is None else bias.detach().float().numpy(),
+    )
 
 
 def _address(array: np.ndarray) -> int:

@@ -19,7 +19,7 @@ from flextron.costs.pricing import Ceiling
 from flextron.costs.table import CostTable
 from flextron.data.blocks import load_blocks
 from flextron.elastic.model import ElasticModel
-from flextron.environment import describe_device, dtype_name
+from flextron.environment import describe_device
 from flextron.errors import CheckpointError
 from flextron.evaluation import evaluate
 from flextron.pictures.widths import save_figure
@@ -142,7 +142,7 @@ def _summary(
     about = {
         "model": config.model,
         "weights": model.fingerprint(),
-        "dtype": dtype_name(model.dtype),
+        "dtype": model.weights_type,
         "device": describe_device(model.device),
         "limit": config.limit,
         "data": "lm-eval's own" if data is None else "local files",

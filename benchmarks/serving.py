@@ -19,9 +19,12 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 
@@ -29,16 +32,16 @@ import torch
 import tyro
 
 from flextron import ElasticModel
+from flextron.elastic.checkpoint import quiet_transformers
 from flextron.environment import describe_environment
 from flextron.serving.bench import Summary, Target, burst_trace, losses_of_levels, replay, sample_prompts
 from flextron.serving.embedded.mixed import few_rows_linear
 from flextron.serving.embedded.running import make_engine
-from flextron.serving.engine import End, Level, Request, Sampling
+from flextron.serving.engine import End, Request, Sampling
 from flextron.serving.levels import make_levels
 
 SERVERS = ("fixed full", "fixed 0.6x", "adaptive", "llama.cpp full", "llama.cpp 0.6x")
 PROMPT, NEW = 48, 64
-BATCHES = (1, 4, 8, 16)
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class Steps:
     """Elastic checkpoint or pack."""
     rounds: int = 3
     """Number of interleaved rounds; medians are printed."""
+    batches: tuple[int, ...] = (1, 4, 8, 16)
+    """Numbers of texts at once."""
 
 
 @dataclass(frozen=True)
@@ -85,36 +90,44 @@ def main(settings: Steps | Burst) -> None:
 
 
 def run_steps(options: Steps) -> None:
-    """Whole texts of 48 + 64 tokens, all at once; engines take turns."""
+    """Whole texts of 48 + 64 tokens, all at once; engines take turns, each in a process of its own."""
     products()
-    model = ElasticModel.from_pretrained(options.model, dtype="float32")
-    prompts = [[1000 + 7 * i + j for j in range(PROMPT)] for i in range(max(BATCHES))]
-    with tempfile.TemporaryDirectory() as folder:
+    prompts = [[1000 + 7 * i + j for j in range(PROMPT)] for i in range(max(options.batches))]
+    found: dict[tuple[str, int], list[float]] = {}
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
         files = {name: export(options.model, Path(folder) / f"{name}.gguf", name) for name in ("full", "60%")}
-        found: dict[tuple[str, int], list[float]] = {}
+        engines: dict[str, Callable[..., float]] = {
+            "flextron, full": partial(of_flextron, options.model, 1),
+            "flextron, 0.6x": partial(of_flextron, options.model, 0),
+            "transformers' continuous batching, full": partial(of_transformers, options.model),
+            **{f"llama.cpp's server, {name}": partial(of_llamacpp, file) for name, file in files.items()},
+        }
+        spawn = get_context("spawn")
+        processes = {name: stack.enter_context(ProcessPoolExecutor(1, mp_context=spawn)) for name in engines}
         for _ in range(options.rounds):
-            for batch in BATCHES:
-                for name, speed in speeds(model, files, prompts[:batch]):
+            for batch in options.batches:
+                for name, run in engines.items():
+                    speed = processes[name].submit(run, prompts[:batch]).result()
+                    print(f"{name}, {batch} texts: {speed:.1f} tokens/s", flush=True)
                     found.setdefault((name, batch), []).append(speed)
-    names = list(dict.fromkeys(name for name, _ in found))
     print(f"\ntokens/s of all texts together, prompts of {PROMPT} tokens included; median of {options.rounds}\n")
-    print("| | " + " | ".join(f"{batch} texts" for batch in BATCHES) + " |\n|---|" + "---:|" * len(BATCHES))
-    for name in names:
-        print(f"| {name} | " + " | ".join(f"{median(found[name, batch]):.1f}" for batch in BATCHES) + " |")
+    print("| | " + " | ".join(f"{batch} texts" for batch in options.batches) + " |")
+    print("|---|" + "---:|" * len(options.batches))
+    for name in engines:
+        print(f"| {name} | " + " | ".join(f"{median(found[name, batch]):.1f}" for batch in options.batches) + " |")
 
 
-def speeds(model: ElasticModel, files: dict[str, Path], prompts: list[list[int]]) -> Iterator[tuple[str, float]]:
-    """Tokens a second of each engine, one after another."""
-    levels = make_levels(model, shares=(1.0, 0.6))
-    for level, name in ((1, "flextron, full"), (0, "flextron, 0.6x")):
-        yield name, of_flextron(model, levels, level, prompts)
-    yield "transformers' continuous batching, full", of_transformers(model, prompts)
-    for name, file in files.items():
-        yield f"llama.cpp's server, {name}", of_llamacpp(file, prompts)
+@cache
+def load(model: str) -> ElasticModel:
+    """The model, once in a process."""
+    quiet_transformers()
+    return ElasticModel.from_pretrained(model, dtype="float32")
 
 
-def of_flextron(model: ElasticModel, levels: Sequence[Level], level: int, prompts: list[list[int]]) -> float:
-    engine, done = make_engine(model, levels), threading.Semaphore(0)
+def of_flextron(path: str, level: int, prompts: list[list[int]]) -> float:
+    model = load(path)
+    engine, done = make_engine(model, make_levels(model, shares=(1.0, 0.6))), threading.Semaphore(0)
     engine.start()
     start = time.perf_counter()
     for i, prompt in enumerate(prompts):
@@ -127,9 +140,10 @@ def of_flextron(model: ElasticModel, levels: Sequence[Level], level: int, prompt
     return len(prompts) * NEW / seconds
 
 
-def of_transformers(model: ElasticModel, prompts: list[list[int]]) -> float:
+def of_transformers(path: str, prompts: list[list[int]]) -> float:
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
+    model = load(path)
     config = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0)
     batching = ContinuousBatchingConfig(page_size=32, num_blocks=512, max_batch_tokens=512, use_cuda_graph=False)
     start = time.perf_counter()

@@ -88,6 +88,11 @@ class MixedModel:
                     attention.join_keys()
 
     @property
+    def few_tokens(self) -> int:
+        """Up to so many tokens a step runs by compiled kernels; 0 for models that they do not take."""
+        return 0 if self._lean is None else MOST_TOKENS
+
+    @property
     def _is_cpu_float32(self) -> bool:
         return self.device.type == "cpu" and self.model.lm.dtype == torch.float32
 

@@ -5,6 +5,9 @@ A step reads the weights once, as far as its widest row needs, then computes for
     T = idle + read * weights(widest) + compute * sum of weights(level of each token)
              + attend * sum of past tokens * groups(level) + row * rows
 
+Steps of few tokens, which run by compiled kernels, have factors of their own. Their kernels compute all tokens at the
+widest level, and as many as 1, 2, 4 or a multiple of 8.
+
 No torch here: the engine measures, this predicts.
 """
 
@@ -51,18 +54,27 @@ class StepPrices:
 
     def __init__(self, levels: Sequence[LevelCosts]) -> None:
         self._levels = levels
-        self._factors = (0.0, 1.0, 0.1, 0.0, 0.0)
+        self._few_tokens = 0
+        self._factors = dict.fromkeys((False, True), (0.0, 1.0, 0.1, 0.0, 0.0))
         self._ratios: dict[bool, deque[float]] = {many: deque(maxlen=REMEMBERED) for many in (False, True)}
         self._correction = {False: 1.0, True: 1.0}
         self._errors: deque[float] = deque(maxlen=REMEMBERED)
         self._gaps: deque[float] = deque(maxlen=REMEMBERED)
 
-    def fit(self, steps: Sequence[Sequence[RowWork]], milliseconds: Sequence[float]) -> None:
-        """Fit the factors, none below 0, to measured steps by least squares of relative errors."""
-        times = np.array(milliseconds)
-        features = np.array([self._features(rows) for rows in steps])
-        factors, _ = nnls(features / times[:, None], np.ones(len(times)))
-        self._factors = tuple(factors.tolist())
+    def fit(self, steps: Sequence[Sequence[RowWork]], milliseconds: Sequence[float], *, few_tokens: int = 0) -> None:
+        """Fit the factors, none below 0, to measured steps by least squares of relative errors.
+
+        Args:
+            few_tokens: up to so many tokens a step runs by compiled kernels.
+        """
+        self._few_tokens = few_tokens
+        few_N = np.array([self._is_few(rows) for rows in steps])
+        times_N = np.array(milliseconds)
+        features_NF = np.array([self._features(rows) for rows in steps])
+        for few in set(few_N.tolist()):
+            mine = few_N == few
+            factors, _ = nnls(features_NF[mine] / times_N[mine, None], np.ones(mine.sum()))
+            self._factors[few] = tuple(factors.tolist())
 
     def predict(self, rows: Sequence[RowWork]) -> float:
         """Return the milliseconds that a step is predicted to take."""
@@ -93,7 +105,11 @@ class StepPrices:
         return 0.9 if self.error <= 0.2 else 0.75
 
     def _raw(self, rows: Sequence[RowWork]) -> float:
-        return sum(factor * feature for factor, feature in zip(self._factors, self._features(rows), strict=True))
+        factors = self._factors[self._is_few(rows)]
+        return sum(factor * feature for factor, feature in zip(factors, self._features(rows), strict=True))
+
+    def _is_few(self, rows: Sequence[RowWork]) -> bool:
+        return sum(row.tokens for row in rows) <= self._few_tokens
 
     def _features(self, rows: Sequence[RowWork]) -> tuple[float, ...]:
         read = compute = attend = 0.0
@@ -102,6 +118,10 @@ class StepPrices:
             read = max(read, cost.read)
             compute += cost.compute * row.tokens
             attend += cost.groups * row.tokens * (row.past + row.tokens / 2)
+        if self._is_few(rows):
+            tokens = sum(row.tokens for row in rows)
+            padded = next((size for size in (1, 2, 4) if tokens <= size), -(-tokens // 8) * 8)
+            compute = padded * max((self._levels[row.level].compute for row in rows), default=0.0)
         return 1.0, read, compute, attend, float(len(rows))
 
 

@@ -60,7 +60,7 @@ class TestPrices:
 
         prices = StepPrices(COSTS)
         steps = [
-            [RowWork(level, tokens, 0)] * rows for level in (0, 3, 5) for rows in (1, 3, 8) for tokens in (1, 2, 32)
+            [RowWork(level, tokens, 0)] * rows for level in (0, 3, 5) for rows in (1, 3, 8) for tokens in (1, 2, 20, 32)
         ]
         prices.fit(steps, [ms(rows) for rows in steps], few_tokens=16)
         for rows in ([RowWork(0, 1, 0)] * 8 + [RowWork(5, 1, 0)], [RowWork(2, 17, 0)], [RowWork(4, 1, 0)]):

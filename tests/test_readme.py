@@ -43,7 +43,7 @@ SIZES = {
 def checkpoint(tmp_path_factory):
     """A tiny model deep enough that its layers take most of a token's time, so that 0.6x can be met."""
     folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
-    lm = tiny.plain_model("llama", vocab_size=300, num_hidden_layers=12)
+    lm = tiny.plain_model("llama", vocab_size=300, num_hidden_layers=24, hidden_size=192)
     ElasticModel(lm, tiny.tokenizer()).save_pretrained(folder)
     return folder
 

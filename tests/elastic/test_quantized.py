@@ -11,6 +11,8 @@ from flextron.cli import main
 from flextron.costs.formulas import formula_table
 from flextron.elastic.quantized import OutputLinear, quantize
 from flextron.errors import CheckpointError, FlextronError
+from flextron.exporting import hf
+from flextron.exporting.gguf.file import export_gguf
 from flextron.inference import per_token
 from flextron.inference.decoder import Decoder, supports
 from flextron.inference.per_token import TokenWidths, use_token_widths
@@ -128,7 +130,10 @@ def test_what_changes_weights_refuses_int8(tmp_path):
         model.layers[0].mlp.closes.matrix()
     with pytest.raises(CheckpointError, match="cannot save int8 weights"):
         model.save_pretrained(tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    for export, name in ((hf.export, "out"), (export_gguf, "out.gguf")):
+        with pytest.raises(FlextronError, match="cannot export int8 weights"):
+            export(model, model.search_space.full, tmp_path / name)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_command_line_takes_the_type(tmp_path, capsys):

@@ -216,11 +216,7 @@ class ElasticModel:
             CheckpointError: the folder exists and `overwrite` is false, or it cannot be written (then nothing is left);
                 or the weights are quantised.
         """
-        if self._quantization is not None:
-            raise CheckpointError(
-                f"cannot save {self._quantization} weights: they are made in a second when a model is loaded. "
-                "Load the model in a float type, and save that."
-            )
+        self.check_float("save")
         saved = Checkpoint(self.lm, self.tokenizer, self.search_space, self.ranking)
         checkpoint.save(folder, saved, overwrite=overwrite, beside=beside)
 
@@ -305,6 +301,21 @@ class ElasticModel:
     def weights_type(self) -> str:
         """Type of the weights, such as "float32" or "int8"."""
         return self._quantization or dtype_name(self.dtype)
+
+    def check_float(self, verb: str) -> None:
+        """Pass if the weights are in float.
+
+        Args:
+            verb: what is to be done with them, such as "save".
+
+        Raises:
+            CheckpointError: they are quantised.
+        """
+        if self._quantization is not None:
+            raise CheckpointError(
+                f"cannot {verb} {self._quantization} weights: they are for running only, and made in a second when a "
+                f"model is loaded. Load the model in a float type, and {verb} that."
+            )
 
     def quantized_to(self, name: str, fingerprint: str) -> None:
         """Note that the weights are of another type now; what was measured for them before still belongs to them."""

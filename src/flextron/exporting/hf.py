@@ -127,6 +127,7 @@ def export(
 
 def _build(model: ElasticModel, subnet: Subnet) -> PreTrainedModel:
     """Return the exported model; its weights are views of the elastic model's."""
+    model.check_float("export")
     sizes = layer_sizes(model, subnet)
     state = cut_state(model, subnet)
     config = _plain_config(model, sizes) if subnet.is_uniform and not _skipped(subnet, 0) else None

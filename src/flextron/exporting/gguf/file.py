@@ -145,6 +145,7 @@ class _Plan:
 def _plan(model: ElasticModel, subnet: Subnet, quantize: str) -> _Plan:
     if find_spec("gguf") is None:
         raise ExportError('a GGUF file needs the package gguf. Run: pip install "flextron[gguf]"')
+    model.check_float("export")
     scheme, dialect = scheme_of(quantize), dialect_for(model, subnet)
     layers = layers_written(model, subnet, dialect, smallest_block(scheme))
     tensors = gguf_tensors(model, subnet, dialect, layers)

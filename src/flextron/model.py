@@ -97,7 +97,7 @@ class ElasticModel(elastic.ElasticModel):
             CheckpointError: the checkpoint or the pack is missing, truncated or incomplete, or they do not belong
                 together.
             UnknownFamilyError: the architecture has no entry, and discovery finds nothing that holds.
-            FlextronError: the device does not exist.
+            FlextronError: the device does not exist; or int8 is asked for, and it is not a CPU.
         """
         if dtype == INT8:
             model = cls.from_pretrained(path, pack=pack, dtype="float32", device=device, **kwargs)

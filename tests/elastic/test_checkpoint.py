@@ -7,8 +7,10 @@ import pickle
 import shutil
 from dataclasses import replace
 
+import gguf
 import pytest
 import torch
+from gguf.gguf_reader import GGUFReader
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
 
@@ -17,6 +19,7 @@ from flextron.elastic import checkpoint, source
 from flextron.elastic.permutation import permute
 from flextron.elastic.source import METADATA_FILE, RANKING_FILE
 from flextron.errors import CheckpointError, UnknownFamilyError
+from flextron.exporting.gguf.file import export_gguf
 from flextron.model import ElasticModel
 from flextron.subnet import SearchSpace
 from folders import names
@@ -216,6 +219,21 @@ class TestBrokenWeights:
     def test_gguf(self, tmp_path, content):
         (tmp_path / "model.gguf").write_bytes(content)
         refusal(tmp_path / "model.gguf")
+
+
+def test_a_gguf_file_is_read_once(tmp_path, monkeypatch):
+    """In each loading, by flextron and by transformers together; afterwards gguf is as before."""
+    model = ElasticModel(tiny.plain_model("llama", vocab_size=300), tiny.tokenizer())
+    export_gguf(model, model.search_space.full, tmp_path / "model.gguf", quantize="f32", verify=False)
+    read, before = [], GGUFReader.__init__
+    monkeypatch.setattr(GGUFReader, "__init__", lambda self, path: (read.append(path), before(self, path))[1])
+    table_of_names = gguf.get_tensor_name_map
+    for times in (1, 2):
+        loaded = ElasticModel.from_pretrained(tmp_path / "model.gguf", dtype="float32")
+        assert len(read) == times
+    assert gguf.GGUFReader is GGUFReader
+    assert gguf.get_tensor_name_map is table_of_names
+    assert torch.equal(tiny.logits_of(loaded, tiny.token_ids()), tiny.logits_of(model, tiny.token_ids()))
 
 
 class Trap:

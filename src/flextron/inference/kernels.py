@@ -377,6 +377,70 @@ def _matrix(addresses: np.ndarray, outputs: int, inputs: int, like: np.ndarray) 
 
 
 @_kernel()
+def _attention(
+    h_MD: np.ndarray,
+    model: tuple[np.ndarray, ...],
+    layer: int,
+    sizes: tuple[int, int],
+    angles: tuple[np.ndarray, np.ndarray],
+    texts: tuple[np.ndarray, int, np.ndarray, np.ndarray],
+    cache_T2GS: np.ndarray,
+    widths_M: np.ndarray,
+    cached: int,
+    rooms: tuple[np.ndarray, ...],
+) -> None:
+    """h += attention(norm(h)), each row with its first groups; keys and values of `cached` groups are written."""
+    like, matrices, norms, full, kinds, numbers = model
+    heads, size = sizes
+    tables_MP, page, positions_M, slots_M = texts
+    normed_MD, opened, hidden, scores, y_DM = rooms
+    count, width = h_MD.shape
+    groups, all_rows = np.max(widths_M), full[layer, 1] * size
+    rows, cached_rows = groups * heads * size, cached * size
+    matrix_of, none = matrices[layer], angles[0][:, :0]
+    queries = _matrix(matrix_of[3], all_rows * heads, width, like)
+    keys, values = _matrix(matrix_of[4], all_rows, width, like), _matrix(matrix_of[5], all_rows, width, like)
+    queries_OM = opened[: rows * count].reshape(rows, count)
+    rest = opened[rows * count : (rows + 2 * cached_rows) * count].reshape(2 * cached_rows, count)
+    keys_OM, values_OM = rest[:cached_rows], rest[cached_rows:]
+    normalize(h_MD, _vector(norms[layer, 0], width), numbers[layer, 0], normed_MD)
+    _three_products(queries, keys, values, normed_MD, queries_OM, keys_OM, values_OM)
+    turned = angles if kinds[layer, 0] else (none, none)
+    _write(keys_OM, values_OM, (_vector(norms[layer, 3], size), numbers[layer, 3]), turned, slots_M, cache_T2GS)
+    if groups:
+        mixed_MO = hidden[: count * rows].reshape(count, rows)
+        query_norm = (_vector(norms[layer, 2], size), numbers[layer, 2])
+        kind = (np.float32(numbers[layer, 5]), kinds[layer, 2], np.float32(numbers[layer, 6]))
+        row_texts = (tables_MP, page, positions_M)
+        _attend(queries_OM, query_norm, turned, cache_T2GS, row_texts, widths_M, kind, scores, mixed_MO)
+        product(_matrix(matrix_of[6], width, all_rows * heads, like), mixed_MO, y_DM)
+        _add(h_MD, y_DM, widths_M, np.float32(numbers[layer, 4]))
+
+
+@_kernel()
+def _mlp(
+    h_MD: np.ndarray,
+    model: tuple[np.ndarray, ...],
+    layer: int,
+    widths_M: np.ndarray,
+    rooms: tuple[np.ndarray, ...],
+) -> None:
+    """h += mlp(norm(h)), each row with its first neurons."""
+    like, matrices, norms, full, kinds, numbers = model
+    normed_MD, opened, hidden, _scores, y_DM = rooms
+    count, width = h_MD.shape
+    neurons, units, matrix_of = np.max(widths_M), full[layer, 0], matrices[layer]
+    gate, up = _matrix(matrix_of[0], units, width, like), _matrix(matrix_of[1], units, width, like)
+    gate_UM = opened[: neurons * count].reshape(neurons, count)
+    up_UM = opened[neurons * count : 2 * neurons * count].reshape(neurons, count)
+    hidden_MU = hidden[: count * neurons].reshape(count, neurons)
+    normalize(h_MD, _vector(norms[layer, 1], width), numbers[layer, 1], normed_MD)
+    _hidden(gate, up, normed_MD, widths_M, kinds[layer, 1], gate_UM, up_UM, hidden_MU)
+    product(_matrix(matrix_of[2], width, units, like), hidden_MU, y_DM)
+    _add(h_MD, y_DM, widths_M, np.float32(numbers[layer, 4]))
+
+
+@_kernel()
 def layers(
     h_MD: np.ndarray,
     model: tuple[np.ndarray, ...],
@@ -393,7 +457,7 @@ def layers(
     """Run tokens through all layers; `h` holds their embeddings before, and the last layer's outputs after.
 
     Args:
-        model: what `lean.LeanStep` says of the model: an array of the weights' type, then [L, ...] for each layer:
+        model: what `lean.LeanStep` knows of the model: an array of the weights' type, then [L, ...] for each layer:
             [7, 3] addresses of weight, scales and bias of gate, up, down, queries, keys, values and output; [4]
             addresses of the weights of norms (before attention, before MLP, of queries, of keys); [2] neurons and KV
             groups; [3] whether it rotates, its activation, how many tokens back it sees or 0; [7] numbers: epsilons of
@@ -406,46 +470,11 @@ def layers(
         cached_groups_L: groups whose keys and values are written.
         rooms: normed [M, D], opened and hidden, scores, and outputs [D, M].
     """
-    like, matrices, norms, full, kinds, numbers = model
-    heads, size = sizes
-    tables_MP, page, positions_M, slots_M = texts
-    normed_MD, opened, hidden, scores, y_DM = rooms
-    count, width = h_MD.shape
-    none = angles[0][:, :0]
-    for layer in range(len(matrices)):
-        neurons, groups = max(np.max(neurons_LM[layer]), 0), max(np.max(groups_LM[layer]), 0)
+    for layer in range(len(neurons_LM)):
         cached = cached_groups_L[layer]
-        units, all_rows = full[layer, 0], full[layer, 1] * size
-        factor = np.float32(numbers[layer, 4])
-        matrix_of = matrices[layer]
         if cached:
-            normalize(h_MD, _vector(norms[layer, 0], width), numbers[layer, 0], normed_MD)
-            rows, cached_rows = groups * heads * size, cached * size
-            queries_OM = opened[: rows * count].reshape(rows, count)
-            rest = opened[rows * count : (rows + 2 * cached_rows) * count].reshape(2 * cached_rows, count)
-            keys_OM, values_OM = rest[:cached_rows], rest[cached_rows:]
-            queries = _matrix(matrix_of[3], all_rows * heads, width, like)
-            keys, values = _matrix(matrix_of[4], all_rows, width, like), _matrix(matrix_of[5], all_rows, width, like)
-            _three_products(queries, keys, values, normed_MD, queries_OM, keys_OM, values_OM)
-            turned = angles if kinds[layer, 0] else (none, none)
             address, tokens, held = caches_L3[layer]
-            cache_T2GS = carray(_pointer(address, cache_like), (tokens, 2, held, size))
-            key_norm = (_vector(norms[layer, 3], size), numbers[layer, 3])
-            _write(keys_OM, values_OM, key_norm, turned, slots_M, cache_T2GS)
-            if groups:
-                mixed_MO = hidden[: count * rows].reshape(count, rows)
-                query_norm = (_vector(norms[layer, 2], size), numbers[layer, 2])
-                kind = (np.float32(numbers[layer, 5]), kinds[layer, 2], np.float32(numbers[layer, 6]))
-                row_texts = (tables_MP, page, positions_M)
-                _attend(queries_OM, query_norm, turned, cache_T2GS, row_texts, groups_LM[layer], kind, scores, mixed_MO)
-                product(_matrix(matrix_of[6], width, all_rows * heads, like), mixed_MO, y_DM)
-                _add(h_MD, y_DM, groups_LM[layer], factor)
-        if neurons:
-            normalize(h_MD, _vector(norms[layer, 1], width), numbers[layer, 1], normed_MD)
-            gate_UM = opened[: neurons * count].reshape(neurons, count)
-            up_UM = opened[neurons * count : 2 * neurons * count].reshape(neurons, count)
-            hidden_MU = hidden[: count * neurons].reshape(count, neurons)
-            gate, up = _matrix(matrix_of[0], units, width, like), _matrix(matrix_of[1], units, width, like)
-            _hidden(gate, up, normed_MD, neurons_LM[layer], kinds[layer, 1], gate_UM, up_UM, hidden_MU)
-            product(_matrix(matrix_of[2], width, units, like), hidden_MU, y_DM)
-            _add(h_MD, y_DM, neurons_LM[layer], factor)
+            cache_T2GS = carray(_pointer(address, cache_like), (tokens, 2, held, sizes[1]))
+            _attention(h_MD, model, layer, sizes, angles, texts, cache_T2GS, groups_LM[layer], cached, rooms)
+        if np.max(neurons_LM[layer]):
+            _mlp(h_MD, model, layer, neurons_LM[layer], rooms)

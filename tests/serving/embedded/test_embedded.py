@@ -8,6 +8,7 @@ import torch
 import tiny
 from engines import GREEDY, Answers, alone, make, nested, request
 from flextron.elastic.families import FAMILIES
+from flextron.elastic.quantized import quantize
 from flextron.inference.per_token import TokenWidths, use_token_widths
 from flextron.model import ElasticModel
 from flextron.serving.engine import CannotMeetError, Phase, QueueFullError, Sampling, StoppedError
@@ -65,6 +66,16 @@ class TestEveryFamily:
         assert {token.level for token in answers.tokens["1"]} == {0}
         engine.stop()
         assert torch.equal(tiny.logits_of(model, tiny.token_ids()), tiny.logits_of(plain, tiny.token_ids()))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_int8_weights_serve_a_mixed_batch(model_type, running):
+    """By kernels (llama) and by torch's products (gpt2, and prompts)."""
+    model = ElasticModel(tiny.plain_model(model_type))
+    quantize(model)
+    expected = [alone(model, prompt, nested(model)[level], 8) for prompt, level in zip(prompts(), LEVELS, strict=True)]
+    answers = run(running(model), [request(str(i), prompt, LEVELS[i]) for i, prompt in enumerate(prompts())])
+    assert [answers.ids(str(i)) for i in range(6)] == expected
 
 
 class TestOneText:

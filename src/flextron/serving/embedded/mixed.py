@@ -26,13 +26,13 @@ from flextron.subnet import Subnet
 
 HALVED_ROWS = 16
 """Up to so many rows the weight's rows are multiplied in two halves; above, the product is transposed, up to
-`FEW_ROWS`, where torch's linear is as fast. Two threads of an AMD EPYC, all products of SmolLM2: 1 row 30 ms for 42, 8
-rows 66 for 101, 32 rows 101 for 162 (benchmarks/serving.py steps)."""
+`FEW_ROWS`, where torch's linear is as fast. Two threads of an AMD EPYC, all products of SmolLM2: 1 row 29 ms for 39, 8
+rows 53 for 68, 32 rows 86 for 106 (benchmarks/serving.py steps)."""
 FEW_ROWS = 64
 
 
 def few_rows_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Compute `F.linear` for few rows in float32 on a CPU, where MKL takes up to 1.7 times as long by itself.
+    """Compute `F.linear` for few rows in float32 on a CPU, where MKL takes up to 1.6 times as long by itself.
 
     For models that a `LeanStep` does not run, and for steps of more tokens than it takes.
     """

@@ -68,4 +68,22 @@ def test_recipe_for_eight_gpus_fits_seven_billion_weights(tmp_path):
     assert estimate.parameters == pytest.approx(6.74e9, rel=1e-3)
     assert estimate.memory["weights"] == 4 * estimate.parameters // 8
     assert 15e9 < estimate.total_bytes < GPU_BYTES / 2
-    assert estimate.loading_bytes < GPU_BYTES
+    assert estimate.loading_bytes == 0
+
+
+LLAMA_3 = {"vocab_size": 128_256, "max_position_embeddings": 131_072, "num_key_value_heads": 8, "dtype": "bfloat16"}
+
+
+def test_recipe_for_one_gpu_fits_eight_billion_weights(tmp_path):
+    estimate = estimated("llama-8b-adapters.yaml", tmp_path, **LLAMA_3, intermediate_size=14_336)
+    assert estimate.parameters == pytest.approx(8.03e9, rel=1e-3)
+    assert estimate.memory["teacher"] == 0
+    assert 16e9 < estimate.total_bytes < GPU_BYTES / 2
+
+
+def test_recipe_for_eight_gpus_fits_seventy_billion_weights(tmp_path):
+    sizes = {"hidden_size": 8192, "intermediate_size": 28_672, "num_hidden_layers": 80, "num_attention_heads": 64}
+    estimate = estimated("llama-70b-adapters.yaml", tmp_path, processes=8, **LLAMA_3, **sizes)
+    assert estimate.parameters == pytest.approx(70.6e9, rel=1e-3)
+    assert estimate.loading_bytes == 0
+    assert 18e9 < estimate.total_bytes < GPU_BYTES * 0.6

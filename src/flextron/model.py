@@ -15,7 +15,7 @@ from flextron.elastic import model as elastic
 from flextron.elastic.checkpoint import Ranking
 from flextron.elastic.discovery import check_coverage, family_for
 from flextron.elastic.families import FAMILIES, Family
-from flextron.elastic.model import move
+from flextron.elastic.model import cast, move
 from flextron.elastic.pack import FILE as PACK_FILE
 from flextron.elastic.pack import Pack, find_pack
 from flextron.elastic.quantized import INT8, quantize
@@ -109,7 +109,7 @@ class ElasticModel(elastic.ElasticModel):
         loaded = Pack.load(folder)
         model = super().from_pretrained(named(loaded.base if pack is None else path), dtype="float32", **kwargs)
         loaded.apply(model)  # in float32 whatever the dtype, so that the weights are the same everywhere
-        model.lm.to(as_dtype(loaded.dtype if dtype == "auto" else dtype))
+        cast(model.lm, as_dtype(loaded.dtype if dtype == "auto" else dtype))
         move(model.lm, device)
         model.folder = folder
         return model

@@ -226,8 +226,7 @@ class TestAdding:
         drawn = []
         for seed in (1, 1, 2):
             model = ElasticModel(copy.deepcopy(plain_llama))
-            torch.manual_seed(seed)
-            add_adapters(model, rank=RANK)
+            add_adapters(model, rank=RANK, seed=seed)
             drawn.append([matrix for name, matrix in adapter_matrices(model.lm).items() if "lora_A" in name])
         assert all_equal(drawn[0], drawn[1])
         assert not any(torch.equal(one, other) for one, other in zip(drawn[0], drawn[2], strict=True))

@@ -82,6 +82,7 @@ def test_what_is_loaded(folders):
     assert torch.equal(model.ranking.neurons, trained.ranking.neurons)
     alone = ElasticModel.from_pretrained(folders / "pack", dtype="bfloat16")  # with the base that it names
     assert (alone.dtype, alone.fingerprint()) == (torch.bfloat16, model.fingerprint())
+    assert {buffer.dtype for buffer in alone.lm.buffers()} == {torch.float32}  # of the rotary angles
 
 
 def test_pairs_belong_to_the_pack(folders):

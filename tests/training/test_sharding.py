@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from training_worker import OPTIONS, STEPS, make_checkpoint, make_text, records, run, steps_of, stopped_in, wait_for
 
 from flextron.training.snapshot import latest_snapshot
@@ -26,6 +26,10 @@ def one(tmp_path_factory) -> Path:
     make_checkpoint(folder / "model")
     make_checkpoint(folder / "bf16 model", dtype=torch.bfloat16)
     make_checkpoint(folder / "tied model", tie_word_embeddings=True)
+    make_checkpoint(folder / "damaged model")
+    weights = load_file(folder / "damaged model" / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][-1, -1] = torch.nan  # in the second process's shard
+    save_file(weights, folder / "damaged model" / "model.safetensors", metadata={"format": "pt"})
     make_text(folder / "text.jsonl")
     return folder
 
@@ -103,6 +107,17 @@ class TestTwoProcesses:
         assert {weight.dtype for weight in load_file(two / "bf16" / "model.safetensors").values()} == {torch.bfloat16}
         assert json.loads((two / "bf16" / "config.json").read_text())["dtype"] == "bfloat16"
 
+    def test_adapters_with_the_model_as_teacher(self, two):
+        assert_close_runs(two / "adapters", run_one(two, "one adapters", lora_rank=2))
+
+    def test_adapters_beside_weights_of_16_bits(self, two):
+        expected = run_one(two, "one bf16 adapters", "bf16 model", precision="bf16", lora_rank=2)
+        assert_close_runs(two / "bf16 adapters", expected, within=0.05)
+
+    def test_adapters_with_another_teacher(self, two):
+        options = {"lora_rank": 2, "teacher": two / "tied model"}
+        assert_close_runs(two / "taught", run_one(two, "one taught", **options))
+
     @pytest.mark.parametrize("name", ["one two", "two one two"])
     def test_go_on_with_what_other_numbers_of_processes_left(self, two, name):
         assert len(steps_of(two / name)) in (4, STEPS)
@@ -116,7 +131,7 @@ class TestTwoProcesses:
         ("name", "message"),
         [
             ("uneven", "blocks_per_visit is 3, which 2 processes cannot share evenly. Pass --blocks-per-visit 4"),
-            ("adapters", "adapters (lora_rank) need a single process"),
+            ("damaged", "is damaged: model.layers.1.mlp.up_proj.weight has values that are no numbers"),
             ("no text", "no text at "),  # only the first process reads it
         ],
     )

@@ -143,11 +143,15 @@ def main(folder: Path) -> None:
     go("trained head", **OPTIONS, train_embeddings=True, text_weight=0.5, gradient_checkpointing=True)
     go("tied", folder / "tied model", **OPTIONS, train_embeddings=True)
     go("bf16", folder / "bf16 model", **{**OPTIONS, "precision": "bf16"})
+    go("adapters", **OPTIONS, lora_rank=2)
+    go("bf16 adapters", folder / "bf16 model", **{**OPTIONS, "precision": "bf16"}, lora_rank=2)
+    go("taught", **OPTIONS, lora_rank=2, teacher=folder / "tied model")
     with stopped_in(4, by_this_process=rank == 0):  # a signal may reach other processes a step later
         go("one two", **OPTIONS)
     with stopped_in(2):
         go("two one two", **OPTIONS)
-    wrong = {"uneven": {"blocks_per_visit": 3}, "adapters": {"lora_rank": 2}, "no text": {"data": folder / "nowhere"}}
+    wrong: dict[str, dict] = {"uneven": {"blocks_per_visit": 3}, "no text": {"data": folder / "nowhere"}}
+    wrong |= {"damaged": {"model": folder / "damaged model"}}
     for name, options in wrong.items():
         try:
             go(name, **{**OPTIONS, **options})

@@ -83,7 +83,12 @@ def check_finite(path: str | Path, lm: PreTrainedModel) -> None:
     """
     for name, weight in lm.named_parameters():
         if not weight.is_meta and not bool(weight.detach().sum(dtype=_wide(weight.dtype)).isfinite()):
-            raise CheckpointError(f"{path} is damaged: {name} has values that are no numbers. Get it again.")
+            raise damaged(path, name)
+
+
+def damaged(path: str | Path, name: str) -> CheckpointError:
+    """The error for a weight that is NaN or infinite."""
+    return CheckpointError(f"{path} is damaged: {name} has values that are no numbers. Get it again.")
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from flextron.elastic.model import ElasticModel, projections_of
 from flextron.elastic.projections import Projection, make_elastic
@@ -23,18 +25,19 @@ from flextron.errors import FlextronError
 _ADAPTER = "default"  # the name that PEFT gives to a model's only adapter
 
 
-def add_adapters(model: ElasticModel, *, rank: int, alpha: float | None = None) -> None:
+def add_adapters(model: ElasticModel, *, rank: int, alpha: float | None = None, seed: int = 0) -> None:
     """Freeze all weights and add a low-rank adapter to every elastic projection. The adapter is nested like it.
 
-    The model still computes the same, because B is zero. A is drawn from torch's global generator, on the CPU and layer
-    by layer: call `torch.manual_seed` before to get the same adapters every time. Beside weights of 16 bits, adapters
-    are float32 as in PEFT's `get_peft_model`, so that small updates are not rounded away.
+    The model still computes the same, because B is zero. Beside weights of 16 bits, adapters are float32 as in PEFT's
+    `get_peft_model`, so that small updates are not rounded away. A model without weights gets adapters without weights;
+    `draw_adapters` fills them.
 
     Call `merge_adapters` before you save, rank or export the model.
 
     Args:
         rank: R. An adapter adds R * (in + out) weights to a projection.
         alpha: scales the adapters' output by alpha / R. The default is R, a scale of 1, as in PEFT.
+        seed: of the random numbers in A.
 
     Raises:
         ValueError: `rank` is below 1, or `alpha` is not a positive number.
@@ -53,6 +56,35 @@ def add_adapters(model: ElasticModel, *, rank: int, alpha: float | None = None) 
     for name, projection in projections.items():
         _nest(model.lm.get_submodule(name), projection, opens=id(projection) not in closing)
     model.lm._trainable_without_adapters = trainable
+    if not model.is_empty:
+        draw_adapters(model, seed)
+
+
+@torch.no_grad()
+def draw_adapters(model: ElasticModel, seed: int) -> None:
+    """Set A to random numbers and B to zero, as PEFT does (Hu et al., section 4.1): then nothing has changed yet.
+
+    A is drawn on the CPU and in the order of the projections, so that processes that hold shards of it draw the same.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for adapter in _adapters(model).values():
+        a, b = (matrix.weight for matrix in _matrices(adapter))
+        drawn = nn.init.kaiming_uniform_(torch.empty(a.shape), a=math.sqrt(5), generator=generator)
+        if isinstance(a, DTensor):
+            a.copy_(distribute_tensor(drawn.to(a.device), a.device_mesh, a.placements, src_data_rank=None))
+        else:
+            a.copy_(drawn)
+        b.zero_()
+
+
+def is_of_adapter(name: str) -> bool:
+    """Whether a parameter, by its name in a model with adapters, is one of theirs."""
+    return ".lora_" in name
+
+
+def name_below(name: str) -> str:
+    """The name that a parameter has without the adapters."""
+    return name.replace(".base_layer.", ".")
 
 
 @contextmanager

@@ -47,6 +47,8 @@ from flextron.subnet import AXES, SearchSpace
 
 ORDERS = (*AXES, "query_heads")
 """Tensors of a ranking: an order on each axis, and of the query heads inside each KV group."""
+LARGEST_FILE = "5GB"
+"""Of the weights. A file is put together in memory before it is written."""
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
 """Options of `from_pretrained` that concern the hub."""
 
@@ -183,7 +185,7 @@ def save(
     with new_folder(folder, overwrite=overwrite, needs_bytes=needs_bytes) as partial:
         for name, text in (beside or {}).items():
             (partial / name).write_text(text, encoding="utf8")
-        checkpoint.lm.save_pretrained(partial, state_dict=weights)
+        checkpoint.lm.save_pretrained(partial, state_dict=weights, max_shard_size=LARGEST_FILE)
         _set_dtype(partial / "config.json", stored[0].dtype)  # transformers writes the dtype of the shards
         add_old_names(partial / "config.json")
         save_tokenizer(checkpoint.tokenizer, partial)

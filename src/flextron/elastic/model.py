@@ -7,7 +7,7 @@ ranked weights. Ours: KV groups with their query heads instead of heads, and wid
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -272,16 +272,28 @@ class ElasticModel:
         """Count the weights that `subnet` keeps, without embeddings, norms and closing biases."""
         return sum(subnet[axis][layer] * sub.weights_per_unit for layer, axis, sub in self.sub_layers())
 
-    def fingerprint(self) -> str:
-        """Return a hash of the sizes and of the weights' signs, which is the same in every dtype."""
+    def fingerprint(self, whole: Callable[[torch.Tensor], torch.Tensor] = lambda weight: weight) -> str:
+        """Return a hash of the sizes and of the weights' signs, which is the same in every dtype.
+
+        Args:
+            whole: gets a weight that is not here, as in a model without weights; the hash is then kept.
+        """
         if self._fingerprint is not None:
             return self._fingerprint
         digest = hashlib.sha256(repr((self.config.model_type, self.search_space)).encode())
         for layer in (self.layers[0], self.layers[-1]):
             for sub in layer.subs.values():
                 weight = next(iter(sub.unit_parameters())) if sub.axis.experts else sub.closes.weight
-                digest.update(weight.detach().signbit().cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
+                digest.update(whole(weight).detach().signbit().cpu().numpy().tobytes())
+        found = digest.hexdigest()[:16]
+        if self.is_empty:
+            self._fingerprint = found
+        return found
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether this is a model without weights (`elastic.skeleton`), before a training run fills it."""
+        return bool(next(self.lm.parameters()).is_meta)
 
     def share(self, subnet: Subnet) -> float:
         """Return the share of the layers' weights that `subnet` keeps, 0 to 1."""
@@ -384,6 +396,13 @@ def projections_of(model: ElasticModel) -> dict[str, Projection]:
         paths = zip((*sub.axis.opens, sub.axis.closes), (*sub.opens, sub.closes), strict=True)
         found |= {f"{model.family.layers}.{index}.{path}": projection for path, projection in paths}
     return found
+
+
+def cast(lm: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Turn the weights into `dtype`. Buffers keep theirs, as in transformers: rotary tables need float32."""
+    for weight in lm.parameters():
+        weight.data = weight.data.to(dtype)
+    return lm
 
 
 def move(lm: PreTrainedModel, device: str | torch.device) -> None:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from flextron.atomic import check_new, new_folder
 from flextron.elastic import per_layer
-from flextron.elastic.checkpoint import save_tokenizer
+from flextron.elastic.checkpoint import LARGEST_FILE, save_tokenizer
 from flextron.elastic.model import ElasticModel
 from flextron.elastic.older_transformers import add_old_names
 from flextron.elastic.source import METADATA_FILE
@@ -26,8 +26,6 @@ from flextron.exporting.cutting import Sizes, axis_sizes, cut_state, layer_sizes
 from flextron.subnet import Subnet
 
 REMOTE_CODE_FILE = "modeling_flextron.py"
-LARGEST_FILE = "5GB"
-"""Largest size of one weight file; larger weights are split."""
 _CHECK_TOKENS = 128  # tokens of a real text, on which both models are compared
 _CHECK_SHAPE = (2, 16)  # shape of random tokens, used without a tokenizer
 _CHECK_SEED = 0

@@ -19,7 +19,7 @@ from flextron.data.blocks import document_end
 from flextron.data.corpus import positions
 from flextron.elastic.adapters import add_adapters, without_adapters
 from flextron.elastic.loss import Losses, hidden_states, losses
-from flextron.elastic.model import ElasticModel
+from flextron.elastic.model import ElasticModel, cast
 from flextron.errors import FlextronError
 from flextron.model import ElasticModel as PublicModel
 
@@ -96,26 +96,34 @@ class Reader(nn.Module):
         return hidden_states(self.lm, tokens_BT, positions_BT)
 
 
-def make_distiller(model: ElasticModel, options: OptimizerOptions, dtype: torch.dtype, *, seed: int) -> Distiller:
+def make_distiller(
+    model: ElasticModel,
+    options: OptimizerOptions,
+    dtype: torch.dtype,
+    *,
+    seed: int,
+    open_teacher: Callable[[str], ElasticModel] | None = None,
+) -> Distiller:
     """Return student and teacher; trained weights are fp32, all others are frozen.
 
     Args:
         dtype: dtype of the arithmetic and of the teacher's weights.
         seed: seed of the adapters' first weights.
+        open_teacher: loads the teacher that `options` name; by default whole, onto the model's device.
 
     Raises:
         FlextronError: the teacher has another vocabulary, or adapters are asked for and peft is not installed.
     """
     end = document_end(model.tokenizer) if model.tokenizer is not None else None
     teaches_itself = options.lora_rank > 0 and options.teacher is None
-    teacher = None if options.text_weight == 1 or teaches_itself else _teacher(model, options, dtype)
+    open_teacher = open_teacher or (lambda path: PublicModel.from_pretrained(path, device=model.device))
+    teacher = None if options.text_weight == 1 or teaches_itself else _teacher(model, options, dtype, open_teacher)
     original = None
     model.lm.eval()  # no dropout: the teacher has none, so it would only add noise
     if not options.lora_rank or dtype == torch.float32:
-        model.lm.float()
+        cast(model.lm, torch.float32)
     if options.lora_rank:
-        torch.manual_seed(seed)
-        add_adapters(model, rank=options.lora_rank)
+        add_adapters(model, rank=options.lora_rank, seed=seed)
 
         @contextmanager
         def original() -> Iterator[None]:
@@ -138,16 +146,18 @@ def make_distiller(model: ElasticModel, options: OptimizerOptions, dtype: torch.
     )
 
 
-def _teacher(model: ElasticModel, options: OptimizerOptions, dtype: torch.dtype) -> Any:
+def _teacher(
+    model: ElasticModel, options: OptimizerOptions, dtype: torch.dtype, open_teacher: Callable[[str], ElasticModel]
+) -> Any:
     """Return a frozen model in `dtype`: the one that `options` name, or a copy of this one at full width."""
     if options.teacher is None:
         with model.use(model.search_space.full):
             lm = copy.deepcopy(model.lm)
     else:
-        teacher = PublicModel.from_pretrained(options.teacher, device=model.device)
+        teacher = open_teacher(options.teacher)
         check_teacher(teacher, model, options.teacher)
         lm = teacher.lm
-    return lm.to(dtype).eval().requires_grad_(False)
+    return cast(lm, dtype).eval().requires_grad_(False)
 
 
 def check_teacher(teacher: ElasticModel, student: ElasticModel, name: str) -> None:

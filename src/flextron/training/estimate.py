@@ -11,18 +11,15 @@ from dataclasses import dataclass
 from itertools import islice
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from flextron.choosing.choice import choose
 from flextron.config import TrainConfig
-from flextron.elastic import checkpoint, per_layer
-from flextron.elastic.composite import text_options
-from flextron.elastic.discovery import family_for
+from flextron.elastic import checkpoint
 from flextron.elastic.loss import CHUNK_TOKENS, CHUNK_TOKENS_OF_A_GPU
 from flextron.elastic.model import ElasticLayer, ElasticModel, SubLayer, projections_of
-from flextron.elastic.source import first_line, source_of
+from flextron.elastic.skeleton import in_shards, skeleton
+from flextron.elastic.source import source_of
 from flextron.environment import arithmetic_dtype, default_device, dtype_name
-from flextron.errors import CheckpointError
 from flextron.ranking.sensitivity import Sensitivity
 from flextron.subnet import Subnet
 from flextron.training.distillation import check_teacher
@@ -32,6 +29,7 @@ GPU_BYTES = 80 * 10**9
 """Memory of a large GPU; a run that needs more gets a warning."""
 SAMPLED_VISITS = 100
 """Number of visits from which the mean compute is estimated."""
+_FLOAT = torch.float32
 _FP32 = 4
 
 
@@ -49,7 +47,7 @@ class TrainEstimate:
     memory: dict[str, int]
     """Bytes by part. Weights, gradients, optimizer states and teacher are exact; the rest are rough estimates."""
     loading_bytes: int
-    """Bytes of weights and teacher before sharding, because every process loads them whole."""
+    """Bytes of weights and teacher that each process loads before it keeps its shard; 0 if it reads its shard only."""
     visit_compute: float
     """Mean compute of a visit, as a fraction of the full model's (see `training_flops`)."""
     step_compute: float
@@ -92,7 +90,7 @@ class TrainEstimate:
             *(f"  {part:<34}{_gigabytes(size)}" for part, size in self.memory.items() if size),
             f"  {'total, about':<34}{_gigabytes(self.total_bytes)}",
         ]
-        if self.processes > 1:
+        if self.processes > 1 and self.loading_bytes:
             lines.append(f"  {'while loading, before sharding':<34}{_gigabytes(self.loading_bytes)}")
         most = self.config.watch.keep_last + 1  # the oldest is deleted after the newest is written
         lines.append(f"disk     up to {most} checkpoints of {_gigabytes(self.checkpoint_bytes).strip()}")
@@ -110,7 +108,7 @@ def estimate_training(config: TrainConfig, *, processes: int = 1) -> TrainEstima
         ValueError: the processes cannot share a visit's blocks evenly, or the visits are not valid.
     """
     check_processes(config.visit.blocks_per_visit, processes)
-    model = _without_weights(config.model)
+    model = skeleton(config.model)
     sampler = _checked_sampler(model, config)
     teacher = _teacher(model, config)
     arithmetic = arithmetic_dtype(config.optimizer.precision, default_device())
@@ -125,7 +123,7 @@ def estimate_training(config: TrainConfig, *, processes: int = 1) -> TrainEstima
         steps=config.steps,
         tokens_per_step=config.tokens_per_step,
         memory=_memory(model, teacher, config, arithmetic, processes),
-        loading_bytes=_weights(model, config) + _teacher_weights(teacher, arithmetic),
+        loading_bytes=_loading(model, teacher, config, arithmetic),
         visit_compute=visit_compute,
         step_compute=step_compute,
         positions=getattr(model.config, "max_position_embeddings", None),
@@ -164,25 +162,6 @@ def _forward_flops(model: ElasticModel) -> int:
     return 2 * (model.layer_weights(model.search_space.full) + _head(model))
 
 
-def _without_weights(path: str) -> ElasticModel:
-    """Return the elastic model on the meta device, which has sizes but no weights."""
-    per_layer.register()
-    source, gguf = source_of(path)
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **gguf)
-    except Exception as error:  # transformers raises many types for damaged files
-        raise CheckpointError(f"cannot read the config of {path}: {first_line(error)}") from error
-    config = text_options(config).get("config", config)
-    family = family_for(config)
-    try:
-        with torch.device("meta"):
-            lm = AutoModelForCausalLM.from_config(config)
-        search_space = None if gguf else checkpoint.load_metadata(source, {})[0]
-        return ElasticModel(lm, search_space=search_space, family=family)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"cannot make {path} elastic: {error}") from error
-
-
 def _checked_sampler(model: ElasticModel, config: TrainConfig) -> SubnetSampler:
     """Return the sampler of the run, after checking all sub-networks that the run names."""
     measured = Sensitivity.load(config.model) if Sensitivity.is_in(config.model) else None
@@ -199,7 +178,7 @@ def _teacher(model: ElasticModel, config: TrainConfig) -> ElasticModel | None:
         return None
     if options.teacher is None:
         return model
-    teacher = _without_weights(options.teacher)
+    teacher = skeleton(options.teacher)
     if teacher.config.vocab_size != model.config.vocab_size:
         for each, path in ((teacher, options.teacher), (model, config.model)):
             source, gguf = source_of(path)
@@ -232,17 +211,31 @@ def _memory(
         "gradients (fp32)": trained // processes,
         "optimizer states (2 x fp32)": 2 * trained // processes,
         "teacher": _teacher_weights(teacher, arithmetic) // processes,
-        "copies for the arithmetic, about": _copies(model, teacher, arithmetic, processes),
+        "copies for the arithmetic, about": _copies(model, teacher, config, arithmetic, processes),
         "activations, about": _activations(model, config, arithmetic, processes),
         "logits and loss, about": _loss(model, config, processes),
     }
 
 
+def _loading(model: ElasticModel, teacher: ElasticModel | None, config: TrainConfig, arithmetic: torch.dtype) -> int:
+    """Return what a process loads beside its shard: nothing, where files hold weights by the model's names."""
+    paths = {config.model: model, **({} if teacher is None else {config.optimizer.teacher or config.model: teacher})}
+    if all(in_shards(path, each.lm) for path, each in paths.items()):
+        return 0
+    return _weights(model, config) + _teacher_weights(teacher, arithmetic)
+
+
 def _weights(model: ElasticModel, config: TrainConfig) -> int:
-    """Return the bytes of the student: fp32, but with adapters the weights keep the checkpoint's dtype."""
+    """Return the bytes of the student and its adapters."""
     adapters = _FP32 * _adapters(model, config.optimizer.lora_rank)
-    dtype = model.config.dtype if config.optimizer.lora_rank else None
-    return _parameters(model) * (_FP32 if dtype is None else dtype.itemsize) + adapters
+    return _parameters(model) * _held_in(model, config).itemsize + adapters
+
+
+def _held_in(model: ElasticModel, config: TrainConfig) -> torch.dtype:
+    """Type of the student's weights: that of the checkpoint beside adapters, unless all is computed in float32."""
+    adapters = config.optimizer.lora_rank and arithmetic_dtype(config.optimizer.precision, default_device()) != _FLOAT
+    found: torch.dtype | None = model.config.dtype if adapters else None
+    return found or _FLOAT
 
 
 def _teacher_weights(teacher: ElasticModel | None, arithmetic: torch.dtype) -> int:
@@ -276,19 +269,24 @@ def _trained_parameters(model: ElasticModel, config: TrainConfig) -> int:
     return layers + (embeddings if config.optimizer.train_embeddings else 0)
 
 
-def _copies(model: ElasticModel, teacher: ElasticModel | None, arithmetic: torch.dtype, processes: int) -> int:
+def _copies(
+    model: ElasticModel, teacher: ElasticModel | None, config: TrainConfig, arithmetic: torch.dtype, processes: int
+) -> int:
     """Return the bytes of weight copies in the dtype of the arithmetic.
 
-    In one process, autocast keeps copies of all projections until the backward pass. FSDP keeps two layers (it gathers
-    the next one ahead), one layer's gradients in that dtype and in fp32, and the gathered embeddings and output
-    projections of student and teacher.
+    In one process, autocast keeps copies of all projections of another type until the backward pass. FSDP keeps two
+    layers (it gathers the next one ahead) and the buffer of the one that it gathers, the gradients of one layer's
+    trained weights in that dtype and in fp32, and the gathered embeddings and output projections.
     """
     if processes == 1:
-        mixed = arithmetic != torch.float32
+        mixed = arithmetic not in (torch.float32, _held_in(model, config))
         return arithmetic.itemsize * sum(p.weight.numel() for p in projections_of(model).values()) if mixed else 0
     outside = sum(_embeddings(each) for each in (model, teacher) if each is not None)
     layer = max(sum(p.numel() for p in layer.module.parameters()) for layer in model.layers)
-    return arithmetic.itemsize * outside + (3 * arithmetic.itemsize + _FP32) * layer
+    rank = config.optimizer.lora_rank
+    adapters = _adapters(model, rank) // len(model.layers)
+    trained = adapters if rank else layer
+    return arithmetic.itemsize * (outside + 3 * (layer + adapters) + trained) + _FP32 * trained
 
 
 def _activations(model: ElasticModel, config: TrainConfig, arithmetic: torch.dtype, processes: int) -> int:

@@ -28,6 +28,7 @@ SETTINGS_FILE = "train.json"
 METRICS_FILE = "metrics.jsonl"
 SNAPSHOTS = "checkpoints"
 FINAL = ".final"
+GATHERED = ".gathered"
 # Settings that may change when a run resumes, because no weight depends on them.
 _FREE = ("out", "watch", "resume", "device", "dry_run")
 
@@ -38,6 +39,8 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.snapshots = path / SNAPSHOTS
+        self.gathered = path / GATHERED
+        """Where the weights of several processes are put together, until they are in the trained checkpoint."""
         self._metrics = Journal(path / METRICS_FILE)
         self._lock = ExitStack()
 
@@ -138,7 +141,7 @@ class RunFolder:
             CheckpointError: the disk is full or a write failed; the snapshots are kept.
         """
         final = self.path / FINAL
-        self._clear(snapshots=False)
+        self._clear(snapshots=False, gathered=False)
         trained = Checkpoint(model.lm, model.tokenizer, model.search_space, model.ranking)
         with keeping("The last step is kept: run the same command again to write the model."):
             checkpoint.save(final, trained, weights=weights)
@@ -152,10 +155,12 @@ class RunFolder:
         os.sync()  # before deleting the snapshots, from which the model could be made again
         self._clear()
 
-    def _clear(self, *, snapshots: bool = True) -> None:
+    def _clear(self, *, snapshots: bool = True, gathered: bool = True) -> None:
         """Delete leftovers of a finished or killed run."""
         for leftover in (self.path / FINAL, *self.path.glob(f".{FINAL}.partial-*")):
             shutil.rmtree(leftover, ignore_errors=True)
+        if gathered:
+            shutil.rmtree(self.gathered, ignore_errors=True)
         if snapshots:
             shutil.rmtree(self.snapshots, ignore_errors=True)
 

@@ -28,10 +28,10 @@ from flextron.atomic import check_space
 from flextron.config import TrainConfig
 from flextron.costs.saved import find_table
 from flextron.data.corpus import Corpus
-from flextron.elastic.adapters import merge_adapters
+from flextron.elastic import model as elastic
+from flextron.elastic.adapters import draw_adapters, merge_adapters
 from flextron.environment import arithmetic_dtype, describe_device, dtype_name
 from flextron.errors import CheckpointError, FlextronError, TrainingError
-from flextron.model import ElasticModel
 from flextron.ranking.sensitivity import Sensitivity
 from flextron.records import checked
 from flextron.routers.static.making import keep_router, remake_router
@@ -44,7 +44,17 @@ from flextron.training.folder import RunFolder
 from flextron.training.held_out import HeldOut, summary
 from flextron.training.optimizer import adamw, schedule
 from flextron.training.sampling import TokenRouterInUse, Visit, make_sampler
-from flextron.training.sharding import device_of, is_sharded, make_accelerator, on_first, shard, total, whole_weights
+from flextron.training.sharding import (
+    device_of,
+    fill,
+    is_sharded,
+    make_accelerator,
+    on_first,
+    open_model,
+    shard,
+    total,
+    whole_weights,
+)
 from flextron.training.snapshot import latest_snapshot, load_snapshot, save_snapshot
 from flextron.training.watching import Bar, numbers, stop_signals
 
@@ -98,13 +108,13 @@ class TrainingRun:
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator) -> None:
         check_processes(config.visit.blocks_per_visit, accelerator.num_processes)
-        if config.optimizer.lora_rank and accelerator.num_processes > 1:
-            raise ValueError("adapters (lora_rank) need a single process. Run without torchrun, or pass --lora-rank 0.")
         self.config = config
         self.accelerator = accelerator
         self.folder = RunFolder(config.out)
-        self.model = ElasticModel.from_pretrained(config.model, device=device_of(config, accelerator))
-        self.device = self.model.device
+        processes = accelerator.num_processes
+        device = device_of(config, accelerator)
+        self.model = open_model(config.model, device, processes=processes)
+        self.device = torch.device(device) if self.model.is_empty else self.model.device
         self.saved_dtype = self.model.dtype
         model = self.model.fingerprint()
         metric = config.visit.router
@@ -124,9 +134,17 @@ class TrainingRun:
         self.corpus: Corpus | None = None  # only in the first process, which sends blocks to the others
         on_first(self._open_corpus)
         self.held_out = HeldOut(self.model, config, self._sensitivity)
-        self.distiller = make_distiller(self.model, config.optimizer, self.dtype, seed=config.seed)
-        if accelerator.num_processes > 1:
-            shard(self.distiller, self.dtype)
+        teachers: list[elastic.ElasticModel] = []
+
+        def open_teacher(path: str) -> elastic.ElasticModel:
+            teachers.append(open_model(path, self.device, processes=processes if self.model.is_empty else 1))
+            return teachers[-1]
+
+        self.distiller = make_distiller(
+            self.model, config.optimizer, self.dtype, seed=config.seed, open_teacher=open_teacher
+        )
+        if processes > 1:
+            self._shard(teachers)
         self.parameters = [p for p in self.distiller.parameters() if p.requires_grad]
         self.optimizer = adamw(self.parameters, config.optimizer)
         self.tokens_per_step, self.steps = config.tokens_per_step, config.steps
@@ -199,6 +217,17 @@ class TrainingRun:
         }
         self._log(record)
         return record
+
+    def _shard(self, teachers: list[elastic.ElasticModel]) -> None:
+        """Shard student and teacher over all processes, and fill them if they have no weights yet."""
+        was_empty = self.model.is_empty
+        teacher = teachers[0] if teachers else self.model
+        layers = {"student": self.model.family.layers, "teacher": teacher.family.layers}
+        shard(self.distiller, layers, self.dtype, self.device)
+        sources = {"student": self.config.model, "teacher": self.config.optimizer.teacher or self.config.model}
+        fill(self.distiller, sources, self.device)
+        if was_empty and self.config.optimizer.lora_rank:
+            draw_adapters(self.model, self.config.seed)
 
     def _next_visits(self) -> Iterator[tuple[Visit, torch.Tensor]]:
         """Yield the visits of a step, each with this process's share of its blocks, [B, T]."""
@@ -339,9 +368,9 @@ class TrainingRun:
             merge_adapters(self.model)
         weights = None
         if is_sharded(self.distiller):
-            weights = {name: weight.to(self.saved_dtype) for name, weight in whole_weights(self.model.lm).items()}
+            weights = whole_weights(self.distiller, self.saved_dtype, self.folder.gathered)
         else:
-            self.model.lm.to(self.saved_dtype)
+            elastic.cast(self.model.lm, self.saved_dtype)
         on_first(lambda: self.folder.finish(self.model, weights, self._sensitivity))
         if self.is_first:
             tokens = self.steps * self.tokens_per_step
@@ -394,7 +423,7 @@ class _State(TypedDict):
     corpus: dict[str, Any]
 
 
-def _check_vocabulary(model: ElasticModel) -> None:
+def _check_vocabulary(model: elastic.ElasticModel) -> None:
     if model.tokenizer is not None and len(model.tokenizer) > model.config.vocab_size:
         raise FlextronError(
             f"the tokenizer has {len(model.tokenizer)} tokens, the model's vocabulary {model.config.vocab_size}: "

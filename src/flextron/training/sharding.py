@@ -1,13 +1,16 @@
-"""Training in several processes: FSDP2 shards, and values that all processes share.
+"""Training in several processes: FSDP2 shards, how they are filled and saved, and values that all processes share.
 
 Start them with torchrun or `accelerate launch`. In a single process, these functions return their values unchanged.
+
+A large model fits into no single process. So it is built without weights (`elastic.skeleton`), sharded, and then filled
+from safetensors, from which each process reads its own shards only. It is saved tensor by tensor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
-from itertools import chain
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -15,17 +18,28 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs
+from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
+from flextron.atomic import clear_errors
 from flextron.config import TrainConfig
-from flextron.elastic.families import family_of
-from flextron.errors import FlextronError
+from flextron.elastic import checkpoint, model
+from flextron.elastic.accounting import damaged
+from flextron.elastic.adapters import is_of_adapter, name_below
+from flextron.elastic.skeleton import Stored, skeleton, weights_of
+from flextron.elastic.source import PACK
+from flextron.errors import CheckpointError, FlextronError
+from flextron.model import ElasticModel
 from flextron.training.distillation import Distiller
 
 T = TypeVar("T")
+_PART_BYTES = 2**31
+"""Gathered weights that the first process holds in memory before it writes them."""
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -58,34 +72,117 @@ def is_sharded(module: nn.Module) -> bool:
     return isinstance(module, FSDPModule)
 
 
-def shard(distiller: Distiller, dtype: torch.dtype) -> None:
+def open_model(path: str, device: Any, *, processes: int) -> model.ElasticModel:
+    """Return the model to train, on `device`; of several processes each gets one without weights, for `fill`.
+
+    If the files hold weights under other names than the model, such as those of many experts one by one, every process
+    loads the whole model.
+
+    Raises:
+        FlextronError: as `ElasticModel.from_pretrained`.
+    """
+    stored = Stored.of(path) if processes > 1 and not (Path(path) / PACK).is_file() else None
+    found = None if stored is None else skeleton(path)
+    if stored is None or found is None or not stored.fits(found.lm):
+        return ElasticModel.from_pretrained(path, device=device)
+    stored.check(found.lm)
+    found.tokenizer = checkpoint.load_tokenizer(str(stored.folder), {"trust_remote_code": False})
+    found.ranking = checkpoint.load_metadata(str(stored.folder), {})[1]
+    found.folder = Path(path) if Path(path).is_dir() else None
+    stored.fingerprint(found)
+    return found
+
+
+def shard(distiller: Distiller, layers: dict[str, str], dtype: torch.dtype, device: torch.device) -> None:
     """Shard student and teacher over all processes, layer by layer and in place (PyTorch's `fully_shard`).
 
-    The student's shards stay fp32. Weights are gathered and computed with in `dtype`; gradients are summed in fp32.
+    Trained shards stay fp32. Weights are gathered and computed with in `dtype`; gradients are summed in fp32.
+
+    Args:
+        layers: where the layers are, of "student" and "teacher".
     """
-    device = next(distiller.parameters()).device.type
     options: dict[str, Any] = {
-        "mesh": init_device_mesh(device, (dist.get_world_size(),)),
+        "mesh": init_device_mesh(device.type, (dist.get_world_size(),)),
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
     }
     if distiller.teacher is not None:
-        _shard_layers(distiller.teacher.lm, options)
+        _shard_layers(distiller.teacher.lm, layers["teacher"], options)
         fully_shard(distiller.teacher, reshard_after_forward=False, **options)  # its output projection is read later
-    _shard_layers(distiller.student, options)
+    _shard_layers(distiller.student, layers["student"], options)
     fully_shard(distiller, **options)
 
 
-def _shard_layers(lm: Any, options: dict[str, Any]) -> None:
-    for layer in lm.get_submodule(family_of(lm.config.model_type).layers).children():
+def _shard_layers(lm: Any, layers: str, options: dict[str, Any]) -> None:
+    for layer in lm.get_submodule(layers).children():
         fully_shard(layer, **options)
 
 
-def whole_weights(lm: nn.Module) -> dict[str, torch.Tensor]:
-    """Gather all weights by name, tied ones once, on the CPU of the first process; the others get an empty dict."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = cast(dict[str, torch.Tensor], get_model_state_dict(lm, options=options))
-    once = {name for name, _ in chain(lm.named_parameters(), lm.named_buffers())}
-    return {name: weight for name, weight in weights.items() if name in once}
+@torch.no_grad()
+def fill(distiller: Distiller, sources: dict[str, str], device: torch.device) -> None:
+    """Read the weights of a sharded student and teacher that have none yet; each process reads its own shards.
+
+    Args:
+        sources: the folder or hub id of "student" and "teacher".
+
+    Raises:
+        CheckpointError: a file cannot be read, or a weight is no number; in all processes.
+    """
+    lms = {"student": distiller.student}
+    if distiller.teacher is not None:
+        lms["teacher"] = distiller.teacher.lm
+    empty = [name for name, lm in lms.items() if next(lm.parameters()).is_meta]
+    filled: Any = distiller
+    filled._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
+    for name in empty:
+        lms[name].tie_weights()
+        weights = {name_below(key): w for key, w in weights_of(lms[name]).items() if not is_of_adapter(key)}
+        stored = Stored.of(sources[name])
+        try:
+            load(dict(weights), storage_reader=HuggingFaceStorageReader(str(cast(Stored, stored).folder)))
+        except Exception as error:
+            raise CheckpointError(f"cannot load {sources[name]}: {error}") from error
+        for key, weight in weights.items():
+            local = weight.to_local() if isinstance(weight, DTensor) else weight
+            if total(local.sum(dtype=torch.float64).isfinite().logical_not().float()):
+                raise damaged(sources[name], key)
+
+
+@torch.no_grad()
+def whole_weights(distiller: Distiller, dtype: torch.dtype, folder: Path) -> dict[str, torch.Tensor]:
+    """Gather the student's weights by name, tied ones once, in the first process; the others get an empty dict.
+
+    They are gathered one by one and written into `folder` as safetensors, from which the returned tensors are mapped.
+    So never more than a few GB of them are in memory.
+
+    Raises:
+        CheckpointError: the disk is full or a write failed; in all processes.
+    """
+    for module in distiller.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # after a forward pass alone, the root's weights are still gathered
+    part: dict[str, torch.Tensor] = {}
+    files: list[Path] = []
+
+    def write() -> None:
+        with clear_errors(folder, "The checkpoints are kept."):
+            folder.mkdir(exist_ok=True)
+            files.append(folder / f"{len(files):05}.safetensors")
+            save_file(part, files[-1])
+            part.clear()
+
+    held = 0
+    for name, weight in weights_of(distiller.student).items():
+        cast_ = weight.detach().to(dtype) if weight.is_floating_point() else weight.detach()
+        held += cast_.numel() * cast_.element_size()
+        whole = cast_.full_tensor() if isinstance(cast_, DTensor) else cast_
+        if dist.get_rank() == 0:
+            part[name] = whole.cpu().contiguous()
+        del whole
+        if held > _PART_BYTES:
+            on_first(write)
+            held = 0
+    on_first(write)
+    return {name: weight for file in files for name, weight in load_file(file).items()}
 
 
 def on_first(work: Callable[[], T]) -> T:

@@ -1,0 +1,141 @@
+"""A model without its weights: modules, names and sizes on the meta device, built from the config alone."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from flextron.elastic import checkpoint, per_layer
+from flextron.elastic.accounting import check_accounted, check_shards_inside, check_unquantised
+from flextron.elastic.composite import text_options
+from flextron.elastic.discovery import family_for
+from flextron.elastic.model import ElasticModel
+from flextron.elastic.source import first_line, source_of
+from flextron.elastic.stored import check_config
+from flextron.errors import CheckpointError
+
+_FILES = ["*.json", "*.txt", "*.jinja", "tokenizer*", "model*.safetensors", "ranking.safetensors"]
+"""What a model needs of a hub repository, without other copies of its weights."""
+_RANKING = frozenset(checkpoint.ORDERS)
+
+
+def skeleton(path: str) -> ElasticModel:
+    """Return the elastic model of a checkpoint without its weights: parameters are on the meta device, buffers real.
+
+    It has no tokenizer and no ranking. `Stored` tells where its weights lie.
+
+    Raises:
+        CheckpointError: the checkpoint does not exist, or its config cannot be read.
+        UnknownFamilyError: the architecture has no spec.
+    """
+    per_layer.register()
+    source, gguf = source_of(path)
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **gguf)
+    except Exception as error:  # transformers raises many types for damaged files
+        raise CheckpointError(f"cannot read the config of {path}: {first_line(error)}") from error
+    config = text_options(config).get("config", config)
+    family = family_for(config)
+    try:
+        with init_empty_weights(include_buffers=False):
+            lm = AutoModelForCausalLM.from_config(config, **({} if config.dtype is None else {"dtype": config.dtype}))
+        lm.tie_weights()
+        search_space = None if gguf else checkpoint.load_metadata(source, {})[0]
+        return ElasticModel(lm.eval(), search_space=search_space, family=family)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"cannot make {path} elastic: {error}") from error
+
+
+def in_shards(path: str, lm: PreTrainedModel) -> bool:
+    """Whether each of several processes can read its shards alone, as far as can be told without a download.
+
+    Raises:
+        CheckpointError: a file cannot be read, or the weights are quantised.
+    """
+    if not Path(path).is_dir():
+        return "gguf_file" not in source_of(path)[1]
+    stored = Stored.of(path)
+    return stored is None or stored.fits(lm)
+
+
+class Stored:
+    """The weights in the safetensors files of a folder, which are read one by one, under the names of a model."""
+
+    def __init__(self, folder: Path, files: dict[str, Path], shapes: dict[str, list[int]]) -> None:
+        self.folder = folder
+        self.files = files
+        """The file of each tensor."""
+        self.shapes = shapes
+
+    @classmethod
+    def of(cls, path: str) -> Stored | None:
+        """Return what lies in a folder, or a hub repository, which is downloaded; None where there are no safetensors.
+
+        Raises:
+            CheckpointError: a file cannot be read, or the weights are quantised.
+        """
+        source, gguf = source_of(path)
+        if gguf:
+            return None
+        try:
+            folder = Path(source) if Path(source).is_dir() else Path(snapshot_download(source, allow_patterns=_FILES))
+        except Exception as error:  # of the network, the hub, the disk
+            raise CheckpointError(f"cannot load {path}: {first_line(error)}") from error
+        check_shards_inside(str(folder))
+        check_config(folder)
+        check_unquantised(path, AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        files: dict[str, Path] = {}
+        shapes: dict[str, list[int]] = {}
+        for file in sorted(folder.glob("model*.safetensors")):
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    for name in opened.keys():  # noqa: SIM118 - not a dict
+                        files[name], shapes[name] = file, opened.get_slice(name).get_shape()
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"cannot load {path}: {file.name}: {first_line(error)}") from error
+        return cls(folder, files, shapes) if files else None
+
+    def fits(self, lm: PreTrainedModel) -> bool:
+        """Whether the tensors have the names that the model gives to its weights, which some checkpoints change."""
+        return weights_of(lm).keys() <= self.files.keys()
+
+    def check(self, lm: PreTrainedModel) -> None:
+        """Pass if every weight has its place in the model, of the right size.
+
+        Raises:
+            CheckpointError: one has not; the message names it.
+        """
+        wanted = weights_of(lm)
+        mismatched = [
+            (name, self.shapes[name], weight.shape)
+            for name, weight in wanted.items()
+            if list(weight.shape) != list(self.shapes[name])
+        ]
+        left = self.files.keys() - lm.state_dict().keys() - _RANKING
+        info: dict[str, Any] = {"missing_keys": [], "mismatched_keys": mismatched, "unexpected_keys": left}
+        check_accounted(self.folder, lm, info)
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return one tensor, whole."""
+        with safe_open(self.files[name], framework="pt") as opened:
+            tensor: torch.Tensor = opened.get_tensor(name)
+        return tensor
+
+    def fingerprint(self, model: ElasticModel) -> str:
+        """Return the fingerprint that the model has with these weights."""
+        names = {id(weight): name for name, weight in model.lm.named_parameters()}
+        return model.fingerprint(lambda weight: self.read(names[id(weight)]))
+
+
+def weights_of(lm: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """All tensors of a model that a checkpoint holds, by name, tied ones once."""
+    stored: Collection[str] = lm.state_dict().keys()
+    buffers = {name: buffer for name, buffer in lm.named_buffers() if name in stored}
+    return {**dict(lm.named_parameters()), **buffers}

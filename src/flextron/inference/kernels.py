@@ -93,50 +93,69 @@ def _kernel(**options: Any) -> Any:
     return njit(fastmath={"reassoc", "contract", "arcp", "nsz"}, boundscheck=False, cache=True, nogil=True, **options)
 
 
+def _as_floats(w_OK, first, last, inputs):
+    """Some rows of a matrix as float32: views, or copies of numbers of other types."""
+    raise NotImplementedError
+
+
+@overload(_as_floats)
+def _overload_as_floats(w_OK, first, last, inputs):
+    if w_OK.dtype == types.float32:
+        return lambda w_OK, first, last, inputs: w_OK[first:last]
+
+    def copied(w_OK, first, last, inputs):
+        floats_OK = np.empty((last - first, inputs), np.float32)
+        for o in range(last - first):
+            for k in range(inputs):
+                floats_OK[o, k] = _load(w_OK[first + o, k])
+        return floats_OK
+
+    return copied
+
+
 @_kernel()
 def _rows(w_OK: np.ndarray, first: int, last: int, x_MK: np.ndarray, y_OM: np.ndarray) -> None:
-    """y = W x^T for some rows of W and the first columns; the number of rows of x is 1, 2, 4 or 8, 16, ..."""
+    """y = W x^T for some rows of W and the first columns; the number of rows of x is 1, 2 or a multiple of 4.
+
+    Two rows of W times four of x fill the registers, and the four stay in the nearest cache.
+    """
     count, inputs = x_MK.shape
     zero = np.float32(0)
-    for o in range(first, last):
-        if count == 1:
+    if count == 1:
+        for o in range(first, last):
             a = zero
             for k in range(inputs):
                 a += _load(w_OK[o, k]) * x_MK[0, k]
             y_OM[o, 0] = a
-        elif count == 2:
+    elif count == 2:
+        for o in range(first, last):
             a0, a1 = zero, zero
             for k in range(inputs):
                 v = _load(w_OK[o, k])
                 a0 += x_MK[0, k] * v
                 a1 += x_MK[1, k] * v
             y_OM[o, 0], y_OM[o, 1] = a0, a1
-        elif count == 4:
-            a0, a1, a2, a3 = zero, zero, zero, zero
-            for k in range(inputs):
-                v = _load(w_OK[o, k])
-                a0 += x_MK[0, k] * v
-                a1 += x_MK[1, k] * v
-                a2 += x_MK[2, k] * v
-                a3 += x_MK[3, k] * v
-            y_OM[o, 0], y_OM[o, 1], y_OM[o, 2], y_OM[o, 3] = a0, a1, a2, a3
-        else:
-            for m in range(0, count, 8):
-                a0, a1, a2, a3, a4, a5, a6, a7 = zero, zero, zero, zero, zero, zero, zero, zero
+    else:
+        floats_OK = _as_floats(w_OK, first, last, inputs)
+        for m in range(0, count, 4):
+            for o in range(0, last - first, 2):
+                other = min(o + 1, last - first - 1)  # an odd row is computed twice
+                a0, a1, a2, a3 = zero, zero, zero, zero
+                b0, b1, b2, b3 = zero, zero, zero, zero
                 for k in range(inputs):
-                    v = _load(w_OK[o, k])
+                    v, u = floats_OK[o, k], floats_OK[other, k]
                     a0 += x_MK[m, k] * v
                     a1 += x_MK[m + 1, k] * v
                     a2 += x_MK[m + 2, k] * v
                     a3 += x_MK[m + 3, k] * v
-                    a4 += x_MK[m + 4, k] * v
-                    a5 += x_MK[m + 5, k] * v
-                    a6 += x_MK[m + 6, k] * v
-                    a7 += x_MK[m + 7, k] * v
-                y_OM[o, m], y_OM[o, m + 1] = a0, a1
-                y_OM[o, m + 2], y_OM[o, m + 3] = a2, a3
-                y_OM[o, m + 4], y_OM[o, m + 5] = a4, a5
-                y_OM[o, m + 6], y_OM[o, m + 7] = a6, a7
+                    b0 += x_MK[m, k] * u
+                    b1 += x_MK[m + 1, k] * u
+                    b2 += x_MK[m + 2, k] * u
+                    b3 += x_MK[m + 3, k] * u
+                y_OM[first + o, m], y_OM[first + o, m + 1] = a0, a1
+                y_OM[first + o, m + 2], y_OM[first + o, m + 3] = a2, a3
+                y_OM[first + other, m], y_OM[first + other, m + 1] = b0, b1
+                y_OM[first + other, m + 2], y_OM[first + other, m + 3] = b2, b3
 
 
 @_kernel()

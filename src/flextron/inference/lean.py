@@ -30,7 +30,7 @@ from flextron.elastic.projections import ClosingLinear, OpeningLinear
 from flextron.elastic.quantized import OutputLinear
 from flextron.subnet import AXES
 
-MOST_TOKENS = 16
+MOST_TOKENS = 128
 """Up to so many tokens a step is lean; with more, torch's products are faster than the kernels'."""
 _RECORDING = "flextron_recording"
 _ACTIVATIONS = {"SiLUActivation": 0, "SiLU": 0, "GELUTanh": 1, "PytorchGELUTanh": 1, "GELUActivation": 2, "GELU": 2}
@@ -381,7 +381,7 @@ def _in_threads_of_torch() -> Iterator[None]:
 
 
 def _rounded(rows: int) -> int:
-    return next((size for size in (1, 2, 4, 8) if rows <= size), -(-rows // 8) * 8)
+    return rows if rows <= 2 else -(-rows // 4) * 4
 
 
 def _matrix(projection: Any) -> Matrix:

@@ -47,13 +47,13 @@ class TestPrices:
             assert prices.predict(rows) == pytest.approx(true_ms(rows), rel=0.02)
 
     def test_steps_of_few_tokens_have_prices_of_their_own(self):
-        """Kernels compute 9 tokens as 16, all at the widest level; torch computes each at its own, slower."""
+        """Kernels compute 9 tokens as 12, all at the widest level; torch computes each at its own, slower."""
 
         def ms(rows) -> float:
             tokens = sum(row.tokens for row in rows)
             if tokens > 16:
                 return 3 * true_ms(rows)
-            padded = next(size for size in (1, 2, 4, 8, 16) if tokens <= size)
+            padded = tokens if tokens <= 2 else -(-tokens // 4) * 4
             return READ_MS * max(COSTS[row.level].read for row in rows) + padded * max(
                 COSTS[row.level].compute for row in rows
             )
@@ -271,7 +271,7 @@ class TestSimulatedLoad:
             [level for request in adaptive if low <= request.arrives < high for level in request.levels]
             for low, high in ((0, 10), (12, 20))
         )
-        assert sum(calm) / len(calm) > 0.6 * TOP > 0.3 * TOP > sum(busy) / len(busy)
+        assert sum(calm) / len(calm) > 0.6 * TOP > 0.35 * TOP > sum(busy) / len(busy)
 
     def test_nobody_starves_and_the_cap_does_not_swing(self):
         requests = burst(seed=1)

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 
 from flextron.serving.embedded.prices import RowWork, StepPrices
 
-RISE_SECONDS = 2.0
+RISE_SECONDS = 0.5
 """The cap rises by one level after so long without need for the present one."""
-LEAST_PROMPT_TOKENS = 64
-"""So much of a prompt is read in every step, however late others are. Fewer cost hardly less: on a CPU, a step with a
-part of a prompt does not run by kernels."""
+LEAST_PROMPT_TOKENS = 16
+"""So much of a prompt is read in every step, however late others are."""
 HORIZON = 16
 """Tokens over which a text may make up for a step that took long: objectives are averages."""
 PATIENCE = 4

@@ -6,7 +6,7 @@ A step reads the weights once, as far as its widest row needs, then computes for
              + attend * sum of past tokens * groups(level) + row * rows
 
 Steps of few tokens, which run by compiled kernels, have factors of their own. Their kernels compute all tokens at the
-widest level, and as many as 1, 2, 4 or a multiple of 8.
+widest level, and as many as 1, 2 or a multiple of 4.
 
 No torch here: the engine measures, this predicts.
 """
@@ -120,7 +120,7 @@ class StepPrices:
             attend += cost.groups * row.tokens * (row.past + row.tokens / 2)
         if self._is_few(rows):
             tokens = sum(row.tokens for row in rows)
-            padded = next((size for size in (1, 2, 4) if tokens <= size), -(-tokens // 8) * 8)
+            padded = tokens if tokens <= 2 else -(-tokens // 4) * 4
             compute = padded * max((self._levels[row.level].compute for row in rows), default=0.0)
         return 1.0, read, compute, attend, float(len(rows))
 

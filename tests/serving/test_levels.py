@@ -1,6 +1,7 @@
 """Levels: made from a model, kept in levels.json, found by budgets."""
 
 import json
+import random
 from dataclasses import asdict, replace
 from itertools import pairwise
 
@@ -11,13 +12,15 @@ from flextron.choosing.routing import route
 from flextron.costs.saved import save_table
 from flextron.costs.table import linear_table
 from flextron.errors import BudgetError, CheckpointError, CostError
+from flextron.routers.static.learning import FIRST_PAIRS
 from flextron.routers.static.net import StaticRouter
+from flextron.routers.static.pairs import Pairs
 from flextron.routers.static.router import Router, RouterAbout
 from flextron.routers.static.surrogate import Surrogate, SurrogateError
 from flextron.serving.engine import Level
 from flextron.serving.levels import make_levels
 from flextron.serving.saved import FILE, Levels
-from flextron.subnet import AXES
+from flextron.subnet import AXES, Subnet
 
 
 def table(model, metric, **conditions):
@@ -92,6 +95,20 @@ class TestMaking:
         assert (levels.metric, levels.losses) == ("tpot", "router")
         assert [level.loss for level in levels] == [router.predicted_loss(level.subnet) for level in levels]
         assert levels[levels.find("0.8x")].subnet == route(llama, "tpot=0.8x", tmp_path).subnet
+
+    def test_measured_pairs_predict_losses_without_a_router(self, llama, sensitivity, tmp_path):
+        draw, space = random.Random(0), llama.search_space  # noqa: S311
+        pairs = Pairs.beside(tmp_path, {"fingerprint": llama.fingerprint(), "text": "text", "tokens": 8}, space)
+        while len(pairs) < FIRST_PAIRS:
+            layers = range(space.layers)
+            subnet = Subnet(*([draw.choice(widths) for _ in layers] for widths in (space.neurons, space.kv_groups)))
+            pairs.add(subnet, 5.0 - 2 * llama.share(subnet))
+        levels = make_levels(llama, tmp_path, sensitivity=sensitivity)
+        assert levels.losses == "pairs"
+        for level in levels:
+            assert level.loss == pytest.approx(5.0 - 2 * llama.share(level.subnet), abs=0.2)
+        levels.save(tmp_path)
+        assert Levels.load(tmp_path) == levels
 
     def test_shares_below_the_smallest_sub_network_give_no_level(self, llama, sensitivity):
         notes = []

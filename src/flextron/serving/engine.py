@@ -25,7 +25,7 @@ class Level:
     """Its predicted cost over the full model's, in the metric of the server."""
     subnet: Subnet
     loss: float | None
-    """Predicted loss in nats per token of held-out text; None where neither a router nor sensitivities say."""
+    """Predicted loss in nats per token of held-out text; None where nothing predicts it."""
     step_ms: float | None
     """Predicted milliseconds of one token of one request; None without a latency table."""
     prefill_ms_per_token: float | None

@@ -18,6 +18,9 @@ from flextron.elastic.model import ElasticModel
 from flextron.errors import BudgetError, CostError
 from flextron.ranking.sensitivity import Sensitivity
 from flextron.routers.choices import increase_matrix, to_indices
+from flextron.routers.static.learning import FIRST_PAIRS
+from flextron.routers.static.pairs import Pairs
+from flextron.routers.static.surrogate import Surrogate
 from flextron.serving.engine import Level
 from flextron.serving.saved import FULL, Levels
 from flextron.subnet import Subnet
@@ -42,8 +45,9 @@ def make_levels(
         make_levels(model).save("out/trained")
 
     Each share gives the answer of `flextron.route` to that budget, by the router or greedily. Shares with one answer
-    give one level, and shares below the smallest sub-network none. The router predicts losses; without one, the
-    sensitivities predict increases over the full model.
+    give one level, and shares below the smallest sub-network none. The router predicts losses; without one, what a
+    router would learn from the folder's measured pairs, as a pack has them; without those, the sensitivities predict
+    increases over the full model.
 
     Args:
         folder: the checkpoint with latency tables, routers and sensitivities; by default where `model` was loaded from.
@@ -77,7 +81,7 @@ def make_levels(
         model.search_space.full,
         warn,
     )
-    losses, predict = _losses(answers[FULL], sensitivity)
+    losses, predict = _losses(answers[FULL], sensitivity, None if folder is None else _pairs(model, folder))
     return Levels(
         tuple(_level(name, answer, tables, predict) for name, answer in answers.items()),
         metric,
@@ -131,13 +135,25 @@ def _metric(metric: str | None, tables: dict[str, CostTable | None], warn: Warn)
     return metric or "tpot"
 
 
-def _losses(full: Routed, sensitivity: Sensitivity | None) -> tuple[str | None, Callable[[Subnet], float | None]]:
+def _pairs(model: ElasticModel, folder: str | Path) -> Pairs | None:
+    """The pairs measured with these weights, if they are enough to learn from."""
+    pairs = Pairs.most_of(folder, model.fingerprint(), model.search_space)
+    return None if pairs is None or len(pairs) < FIRST_PAIRS else pairs
+
+
+def _losses(
+    full: Routed, sensitivity: Sensitivity | None, pairs: Pairs | None
+) -> tuple[str | None, Callable[[Subnet], float | None]]:
     """What predicts losses, and how."""
     if (router := full.router) is not None:
         return "router", router.predicted_loss
     if sensitivity is None:
         return None, lambda _: None
-    increases_SK, space = increase_matrix(sensitivity), sensitivity.search_space
+    space = sensitivity.search_space
+    if pairs is not None:
+        surrogate = Surrogate.of(sensitivity).fit(to_indices(space, pairs.subnets), pairs.losses)
+        return "pairs", lambda subnet: float(surrogate.predict(to_indices(space, [subnet]))[0])
+    increases_SK = increase_matrix(sensitivity)
 
     def increase(subnet: Subnet) -> float:
         indices_S = to_indices(space, [subnet])[0]

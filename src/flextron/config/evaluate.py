@@ -36,7 +36,7 @@ class EvaluateConfig:
     """
 
     model: ModelArgument
-    """Folder of an elastic checkpoint, or any checkpoint, hub id or GGUF file."""
+    """Folder of an elastic checkpoint or pack, smollm2-elastic (trained, comes with flextron), or any checkpoint, hub id or GGUF file."""
     subnet: SubnetsArgument = ("full",)
     budget: BudgetsArgument = ()
     per_token: bool = False

@@ -36,7 +36,7 @@ class ExportConfig:
     """
 
     model: ModelArgument
-    """Folder of an elastic checkpoint."""
+    """Folder of an elastic checkpoint or pack, or smollm2-elastic (trained, comes with flextron)."""
     out: OutArgument
     """Folder to write, or with --to gguf a file such as small.gguf."""
     subnet: SubnetArgument = "full"

@@ -31,7 +31,7 @@ class GenerateConfig:
     """
 
     model: ModelArgument
-    """Folder of an elastic checkpoint, or any checkpoint, hub id or GGUF file."""
+    """Folder of an elastic checkpoint or pack, smollm2-elastic (trained, comes with flextron), or any checkpoint, hub id or GGUF file."""
     prompt: Annotated[Positional[str], arg(metavar="PROMPT")]
     """Text to continue."""
     subnet: SubnetArgument = "full"

@@ -29,7 +29,7 @@ class MeasureLatencyConfig:
     """
 
     model: ModelArgument
-    """Folder of an elastic checkpoint (see `flextron rank`)."""
+    """Folder of an elastic checkpoint (see `flextron rank`) or pack, or smollm2-elastic (trained, comes with flextron)."""
     phase: tuple[Phase, ...] = ("prefill", "decode")
     """What to time. prefill: time to the first token. decode: time per further token."""
     batch: int = 1

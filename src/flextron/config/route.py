@@ -28,7 +28,7 @@ class RouteConfig:
     """
 
     model: ModelArgument
-    """Folder of an elastic checkpoint (see `flextron rank`)."""
+    """Folder of an elastic checkpoint (see `flextron rank`) or pack, or smollm2-elastic (trained, comes with flextron)."""
     budget: RouteArgument
     any_device: AnyDeviceArgument = False
     json: bool = False

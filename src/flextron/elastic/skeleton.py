@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,16 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from flextron.elastic import checkpoint, per_layer
 from flextron.elastic.accounting import check_accounted, check_shards_inside, check_unquantised
 from flextron.elastic.composite import text_options
 from flextron.elastic.discovery import family_for
 from flextron.elastic.model import ElasticModel
-from flextron.elastic.source import first_line, source_of
+from flextron.elastic.smollm2 import named
+from flextron.elastic.source import PACK, first_line, source_of
 from flextron.elastic.stored import check_config
 from flextron.errors import CheckpointError
 
@@ -31,26 +34,46 @@ def skeleton(path: str) -> ElasticModel:
 
     It has no tokenizer and no ranking. `Stored` tells where its weights lie.
 
+    Args:
+        path: a folder, hub id or GGUF file; of a pack, name the base.
+
     Raises:
         CheckpointError: the checkpoint does not exist, or its config cannot be read.
         UnknownFamilyError: the architecture has no spec.
     """
     per_layer.register()
-    source, gguf = source_of(path)
+    source, gguf = source_of(named(path))
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **gguf)
     except Exception as error:  # transformers raises many types for damaged files
         raise CheckpointError(f"cannot read the config of {path}: {first_line(error)}") from error
     config = text_options(config).get("config", config)
     family = family_for(config)
+    dtype = config.dtype or _first_dtype(source) or torch.float32
     try:
         with init_empty_weights(include_buffers=False):
-            lm = AutoModelForCausalLM.from_config(config, **({} if config.dtype is None else {"dtype": config.dtype}))
+            lm = AutoModelForCausalLM.from_config(config, dtype=dtype)
         lm.tie_weights()
+        for name, buffer in lm.named_buffers():  # as transformers does when it loads
+            if any(part in name for part in getattr(lm, "_keep_in_fp32_modules_strict", None) or ()):
+                buffer.data = buffer.data.float()
+        if (Path(source) / GENERATION_CONFIG_NAME).is_file():
+            lm.generation_config = GenerationConfig.from_pretrained(source)
         search_space = None if gguf else checkpoint.load_metadata(source, {})[0]
         return ElasticModel(lm.eval(), search_space=search_space, family=family)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"cannot make {path} elastic: {error}") from error
+
+
+def _first_dtype(source: str) -> torch.dtype | None:
+    """The type of the first weights in a local folder, which transformers takes where the config names none."""
+    for file in sorted(Path(source).glob("model*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - not a dict
+                dtype: torch.dtype = opened.get_slice(name)[:0].dtype
+                if dtype.is_floating_point:
+                    return dtype
+    return None
 
 
 def in_shards(path: str, lm: PreTrainedModel) -> bool:
@@ -59,30 +82,50 @@ def in_shards(path: str, lm: PreTrainedModel) -> bool:
     Raises:
         CheckpointError: a file cannot be read, or the weights are quantised.
     """
-    if not Path(path).is_dir():
-        return "gguf_file" not in source_of(path)[1]
-    stored = Stored.of(path)
+    source, gguf = source_of(named(path))
+    if gguf:
+        return False
+    if not Path(source).is_dir():
+        index = cached_file(source, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
+        names = None if index is None else json.loads(Path(index).read_text(encoding="utf8"))["weight_map"].keys()
+        return names is None or weights_of(lm).keys() <= names
+    stored = Stored.of(source)
     return stored is None or stored.fits(lm)
 
 
 class Stored:
     """The weights in the safetensors files of a folder, which are read one by one, under the names of a model."""
 
-    def __init__(self, folder: Path, files: dict[str, Path], shapes: dict[str, list[int]]) -> None:
+    def __init__(self, folder: Path) -> None:
+        """Read the headers of all safetensors files in a folder.
+
+        Raises:
+            CheckpointError: a file cannot be read.
+        """
         self.folder = folder
-        self.files = files
+        self.files: dict[str, Path] = {}
         """The file of each tensor."""
-        self.shapes = shapes
+        self.shapes: dict[str, list[int]] = {}
+        self.doubles: set[str] = set()
+        """Tensors that several files hold."""
+        for file in sorted(folder.glob("*.safetensors")):
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    for name in opened.keys():  # noqa: SIM118 - not a dict
+                        self.doubles |= {name} & self.files.keys()
+                        self.files[name], self.shapes[name] = file, opened.get_slice(name).get_shape()
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"cannot load {folder}: {file.name}: {first_line(error)}") from error
 
     @classmethod
     def of(cls, path: str) -> Stored | None:
-        """Return what lies in a folder, or a hub repository, which is downloaded; None where there are no safetensors.
+        """Return what lies in a folder, or a hub repository, which is downloaded; None where there are no weights.
 
         Raises:
             CheckpointError: a file cannot be read, or the weights are quantised.
         """
-        source, gguf = source_of(path)
-        if gguf:
+        source, gguf = source_of(named(path))
+        if gguf or (Path(source) / PACK).is_file():
             return None
         try:
             folder = Path(source) if Path(source).is_dir() else Path(snapshot_download(source, allow_patterns=_FILES))
@@ -91,20 +134,17 @@ class Stored:
         check_shards_inside(str(folder))
         check_config(folder)
         check_unquantised(path, AutoConfig.from_pretrained(folder, trust_remote_code=False))
-        files: dict[str, Path] = {}
-        shapes: dict[str, list[int]] = {}
-        for file in sorted(folder.glob("model*.safetensors")):
-            try:
-                with safe_open(file, framework="pt") as opened:
-                    for name in opened.keys():  # noqa: SIM118 - not a dict
-                        files[name], shapes[name] = file, opened.get_slice(name).get_shape()
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"cannot load {path}: {file.name}: {first_line(error)}") from error
-        return cls(folder, files, shapes) if files else None
+        stored = cls(folder)
+        return stored if stored.files.keys() - _RANKING else None
 
     def fits(self, lm: PreTrainedModel) -> bool:
-        """Whether the tensors have the names that the model gives to its weights, which some checkpoints change."""
-        return weights_of(lm).keys() <= self.files.keys()
+        """Whether each weight of the model is in one file, under the name that the model gives it.
+
+        Some checkpoints have other names, or an output projection that the config says is the embedding.
+        """
+        wanted = weights_of(lm).keys()
+        tied = lm.state_dict().keys() - wanted  # of which files may hold another tensor
+        return wanted <= self.files.keys() and not (self.doubles & wanted) and not (self.files.keys() & tied)
 
     def check(self, lm: PreTrainedModel) -> None:
         """Pass if every weight has its place in the model, of the right size.

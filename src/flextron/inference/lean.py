@@ -148,6 +148,7 @@ class LeanStep:
         attention = first.attention.closing_size + 2 * self.groups * self.head_size
         self._widest = max(attention, *(2 * layer.mlp.width.full for layer in model.layers))
         self._rooms: dict[int, _Room] = {}
+        self._memory = _Memory()
 
     @classmethod
     def of(cls, model: ElasticModel) -> LeanStep | None:
@@ -197,7 +198,9 @@ class LeanStep:
         room.fill(h_ND, cos_1NR[0], sin_1NR[0], places)
         addresses = [(cache.data_ptr(), *cache.shape[::2]) for cache in caches]
         groups_LM = room.padded(groups_LM)
-        scores = room.scores(int(groups_LM.max()) * self._heads_per_group)
+        heads = int(groups_LM.max()) * self._heads_per_group
+        opened, hidden = (self._memory.of(name, len(room.h) * self._widest) for name in ("opened", "hidden"))
+        scores = self._memory.of("scores", len(room.h) * heads * (int(room.positions.max()) + 1))
         with _lock, _in_threads_of_torch():
             kernels.layers(
                 room.h,
@@ -210,7 +213,7 @@ class LeanStep:
                 room.padded(neurons_LM),
                 groups_LM,
                 np.array(cached_groups_L, np.int64),
-                (room.normed, room.opened, room.hidden, scores, room.y),
+                (room.normed, opened, hidden, scores, room.y),
             )
             chosen_MD = np.zeros((_rounded(len(wanted)), room.h.shape[1]), np.float32)
             chosen_MD[: len(wanted)] = room.h[list(wanted)]
@@ -227,21 +230,32 @@ class LeanStep:
 
     def _room(self, rows: int) -> _Room:
         if rows not in self._rooms:
-            self._rooms[rows] = _Room(rows, self._lm.config.hidden_size, self._widest)
+            self._rooms[rows] = _Room(rows, self._lm.config.hidden_size)
         return self._rooms[rows]
 
 
-class _Room:
-    """Memory of one step of M rows, used again by the next; the rows beyond the tokens hold zeros."""
+class _Memory:
+    """Arrays of float32 that steps of all sizes use in turn; they grow, and what they hold is of no step."""
 
-    def __init__(self, rows: int, size: int, widest: int) -> None:
+    def __init__(self) -> None:
+        self._arrays: dict[str, np.ndarray] = {}
+
+    def of(self, name: str, size: int) -> np.ndarray:
+        """An array of at least so many numbers."""
+        if name not in self._arrays or size > len(self._arrays[name]):
+            self._arrays[name] = np.zeros(2 * size if name == "scores" else size, np.float32)
+        return self._arrays[name]
+
+
+class _Room:
+    """What one step of M rows is given, used again by the next; the rows beyond the tokens hold zeros."""
+
+    def __init__(self, rows: int, size: int) -> None:
         self.h, self.normed = np.zeros((rows, size), np.float32), np.zeros((rows, size), np.float32)
-        self.opened, self.hidden = np.zeros(rows * widest, np.float32), np.zeros(rows * widest, np.float32)
         self.y = np.zeros((size, rows), np.float32)
         self.positions, self.slots = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
         self.cos = self.sin = np.zeros((rows, 0), np.float32)
         self.tables, self.page = np.zeros((rows, 1), np.int64), 1
-        self._scores = _NONE
 
     def fill(self, h_ND: torch.Tensor, cos_NR: torch.Tensor, sin_NR: torch.Tensor, places: Places) -> None:
         rows, count = len(self.h), len(h_ND)
@@ -260,12 +274,6 @@ class _Room:
         widths_LM = np.zeros((len(widths_LN), len(self.h)), np.int64)
         widths_LM[:, : widths_LN.shape[1]] = widths_LN
         return widths_LM
-
-    def scores(self, heads: int) -> np.ndarray:
-        size = len(self.h) * heads * (int(self.positions.max()) + 1)
-        if len(self._scores) < size:
-            self._scores = np.zeros(2 * size, np.float32)
-        return self._scores
 
 
 _kinds_of: WeakKeyDictionary[nn.Module, list[Kind] | None] = WeakKeyDictionary()

@@ -94,6 +94,7 @@ class RunFolder:
         if self.check(config, model):
             if self.is_finished:  # it was killed before it cleaned up
                 self._clear()
+                self.drop_gathered()
             return
         settings = _settings(config, model) | ({"arithmetic": arithmetic} if arithmetic else {})
         if self._found() and config.resume == "never":
@@ -141,7 +142,7 @@ class RunFolder:
             CheckpointError: the disk is full or a write failed; the snapshots are kept.
         """
         final = self.path / FINAL
-        self._clear(snapshots=False, gathered=False)
+        self._clear(snapshots=False)
         trained = Checkpoint(model.lm, model.tokenizer, model.search_space, model.ranking)
         with keeping("The last step is kept: run the same command again to write the model."):
             checkpoint.save(final, trained, weights=weights)
@@ -155,12 +156,14 @@ class RunFolder:
         os.sync()  # before deleting the snapshots, from which the model could be made again
         self._clear()
 
-    def _clear(self, *, snapshots: bool = True, gathered: bool = True) -> None:
+    def drop_gathered(self) -> None:
+        """Delete the weights that were put together."""
+        shutil.rmtree(self.gathered, ignore_errors=True)
+
+    def _clear(self, *, snapshots: bool = True) -> None:
         """Delete leftovers of a finished or killed run."""
         for leftover in (self.path / FINAL, *self.path.glob(f".{FINAL}.partial-*")):
             shutil.rmtree(leftover, ignore_errors=True)
-        if gathered:
-            shutil.rmtree(self.gathered, ignore_errors=True)
         if snapshots:
             shutil.rmtree(self.snapshots, ignore_errors=True)
 

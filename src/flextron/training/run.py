@@ -296,6 +296,7 @@ class TrainingRun:
     def _disk_bytes(self) -> int:
         """Bytes that the run writes at least: one snapshot, of the weights and two moments, and the trained model."""
         stored = self.saved_dtype.itemsize * sum(weight.numel() for weight in self.model.lm.parameters())
+        stored *= 1 if self.accelerator.num_processes == 1 else 2  # as gathered, and as the checkpoint
         return int(stored + 3 * sum(weight.nbytes for weight in self.parameters))
 
     def _agree(self, flag: bool) -> bool:
@@ -367,11 +368,14 @@ class TrainingRun:
         if self.config.optimizer.lora_rank:
             merge_adapters(self.model)
         weights = None
-        if is_sharded(self.distiller):
-            weights = whole_weights(self.distiller, self.saved_dtype, self.folder.gathered)
-        else:
-            elastic.cast(self.model.lm, self.saved_dtype)
-        on_first(lambda: self.folder.finish(self.model, weights, self._sensitivity))
+        try:
+            if is_sharded(self.distiller):
+                weights = whole_weights(self.distiller, self.saved_dtype, self.folder.gathered)
+            else:
+                elastic.cast(self.model.lm, self.saved_dtype)
+            on_first(lambda: self.folder.finish(self.model, weights, self._sensitivity))
+        finally:
+            on_first(self.folder.drop_gathered)
         if self.is_first:
             tokens = self.steps * self.tokens_per_step
             print(summary(self.folder.metrics(), tokens, self.held_out.before))

@@ -20,6 +20,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.device_mesh import init_device_mesh
@@ -32,7 +33,7 @@ from flextron.elastic import checkpoint, model
 from flextron.elastic.accounting import damaged
 from flextron.elastic.adapters import is_of_adapter, name_below
 from flextron.elastic.skeleton import Stored, skeleton, weights_of
-from flextron.elastic.source import PACK
+from flextron.elastic.source import first_line
 from flextron.errors import CheckpointError, FlextronError
 from flextron.model import ElasticModel
 from flextron.training.distillation import Distiller
@@ -81,8 +82,8 @@ def open_model(path: str, device: Any, *, processes: int) -> model.ElasticModel:
     Raises:
         FlextronError: as `ElasticModel.from_pretrained`.
     """
-    stored = Stored.of(path) if processes > 1 and not (Path(path) / PACK).is_file() else None
-    found = None if stored is None else skeleton(path)
+    stored = Stored.of(path) if processes > 1 else None
+    found = None if stored is None else skeleton(str(stored.folder))
     if stored is None or found is None or not stored.fits(found.lm):
         return ElasticModel.from_pretrained(path, device=device)
     stored.check(found.lm)
@@ -136,11 +137,11 @@ def fill(distiller: Distiller, sources: dict[str, str], device: torch.device) ->
     for name in empty:
         lms[name].tie_weights()
         weights = {name_below(key): w for key, w in weights_of(lms[name]).items() if not is_of_adapter(key)}
-        stored = Stored.of(sources[name])
         try:
-            load(dict(weights), storage_reader=HuggingFaceStorageReader(str(cast(Stored, stored).folder)))
-        except Exception as error:
-            raise CheckpointError(f"cannot load {sources[name]}: {error}") from error
+            folder = cast(Stored, Stored.of(sources[name])).folder
+            load(dict(weights), storage_reader=HuggingFaceStorageReader(str(folder)))
+        except (Exception, CheckpointException) as error:  # the latter is a BaseException
+            raise CheckpointError(f"cannot load {sources[name]}: {first_line(error)}") from error
         for key, weight in weights.items():
             local = weight.to_local() if isinstance(weight, DTensor) else weight
             if total(local.sum(dtype=torch.float64).isfinite().logical_not().float()):
@@ -172,9 +173,9 @@ def whole_weights(distiller: Distiller, dtype: torch.dtype, folder: Path) -> dic
 
     held = 0
     for name, weight in weights_of(distiller.student).items():
-        cast_ = weight.detach().to(dtype) if weight.is_floating_point() else weight.detach()
-        held += cast_.numel() * cast_.element_size()
-        whole = cast_.full_tensor() if isinstance(cast_, DTensor) else cast_
+        mine = weight.detach().to(dtype) if isinstance(weight, nn.Parameter) else weight.detach()  # buffers keep theirs
+        held += mine.numel() * mine.element_size()
+        whole = mine.full_tensor() if isinstance(mine, DTensor) else mine
         if dist.get_rank() == 0:
             part[name] = whole.cpu().contiguous()
         del whole

@@ -71,10 +71,13 @@ class StepPrices:
         few_N = np.array([self._is_few(rows) for rows in steps])
         times_N = np.array(milliseconds)
         features_NF = np.array([self._features(rows) for rows in steps])
+        fitted = {}
         for few in set(few_N.tolist()):
             mine = few_N == few
             factors, _ = nnls(features_NF[mine] / times_N[mine, None], np.ones(mine.sum()))
-            self._factors[few] = tuple(factors.tolist())
+            fitted[few] = tuple(factors.tolist())
+        for few in self._factors:  # a kind that was not measured is taken for the other
+            self._factors[few] = fitted.get(few, fitted.get(not few, self._factors[few]))
 
     def predict(self, rows: Sequence[RowWork]) -> float:
         """Return the milliseconds that a step is predicted to take."""

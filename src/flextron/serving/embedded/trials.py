@@ -97,7 +97,8 @@ def _steps(levels: int, rows: int, prompt_tokens: int) -> list[list[RowWork]]:
     for level in sorted({0, levels // 2, top}):
         steps += [[RowWork(level, 1, min(16, long))] * count for count in sorted({1, 2, max(1, rows // 2), rows})]
         steps += [[RowWork(level, 1, long)] * count for count in sorted({1, max(1, rows // 2)})]
-        steps += [[RowWork(level, min(tokens, long), 0)] for tokens in (16, 32, 64, 128, 256)]
+        steps += [[RowWork(level, min(tokens, long), 0)] for tokens in (16, 32, 64, 128, 192, 256)]
+        steps += [[RowWork(level, min(tokens, long), min(past, long))] for tokens, past in ((64, 128), (160, 96))]
         beside = [RowWork(level, 1, min(16, long))] * max(1, rows // 2)
-        steps += [[*beside, RowWork(level, min(tokens, long), 0)] for tokens in (32, 64)]
+        steps += [[*beside, RowWork(level, min(tokens, long), 0)] for tokens in (32, 64, 160)]
     return [*steps, [RowWork(top, 1, min(16, long))] + [RowWork(0, 1, min(16, long))] * (rows - 1)]

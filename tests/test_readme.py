@@ -29,7 +29,7 @@ VERBS = {
     "docs/deploy.md": ["export", "export", "measure-latency", "export"],
 }
 """The commands of each page."""
-ELSEWHERE = re.compile(r"smollm2-elastic|out/quickstart|meta-llama")
+ELSEWHERE = re.compile(r"smollm2-elastic|out/quickstart|llama-[78]b")
 """Commands that these tests do not run: real models have tests of their own."""
 SIZES = {
     "rank": "--tokens 512 --refit-tokens 512 --sensitivity-tokens 256",

@@ -7,6 +7,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import openai
 import pytest
@@ -263,3 +264,27 @@ def test_nothing_is_left_behind(server, client, shared_engine):
     wait_until_idle(shared_engine)
     assert threading.active_count() <= threads + 1
     assert replace(shared_engine.stats(), steps=0).running == 0
+
+
+def test_memory_stays_where_it_was(client, shared_engine):
+    """Streams that are left and requests that are refused, hundreds of them, keep none of it."""
+
+    def rude() -> int:
+        for place in range(100):
+            with chat(client, stream=True, max_tokens=40, messages=[*HELLO, *HELLO]) as stream:
+                for _, _ in zip(range(place % 5), stream, strict=False):
+                    pass
+            with pytest.raises(openai.BadRequestError):
+                chat(client, messages=[{"role": "user", "content": "x" * 100_000}])
+        wait_until_idle(shared_engine)
+        return held_bytes()
+
+    rude()  # caches fill
+    before = rude()
+    assert rude() < before + 5e6
+
+
+def held_bytes() -> int:
+    """Memory of this process that is its own."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])

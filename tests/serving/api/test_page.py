@@ -1,6 +1,7 @@
 """The page in a real browser: Debian's chromium, driven by playwright. Slow; skipped where either is missing."""
 
 import json
+import time
 import re
 import shutil
 from urllib.parse import urlsplit
@@ -93,7 +94,14 @@ def test_errors_are_shown(page):
     assert page.locator(".token").count() > 5
 
 
-def test_the_stop_button_stops(page, shared_engine):
+def test_the_stop_button_stops(page, shared_engine, monkeypatch):
+    quick = shared_engine._mixed.logits
+
+    def slow(*step):
+        time.sleep(0.01)  # or a tiny model is done before the button is pressed
+        return quick(*step)
+
+    monkeypatch.setattr(shared_engine._mixed, "logits", slow)
     page.fill("#tokens", "1900")
     page.fill("#prompt", "The quick")
     page.press("#prompt", "Enter")

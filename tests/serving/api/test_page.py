@@ -1,9 +1,9 @@
 """The page in a real browser: Debian's chromium, driven by playwright. Slow; skipped where either is missing."""
 
 import json
-import time
 import re
 import shutil
+import time
 from urllib.parse import urlsplit
 
 import pytest

@@ -97,8 +97,12 @@ def _steps(levels: int, rows: int, prompt_tokens: int) -> list[list[RowWork]]:
     for level in sorted({0, levels // 2, top}):
         steps += [[RowWork(level, 1, min(16, long))] * count for count in sorted({1, 2, max(1, rows // 2), rows})]
         steps += [[RowWork(level, 1, long)] * count for count in sorted({1, max(1, rows // 2)})]
-        steps += [[RowWork(level, min(tokens, long), 0)] for tokens in (16, 32, 64, 128, 192, 256)]
-        steps += [[RowWork(level, min(tokens, long), min(past, long))] for tokens, past in ((64, 128), (160, 96))]
+        parts = [(16, 0), (32, 0), (64, 0), (128, 0), (64, 128)]
         beside = [RowWork(level, 1, min(16, long))] * max(1, rows // 2)
-        steps += [[*beside, RowWork(level, min(tokens, long), 0)] for tokens in (32, 64, 160)]
+        together = [32, 64]
+        if level in (0, top):  # these take longest
+            parts += [(192, 0), (256, 0), (160, 96)]
+            together += [160]
+        steps += [[RowWork(level, min(tokens, long), min(past, long))] for tokens, past in parts]
+        steps += [[*beside, RowWork(level, min(tokens, long), 0)] for tokens in together]
     return [*steps, [RowWork(top, 1, min(16, long))] + [RowWork(0, 1, min(16, long))] * (rows - 1)]

@@ -16,8 +16,11 @@ from flextron.subnet import SearchSpace, Subnet
 mpl.use("agg")
 STYLES = {"router": ("o-", "#1f5fa8"), "greedy": ("^:", "#3c8d5a"), "equal widths": ("s--", "#c2622d")}
 COLUMNS = (
-    "budget, method, kept, before training, nats/token, above full, bits/byte, predicted ms, measured ms, speed-up"
+    *("budget", "method", "kept", "nats/token", "above full"),
+    *("bits/byte", "predicted ms", "measured ms", "speed-up"),
 )
+BEFORE = "before training"
+"""A column after `kept`, where the tour trains."""
 FAR_OFF = 0.1
 """Difference of a measured time from the predicted one that the table names."""
 
@@ -34,18 +37,21 @@ def write(folder: Path, results: dict[str, Any]) -> Path:
 def _markdown(results: dict[str, Any]) -> list[str]:
     conditions = results["conditions"]
     full = results["rows"][0]
+    trains = any(row.get("before_training") is not None for row in results["rows"])
+    columns = [*COLUMNS[:3], *([BEFORE] if trains else []), *COLUMNS[3:]]
     return [
         f"# {conditions['model']}: one checkpoint, any latency",
         "",
         *([f"**Do not trust the times below.** {results['warning']}", ""] if results["warning"] else []),
         *_how(conditions),
         "",
-        f"| {COLUMNS.replace(', ', ' | ')} |",
-        "|---:|---|" + "---:|" * (COLUMNS.count(",") - 1),
-        *(_table_row(row, full) for row in results["rows"]),
+        f"| {' | '.join(columns)} |",
+        "|---:|---|" + "---:|" * (len(columns) - 2),
+        *(_table_row(row, full, trains=trains) for row in results["rows"]),
         "",
-        "*budget*: share of the full model's time. *kept*: share of the layers' weights, embeddings apart. *Before "
-        f"training*: nats/token. Loss: {conditions['loss']}, ± standard error; *above full* is paired. Time: "
+        "*budget*: share of the full model's time. *kept*: share of the layers' weights, embeddings apart. "
+        f"{'*Before training*: nats/token. ' if trains else ''}Loss: {conditions['loss']}, ± standard error; "
+        "*above full* is paired. Time: "
         f"{conditions['prefill']}, ± their median deviation. {conditions['device']}, {conditions['dtype']}; "
         + ", ".join(f"{package} {version}" for package, version in conditions["versions"].items())
         + ".",
@@ -149,10 +155,11 @@ def _per_token(rows: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _table_row(row: dict[str, Any], full: dict[str, Any]) -> str:
+def _table_row(row: dict[str, Any], full: dict[str, Any], *, trains: bool) -> str:
     before = row.get("before_training")
+    learnt = f"| {'' if before is None else f'{before:.3f}'} " if trains else ""
     return (
-        f"| {row['name']} | {row['method']} | {row['share']:.1%} | {'' if before is None else f'{before:.3f}'} "
+        f"| {row['name']} | {row['method']} | {row['share']:.1%} {learnt}"
         f"| {row['nats_per_token']:.3f} ± {row['standard_error']:.3f} "
         f"| {row['difference']:+.3f} ± {row['difference_standard_error']:.3f} | {row['bits_per_byte']:.3f} "
         f"| {row['predicted_ms']:.0f} | {_measured_ms(row)} | {full['prefill_ms'] / row['prefill_ms']:.2f}x |"

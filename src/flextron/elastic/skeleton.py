@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +175,6 @@ class Stored:
 
 def weights_of(lm: PreTrainedModel) -> dict[str, torch.Tensor]:
     """All tensors of a model that a checkpoint holds, by name, tied ones once."""
-    stored: Collection[str] = lm.state_dict().keys()
+    stored = lm.state_dict().keys()
     buffers = {name: buffer for name, buffer in lm.named_buffers() if name in stored}
     return {**dict(lm.named_parameters()), **buffers}

@@ -134,17 +134,11 @@ class TrainingRun:
         self.corpus: Corpus | None = None  # only in the first process, which sends blocks to the others
         on_first(self._open_corpus)
         self.held_out = HeldOut(self.model, config, self._sensitivity)
-        teachers: list[elastic.ElasticModel] = []
-
-        def open_teacher(path: str) -> elastic.ElasticModel:
-            teachers.append(open_model(path, self.device, processes=processes if self.model.is_empty else 1))
-            return teachers[-1]
-
         self.distiller = make_distiller(
-            self.model, config.optimizer, self.dtype, seed=config.seed, open_teacher=open_teacher
+            self.model, config.optimizer, self.dtype, seed=config.seed, open_teacher=self._open_teacher
         )
         if processes > 1:
-            self._shard(teachers)
+            self._shard()
         self.parameters = [p for p in self.distiller.parameters() if p.requires_grad]
         self.optimizer = adamw(self.parameters, config.optimizer)
         self.tokens_per_step, self.steps = config.tokens_per_step, config.steps
@@ -218,12 +212,15 @@ class TrainingRun:
         self._log(record)
         return record
 
-    def _shard(self, teachers: list[elastic.ElasticModel]) -> None:
+    def _open_teacher(self, path: str) -> elastic.ElasticModel:
+        """Return the teacher without weights if the student has none."""
+        processes = self.accelerator.num_processes if self.model.is_empty else 1
+        return open_model(path, self.device, processes=processes)
+
+    def _shard(self) -> None:
         """Shard student and teacher over all processes, and fill them if they have no weights yet."""
         was_empty = self.model.is_empty
-        teacher = teachers[0] if teachers else self.model
-        layers = {"student": self.model.family.layers, "teacher": teacher.family.layers}
-        shard(self.distiller, layers, self.dtype, self.device)
+        shard(self.distiller, self.dtype, self.device)
         sources = {"student": self.config.model, "teacher": self.config.optimizer.teacher or self.config.model}
         fill(self.distiller, sources, self.device)
         if was_empty and self.config.optimizer.lora_rank:

@@ -32,6 +32,7 @@ from flextron.config import TrainConfig
 from flextron.elastic import checkpoint, model
 from flextron.elastic.accounting import damaged
 from flextron.elastic.adapters import is_of_adapter, name_below
+from flextron.elastic.discovery import family_for
 from flextron.elastic.skeleton import Stored, skeleton, weights_of
 from flextron.elastic.source import first_line
 from flextron.errors import CheckpointError, FlextronError
@@ -94,27 +95,24 @@ def open_model(path: str, device: Any, *, processes: int) -> model.ElasticModel:
     return found
 
 
-def shard(distiller: Distiller, layers: dict[str, str], dtype: torch.dtype, device: torch.device) -> None:
+def shard(distiller: Distiller, dtype: torch.dtype, device: torch.device) -> None:
     """Shard student and teacher over all processes, layer by layer and in place (PyTorch's `fully_shard`).
 
     Trained shards stay fp32. Weights are gathered and computed with in `dtype`; gradients are summed in fp32.
-
-    Args:
-        layers: where the layers are, of "student" and "teacher".
     """
     options: dict[str, Any] = {
         "mesh": init_device_mesh(device.type, (dist.get_world_size(),)),
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
     }
     if distiller.teacher is not None:
-        _shard_layers(distiller.teacher.lm, layers["teacher"], options)
+        _shard_layers(distiller.teacher.lm, options)
         fully_shard(distiller.teacher, reshard_after_forward=False, **options)  # its output projection is read later
-    _shard_layers(distiller.student, layers["student"], options)
+    _shard_layers(distiller.student, options)
     fully_shard(distiller, **options)
 
 
-def _shard_layers(lm: Any, layers: str, options: dict[str, Any]) -> None:
-    for layer in lm.get_submodule(layers).children():
+def _shard_layers(lm: Any, options: dict[str, Any]) -> None:
+    for layer in lm.get_submodule(family_for(lm.config).layers).children():
         fully_shard(layer, **options)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from flextron.serving.embedded.prices import RowWork, StepPrices
 
-RISE_SECONDS = 0.5
+RISE_SECONDS = 1.0
 """The cap rises by one level after so long without need for the present one."""
 LEAST_PROMPT_TOKENS = 16
 """So much of a prompt is read in every step, however late others are."""

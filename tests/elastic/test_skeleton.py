@@ -68,6 +68,15 @@ def test_wrong_sizes_and_weights_without_a_place_are_named(folder):
 
 
 @pytest.mark.real
+def test_of_a_pack_the_base_is_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLEXTRON_CACHE", str(tmp_path))
+    empty = skeleton("smollm2-elastic")
+    assert empty.search_space.layers == 30
+    assert Stored.of("smollm2-elastic") is None  # several processes load it whole
+    assert not in_shards("smollm2-elastic", empty.lm)
+
+
+@pytest.mark.real
 def test_the_name_of_a_model_is_a_gguf_file():
     assert not in_shards("smollm2", skeleton("smollm2").lm)
     assert Stored.of("smollm2") is None

@@ -18,10 +18,12 @@ from flextron.elastic.accounting import check_accounted, check_shards_inside, ch
 from flextron.elastic.composite import text_options
 from flextron.elastic.discovery import family_for
 from flextron.elastic.model import ElasticModel
+from flextron.elastic.pack import Pack
 from flextron.elastic.smollm2 import named
 from flextron.elastic.source import PACK, first_line, source_of
 from flextron.elastic.stored import check_config
 from flextron.errors import CheckpointError
+from flextron.subnet import SearchSpace
 
 _FILES = ["*.json", "*.txt", "*.jinja", "tokenizer*", "model*.safetensors", "ranking.safetensors"]
 """What a model needs of a hub repository, without other copies of its weights."""
@@ -34,14 +36,15 @@ def skeleton(path: str) -> ElasticModel:
     It has no tokenizer and no ranking. `Stored` tells where its weights lie.
 
     Args:
-        path: a folder, hub id or GGUF file; of a pack, name the base.
+        path: a folder, hub id, GGUF file or pack; of a pack, the base is read.
 
     Raises:
         CheckpointError: the checkpoint does not exist, or its config cannot be read.
         UnknownFamilyError: the architecture has no spec.
     """
     per_layer.register()
-    source, gguf = source_of(named(path))
+    pack = Pack.load(Path(named(path))) if _is_pack(path) else None
+    source, gguf = source_of(named(path if pack is None else pack.base))
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **gguf)
     except Exception as error:  # transformers raises many types for damaged files
@@ -58,10 +61,17 @@ def skeleton(path: str) -> ElasticModel:
                 buffer.data = buffer.data.float()
         if (Path(source) / GENERATION_CONFIG_NAME).is_file():
             lm.generation_config = GenerationConfig.from_pretrained(source)
-        search_space = None if gguf else checkpoint.load_metadata(source, {})[0]
+        if pack is not None:
+            search_space: SearchSpace | None = pack.search_space
+        else:
+            search_space = None if gguf else checkpoint.load_metadata(source, {})[0]
         return ElasticModel(lm.eval(), search_space=search_space, family=family)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"cannot make {path} elastic: {error}") from error
+
+
+def _is_pack(path: str) -> bool:
+    return (Path(named(path)) / PACK).is_file()
 
 
 def _first_dtype(source: str) -> torch.dtype | None:
@@ -81,6 +91,8 @@ def in_shards(path: str, lm: PreTrainedModel) -> bool:
     Raises:
         CheckpointError: a file cannot be read, or the weights are quantised.
     """
+    if _is_pack(path):
+        return False
     source, gguf = source_of(named(path))
     if gguf:
         return False
@@ -123,8 +135,10 @@ class Stored:
         Raises:
             CheckpointError: a file cannot be read, or the weights are quantised.
         """
+        if _is_pack(path):
+            return None
         source, gguf = source_of(named(path))
-        if gguf or (Path(source) / PACK).is_file():
+        if gguf:
             return None
         try:
             folder = Path(source) if Path(source).is_dir() else Path(snapshot_download(source, allow_patterns=_FILES))

@@ -1,6 +1,7 @@
 """The serving engine beside llama.cpp's server and transformers' continuous batching.
 
     python benchmarks/serving.py steps MODEL         # tokens/s at batch 1 to 16, and products of few rows
+    python benchmarks/serving.py idle MODEL          # what the server adds to the first token and to each further one
     python benchmarks/serving.py burst MODEL OUT     # goodput over a burst, every server in turn, interleaved
 
 MODEL is an elastic checkpoint or a pack, such as src/flextron/packs/smollm2. All run in float32, with as many threads.
@@ -27,6 +28,7 @@ from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 import tyro
@@ -37,11 +39,12 @@ from flextron.environment import describe_environment
 from flextron.serving.bench import Summary, Target, burst_trace, losses_of_levels, replay, sample_prompts
 from flextron.serving.embedded.mixed import few_rows_linear
 from flextron.serving.embedded.running import make_engine
-from flextron.serving.engine import End, Request, Sampling
+from flextron.serving.engine import End, Event, Request, Sampling
 from flextron.serving.levels import make_levels
 
 SERVERS = ("fixed full", "fixed 0.6x", "adaptive", "llama.cpp full", "llama.cpp 0.6x")
 PROMPT, NEW = 48, 64
+TOKENS = ("first", "further")
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,18 @@ class Steps:
     """Number of interleaved rounds; medians are printed."""
     batches: tuple[int, ...] = (1, 4, 8, 16)
     """Numbers of texts at once."""
+
+
+@dataclass(frozen=True)
+class Idle:
+    """Time one request at a time: the model's own prefill, the engine alone, and the server over HTTP, in turn."""
+
+    model: tyro.conf.Positional[str]
+    """Elastic checkpoint or pack."""
+    rounds: int = 7
+    """Number of interleaved rounds; medians are printed."""
+    prompts: tuple[int, ...] = (48, 256)
+    """Lengths of prompts, in tokens."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +95,13 @@ class Burst:
     """Which servers."""
 
 
-def main(settings: Steps | Burst) -> None:
+def main(settings: Steps | Idle | Burst) -> None:
     """Run one verb."""
     print(describe_environment(), flush=True)
     if isinstance(settings, Steps):
         run_steps(settings)
+    elif isinstance(settings, Idle):
+        run_idle(settings)
     else:
         run_burst(settings)
 
@@ -213,6 +230,80 @@ def products() -> None:
             print(f"| {rows} | {best[0]:.0f} | {best[1]:.0f} |")
 
 
+def run_idle(options: Idle) -> None:
+    """One request at a time, at full width; prompts are random, so that no prefix is shared."""
+    spawn, draw = get_context("spawn"), torch.Generator().manual_seed(0)
+    found: dict[tuple[int, str], list[float]] = {}
+    with flextron_server(options.model) as address, ExitStack() as stack:
+        alone, beside = (stack.enter_context(ProcessPoolExecutor(1, mp_context=spawn)) for _ in range(2))
+        runs: dict[str, Callable[[list[int]], tuple[float, float]]] = {
+            "model's own prefill": lambda prompt: alone.submit(own_prefill, options.model, prompt).result(),
+            "engine": lambda prompt: beside.submit(through_engine, options.model, prompt).result(),
+            "server": partial(through_server, address),
+        }
+        for number in range(options.rounds + 1):
+            for size in options.prompts:
+                for name, run in runs.items():
+                    first, further = run(torch.randint(1000, 40000, (size,), generator=draw).tolist())
+                    if number:  # the first round warms up
+                        found.setdefault((size, f"{name}, first"), []).append(first)
+                        found.setdefault((size, f"{name}, further"), []).append(further)
+    print(f"\nms, medians of {options.rounds} rounds; {NEW} new tokens, full width\n")
+    print("| prompt | model's own prefill | engine, first token | server, first token | / prefill ", end="")
+    print("| engine, further token | server, further token | server adds |\n" + "|---:" * 8 + "|")
+    for size in options.prompts:
+        prefill, _, first, further, served, more = (median(found[size, f"{n}, {x}"]) for n in runs for x in TOKENS)
+        print(f"| {size} | {prefill:.1f} | {first:.1f} | {served:.1f} | {served / prefill:.2f} ", end="")
+        print(f"| {further:.2f} | {more:.2f} | {more - further:.2f} |")
+
+
+@torch.inference_mode()
+def own_prefill(path: str, prompt: list[int]) -> tuple[float, float]:
+    """Milliseconds of transformers' forward pass over a prompt, with the logits of its last token."""
+    model, tokens = load(path), torch.tensor([prompt])
+    start = time.perf_counter()
+    model(tokens, use_cache=True, logits_to_keep=1)
+    return 1000 * (time.perf_counter() - start), 0.0
+
+
+@cache
+def engine_of(path: str) -> Any:
+    model = load(path)
+    engine = make_engine(model, make_levels(model, shares=(1.0, 0.6)))
+    engine.start()
+    return engine
+
+
+def through_engine(path: str, prompt: list[int]) -> tuple[float, float]:
+    """Milliseconds to the first token, and of each further one, without a server."""
+    engine, done, at = engine_of(path), threading.Event(), []
+    full = len(engine.levels) - 1
+
+    def note(event: Event) -> None:
+        if isinstance(event, End):
+            done.set()
+        else:
+            at.append(event.at)
+
+    start = time.perf_counter()
+    engine.submit(Request(f"{start}", tuple(prompt), NEW, full, full, Sampling(temperature=0)), note)
+    done.wait()
+    return 1000 * (at[0] - start), 1000 * (at[-1] - at[0]) / (NEW - 1)
+
+
+def through_server(address: str, prompt: list[int]) -> tuple[float, float]:
+    """The same over HTTP, as a client sees it."""
+    body = {"model": "model", "prompt": prompt, "max_tokens": NEW, "temperature": 0, "stream": True, "ignore_eos": True}
+    headers, at = {"Content-Type": "application/json"}, []
+    start = time.perf_counter()
+    request = urllib.request.Request(f"{address}/v1/completions", json.dumps(body).encode(), headers)  # noqa: S310
+    with urllib.request.urlopen(request, timeout=600) as answer:  # noqa: S310
+        for line in answer:
+            if line.startswith(b"data: {"):
+                at.append(time.perf_counter())
+    return 1000 * (at[0] - start), 1000 * (at[-1] - at[0]) / (NEW - 1)
+
+
 def run_burst(options: Burst) -> None:
     """One trace, the same objectives, each server in turn, `rounds` times."""
     arrivals = burst_trace(sample_prompts(PROMPT), rates=options.rates, seconds=options.seconds)
@@ -277,4 +368,4 @@ def wait_for(address: str, process: subprocess.Popen[bytes]) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.extras.subcommand_cli_from_dict({"steps": Steps, "burst": Burst}))
+    main(tyro.extras.subcommand_cli_from_dict({"steps": Steps, "idle": Idle, "burst": Burst}))

@@ -64,7 +64,7 @@ def sensitivity_of(space, seed=0):
 
 
 def increase(sensitivity, subnet) -> float:
-    matrix = increase_matrix(sensitivity)
+    matrix = increase_matrix(sensitivity, counted=True)
     return float(matrix[np.arange(len(matrix)), to_indices(sensitivity.search_space, [subnet])[0]].sum())
 
 

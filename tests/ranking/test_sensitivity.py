@@ -12,7 +12,7 @@ from flextron.data.blocks import load_blocks
 from flextron.errors import CheckpointError, SubnetError
 from flextron.evaluation import evaluate
 from flextron.model import ElasticModel
-from flextron.ranking.sensitivity import Sensitivity, measure_sensitivity, sensitivity_blocks
+from flextron.ranking.sensitivity import COUNTS, Sensitivity, measure_sensitivity, sensitivity_blocks
 from flextron.subnet import SearchSpace, Subnet
 
 SPACE = SearchSpace(layers=2, neurons=(0, 1, 2, 3, 4), kv_groups=(0, 1, 2))
@@ -115,7 +115,7 @@ def test_model_is_left_as_it_was():
 def test_greedy_is_within_the_share_and_no_worse_than_brute_force_on_the_hull_corners(share):
     def loss(subnet: Subnet) -> float:
         return sum(
-            CONVEX.increases[axis][layer][CONVEX.widths[axis].index(width)]
+            COUNTS[axis] * CONVEX.increases[axis][layer][CONVEX.widths[axis].index(width)]
             for axis in ("neurons", "kv_groups")
             for layer, width in enumerate(getattr(subnet, axis))
         )
@@ -130,6 +130,14 @@ def test_greedy_is_within_the_share_and_no_worse_than_brute_force_on_the_hull_co
     if all(width in (0, 2, 4) for width in greedy.neurons):
         larger = [subnet for subnet in corners if CONVEX.share(subnet) <= CONVEX.share(greedy)]
         assert loss(greedy) == pytest.approx(min(map(loss, larger)))
+
+
+def test_attention_goes_only_where_it_costs_half_as_much_per_weight():
+    """The mean loss understates it: few tokens need what stands far before them."""
+    cheap, dear = 0.019, 0.021  # nats for half of a layer's attention; half of its neurons cost 0.04, weights are alike
+    for increase, first in ((cheap, (1, 2)), (dear, (2, 2))):
+        found = sensitivity(((2.0, 0.04, 0.0), (2.0, 1.0, 0.0)), ((3.0, increase, 0.0), (3.0, 1.0, 0.0)))
+        assert found.allocate(0.9).kv_groups == first
 
 
 def test_a_step_that_removes_too_much_stops_between():

@@ -24,7 +24,7 @@ from flextron.costs.table import linear_table
 from flextron.data.blocks import TokenBlocks
 from flextron.errors import BudgetError, CostError, RouterError, SubnetError
 from flextron.model import ElasticModel
-from flextron.ranking.sensitivity import Sensitivity
+from flextron.ranking.sensitivity import COUNTS, Sensitivity
 from flextron.routers.choices import allowed, cost_matrix, increase_matrix, prices, to_indices, to_subnet
 from flextron.routers.static import learning as training
 from flextron.routers.static import surrogate
@@ -154,6 +154,16 @@ class TestSurrogate:
         assert (second.fit(indices, losses).predict(indices) == first).all()
         assert torch.equal(torch.get_rng_state(), state)
 
+    def test_attention_counts_twice_where_a_router_learns(self, sensitivity):
+        net = Surrogate.of(sensitivity)
+        space = sensitivity.search_space
+        for axis, times in COUNTS.items():
+            narrow = space.full.with_width(axis, 1, space[axis][0])
+            one_hot = torch.nn.functional.one_hot(torch.tensor(to_indices(space, [narrow])), net.increases_SK.shape[1])
+            increase = sensitivity.increases[axis][1][0]
+            assert net(one_hot.float()).item() == pytest.approx(increase, rel=1e-5)
+            assert net.counted(one_hot.float()).item() == pytest.approx(times * increase, rel=1e-5)
+
 
 class TestAnswers:
     """The router keeps its promises for any budget, before and after training."""
@@ -232,7 +242,7 @@ class TestAnswers:
 
     def test_untrained_it_is_about_the_greedy_choice(self, llama, sensitivity, table):
         net = StaticRouter.of(sensitivity, table, lowest=0.4)
-        increases = increase_matrix(sensitivity)
+        increases = increase_matrix(sensitivity, counted=True)
 
         def total(subnet):
             return increases[np.arange(len(increases)), to_indices(llama.search_space, [subnet])[0]].sum()

@@ -169,7 +169,7 @@ def knapsack(sensitivity: Sensitivity, table: CostTable, limit: float) -> Subnet
     """
     ceiling, space = _ceiling(table, limit), table.search_space
     sub_layers, choices = np.nonzero(allowed(space))
-    increases = increase_matrix(sensitivity)[sub_layers, choices]
+    increases = increase_matrix(sensitivity, counted=True)[sub_layers, choices]
     costs = cost_matrix(table)[sub_layers, choices]
     for margin in (0.0, SLACK):
         taken = _solve(sub_layers, increases, costs / table.full, (limit - table.fixed) / table.full - margin)

@@ -35,6 +35,9 @@ Widths = dict[str, tuple[int, ...]]
 """Widths to measure, by axis."""
 SECOND_SHARE = 0.6
 """Share of the layers' weights in the sub-network around which the second half of the tokens is measured."""
+COUNTS = {"neurons": 1.0, "kv_groups": 2.0}
+"""How often an increase counts where a sub-network is chosen, by axis. The mean loss understates what attention is
+worth: few tokens repeat what stands far before them, and answers do (docs/decisions/0003-sensitivity.md)."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +58,9 @@ class Sensitivity:
     def allocate(self, share: float) -> Subnet:
         """Return the sub-network with the least sum of loss increases among those of at most `share` of the weights.
 
-        Increases are interpolated between measured widths, and each curve is replaced by its lower convex hull. Then
-        weights are removed where the loss per weight is least. On the hulls this is the exact optimum, up to the last
-        step.
+        Attention's increases count twice (`COUNTS`). All are interpolated between measured widths, and each curve is
+        replaced by its lower convex hull. Then weights are removed where the loss per weight is least. On the hulls
+        this is the exact optimum, up to the last step.
 
         Args:
             share: part of the layers' weights to keep.
@@ -95,7 +98,8 @@ class Sensitivity:
         for axis in AXES:
             choices = np.array(self.search_space[axis])
             for layer, increases in enumerate(self.increases[axis]):
-                losses = np.interp(choices, self.widths[axis], np.maximum.accumulate(increases[::-1])[::-1])
+                rising = COUNTS[axis] * np.maximum.accumulate(increases[::-1])[::-1]
+                losses = np.interp(choices, self.widths[axis], rising)
                 corners = _lower_hull(choices, losses)
                 for low, high in pairwise(corners):
                     weights = (choices[high] - choices[low]) * self.unit_weights[axis][layer]

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flextron.costs.table import CostTable
-from flextron.ranking.sensitivity import Sensitivity
+from flextron.ranking.sensitivity import COUNTS, Sensitivity
 from flextron.subnet import AXES, SearchSpace, Subnet
 
 Indices = NDArray[np.int64]
@@ -90,15 +90,19 @@ def cost_matrix(table: CostTable) -> Floats:
     return as_matrix(table.search_space, {axis: table[axis] for axis in AXES})
 
 
-def increase_matrix(sensitivity: Sensitivity) -> Floats:
+def increase_matrix(sensitivity: Sensitivity, *, counted: bool = False) -> Floats:
     """Return the loss increase of each choice alone, [S, K].
 
     Increases are interpolated between measured widths; a wider choice never has a larger one.
+
+    Args:
+        counted: as they count in a choice (`COUNTS`): attention's twice. Otherwise in nats.
     """
     space = sensitivity.search_space
     rows = {
         axis: [
-            np.interp(space[axis], sensitivity.widths[axis], np.maximum.accumulate(row[::-1])[::-1])
+            (COUNTS[axis] if counted else 1.0)
+            * np.interp(space[axis], sensitivity.widths[axis], np.maximum.accumulate(row[::-1])[::-1])
             for row in map(np.array, sensitivity.increases[axis])
         ]
         for axis in AXES

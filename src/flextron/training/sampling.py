@@ -19,7 +19,7 @@ from flextron.choosing.choice import choose
 from flextron.config import VisitOptions
 from flextron.costs.table import CostTable
 from flextron.elastic.model import ElasticModel
-from flextron.ranking.sensitivity import Sensitivity
+from flextron.ranking.sensitivity import COUNTS, Sensitivity
 from flextron.records import checked
 from flextron.routers.static.learning import sample_answer
 from flextron.routers.static.router import Router
@@ -29,8 +29,8 @@ from flextron.routers.token.net import TokenRouter
 from flextron.subnet import AXES, Subnet
 
 KINDS = ("full", "smallest", "preset", "random")
-ATTENTION_PRICE = 4
-"""Loss per attention weight left out, relative to an MLP weight.
+ATTENTION_PRICE = 4 / COUNTS["kv_groups"]
+"""Loss per attention weight left out, relative to an MLP weight, so that it counts 4 times as much in a choice.
 
 In SmolLM2, a third of all KV groups (8% of the weights) costs 0.9 nats; a quarter of all neurons (19%) costs 0.4.
 """

@@ -106,7 +106,7 @@ def train_router(
         validated = run.fit()
         router.continue_from(greedy if start is None else start.net)  # forget what poorer surrogates taught
         with one_thread():
-            optimise(router, run.surrogate, seed=seed, steps=LAST_STEPS * STEPS)
+            optimise(router, run.surrogate.counted, seed=seed, steps=LAST_STEPS * STEPS)
         checks = check_answers(router, greedy, table, lambda subnets: run.measure(subnets, advance))
     check_gain(error, checks, len(pairs))
     about = RouterAbout(
@@ -154,7 +154,7 @@ def fit_router(
         raise RouterError(_inaccurate(error, len(pairs), f"the rank correlation must be at least {LOWEST_RANK}"))
     surrogate.fit(*data)
     with one_thread():
-        optimise(router, surrogate, seed=seed, steps=LAST_STEPS * STEPS)
+        optimise(router, surrogate.counted, seed=seed, steps=LAST_STEPS * STEPS)
     about = RouterAbout(
         metric=table.metric,
         conditions=dict(table.conditions),
@@ -195,7 +195,7 @@ class _Run:
             fitted = len(self.pairs) >= FIRST_PAIRS
             if fitted and _orders(self.fit()):
                 with one_thread():
-                    optimise(self.router, self.surrogate, seed=self.seed + len(self.pairs), steps=STEPS)
+                    optimise(self.router, self.surrogate.counted, seed=self.seed + len(self.pairs), steps=STEPS)
             missing = pairs - len(self.pairs)
             explored = self._explore(draw)[: missing if missing > 0 else ROUND_PAIRS]
             if not explored:  # a small search space, measured completely
@@ -315,7 +315,7 @@ def optimise(
     of the logits grows from 1 to 10.
 
     Args:
-        losses_of: returns losses [B] of choices [B, S, K], differentiable: a surrogate, or the LLM itself.
+        losses_of: returns losses [B] of choices [B, S, K], differentiable: a surrogate's, or the LLM's.
         batch: number of budgets per step.
     """
     optimizer = torch.optim.Adam(router.parameters(), lr=learning_rate)

@@ -72,7 +72,13 @@ class StaticRouter(nn.Module):
         space = table.search_space
         if sensitivity.search_space != space:
             raise RouterError("the sensitivities and the cost table have different search spaces. Rank again.")
-        return cls(-increase_matrix(sensitivity), cost_matrix(table) / full, table.fixed / full, allowed(space), lowest)
+        return cls(
+            -increase_matrix(sensitivity, counted=True),
+            cost_matrix(table) / full,
+            table.fixed / full,
+            allowed(space),
+            lowest,
+        )
 
     @classmethod
     def from_state(cls, state: dict[str, torch.Tensor], space: SearchSpace) -> StaticRouter:

@@ -19,11 +19,11 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from flextron.environment import one_thread
-from flextron.ranking.sensitivity import Sensitivity
+from flextron.ranking.sensitivity import COUNTS, Sensitivity
 from flextron.records import MAY_BE_NAN
 from flextron.routers.choices import Floats, Indices, increase_matrix, parts_left_out
 from flextron.routers.state import load_state
-from flextron.subnet import SearchSpace
+from flextron.subnet import AXES, SearchSpace
 
 EFFECTS = 4
 HIDDEN = 32
@@ -113,6 +113,14 @@ class Surrogate(nn.Module):
         """Predict the losses of choices, one-hot or relaxed, [N]."""
         increases_NS = (choices_NSK * self.increases_SK).sum(-1)
         return self._from_features(increases_NS, torch.einsum("nsk,skp->nsp", choices_NSK, self.basis_SKP))
+
+    def counted(self, choices_NSK: torch.Tensor) -> torch.Tensor:
+        """The losses of choices as they count in a choice, [N]: with the increases that `COUNTS` adds."""
+        layers = len(self.increases_SK) // len(AXES)
+        more_S = torch.tensor([COUNTS[axis] - 1 for axis in AXES]).repeat_interleave(layers)
+        more_N = (choices_NSK * self.increases_SK).sum(-1) @ more_S
+        losses_N: torch.Tensor = self(choices_NSK) + more_N
+        return losses_N
 
     def _from_features(self, increases_NS: torch.Tensor, basis_NSP: torch.Tensor) -> torch.Tensor:
         sums_N = increases_NS @ self.scales_S.exp()

@@ -44,7 +44,6 @@ from flextron.serving.levels import make_levels
 
 SERVERS = ("fixed full", "fixed 0.6x", "adaptive", "llama.cpp full", "llama.cpp 0.6x")
 PROMPT, NEW = 48, 64
-TOKENS = ("first", "further")
 
 
 @dataclass(frozen=True)
@@ -233,7 +232,7 @@ def products() -> None:
 def run_idle(options: Idle) -> None:
     """One request at a time, at full width; prompts are random, so that no prefix is shared."""
     spawn, draw = get_context("spawn"), torch.Generator().manual_seed(0)
-    found: dict[tuple[int, str], list[float]] = {}
+    found: dict[tuple[int, str], list[tuple[float, float]]] = {}
     with flextron_server(options.model) as address, ExitStack() as stack:
         alone, beside = (stack.enter_context(ProcessPoolExecutor(1, mp_context=spawn)) for _ in range(2))
         runs: dict[str, Callable[[list[int]], tuple[float, float]]] = {
@@ -244,15 +243,16 @@ def run_idle(options: Idle) -> None:
         for number in range(options.rounds + 1):
             for size in options.prompts:
                 for name, run in runs.items():
-                    first, further = run(torch.randint(1000, 40000, (size,), generator=draw).tolist())
+                    times = run(torch.randint(1000, 40000, (size,), generator=draw).tolist())
                     if number:  # the first round warms up
-                        found.setdefault((size, f"{name}, first"), []).append(first)
-                        found.setdefault((size, f"{name}, further"), []).append(further)
+                        found.setdefault((size, name), []).append(times)
     print(f"\nms, medians of {options.rounds} rounds; {NEW} new tokens, full width\n")
     print("| prompt | model's own prefill | engine, first token | server, first token | / prefill ", end="")
     print("| engine, further token | server, further token | server adds |\n" + "|---:" * 8 + "|")
     for size in options.prompts:
-        prefill, _, first, further, served, more = (median(found[size, f"{n}, {x}"]) for n in runs for x in TOKENS)
+        (prefill, _), (first, further), (served, more) = (
+            map(median, zip(*found[size, name], strict=True)) for name in runs
+        )
         print(f"| {size} | {prefill:.1f} | {first:.1f} | {served:.1f} | {served / prefill:.2f} ", end="")
         print(f"| {further:.2f} | {more:.2f} | {more - further:.2f} |")
 

@@ -28,7 +28,7 @@ from flextron.ranking.sensitivity import COUNTS, Sensitivity
 from flextron.routers.choices import allowed, cost_matrix, increase_matrix, prices, to_indices, to_subnet
 from flextron.routers.static import learning as training
 from flextron.routers.static import surrogate
-from flextron.routers.static.learning import check_gain, optimise, train_router
+from flextron.routers.static.learning import check_gain, fit_router, optimise, train_router
 from flextron.routers.static.making import describe_router, router_from_pairs, unused_blocks
 from flextron.routers.static.net import StaticRouter
 from flextron.routers.static.pairs import LossMeter, Pairs
@@ -327,6 +327,19 @@ class TestTraining:
         assert np.mean(gains) >= 0
         for check in router.about.checks:
             assert table.price(check.subnet) <= check.budget * table.full * (1 + 1e-9)
+
+    def test_a_router_learns_from_losses_in_which_attention_counts_twice(self, sensitivity, table, pairs, monkeypatch):
+        given = []
+        monkeypatch.setattr(training, "optimise", lambda _router, losses_of, **_: given.append(losses_of))
+        for row, loss in zip(*TestSurrogate().data(sensitivity), strict=True):
+            pairs.add(to_subnet(sensitivity.search_space, row), float(loss))
+        fitted = fit_router(sensitivity, table, pairs, text="made up", tokens=7).surrogate
+        space = sensitivity.search_space
+        narrow = space.full.with_width("kv_groups", 1, 0)
+        indices = to_indices(space, [narrow])
+        one_hot = torch.nn.functional.one_hot(torch.tensor(indices), fitted.increases_SK.shape[1]).float()
+        expected = fitted.predict(indices)[0] + sensitivity.increases["kv_groups"][1][0]
+        assert [losses_of(one_hot).item() for losses_of in given] == [pytest.approx(expected, rel=1e-4)]
 
     def test_interrupted_it_measures_only_what_is_missing(self, sensitivity, table, pairs, monkeypatch):
         any_router_will_do(monkeypatch)

@@ -94,12 +94,22 @@ class Sensitivity:
         """Return the share of the layers' weights that `subnet` keeps, as `ElasticModel.share`."""
         return self._weights(subnet) / self._weights(self.search_space.full)
 
+    def curves(self, axis: str, *, counted: bool = False) -> np.ndarray[Any, Any]:
+        """Return the increase of every layer at every choice of the search space on one axis, [L, choices].
+
+        Increases are interpolated between measured widths; a wider choice never has a larger one.
+
+        Args:
+            counted: as they count in a choice (`COUNTS`): attention's twice. Otherwise in nats.
+        """
+        rising = [np.maximum.accumulate(row[::-1])[::-1] for row in self.increases[axis]]
+        in_nats = np.array([np.interp(self.search_space[axis], self.widths[axis], row) for row in rising])
+        return COUNTS[axis] * in_nats if counted else in_nats
+
     def _steps(self) -> Iterator[_Step]:
         for axis in AXES:
             choices = np.array(self.search_space[axis])
-            for layer, increases in enumerate(self.increases[axis]):
-                rising = COUNTS[axis] * np.maximum.accumulate(increases[::-1])[::-1]
-                losses = np.interp(choices, self.widths[axis], rising)
+            for layer, losses in enumerate(self.curves(axis, counted=True)):
                 corners = _lower_hull(choices, losses)
                 for low, high in pairwise(corners):
                     weights = (choices[high] - choices[low]) * self.unit_weights[axis][layer]

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flextron.costs.table import CostTable
-from flextron.ranking.sensitivity import COUNTS, Sensitivity
+from flextron.ranking.sensitivity import Sensitivity
 from flextron.subnet import AXES, SearchSpace, Subnet
 
 Indices = NDArray[np.int64]
@@ -91,23 +91,8 @@ def cost_matrix(table: CostTable) -> Floats:
 
 
 def increase_matrix(sensitivity: Sensitivity, *, counted: bool = False) -> Floats:
-    """Return the loss increase of each choice alone, [S, K].
-
-    Increases are interpolated between measured widths; a wider choice never has a larger one.
-
-    Args:
-        counted: as they count in a choice (`COUNTS`): attention's twice. Otherwise in nats.
-    """
-    space = sensitivity.search_space
-    rows = {
-        axis: [
-            (COUNTS[axis] if counted else 1.0)
-            * np.interp(space[axis], sensitivity.widths[axis], np.maximum.accumulate(row[::-1])[::-1])
-            for row in map(np.array, sensitivity.increases[axis])
-        ]
-        for axis in AXES
-    }
-    return as_matrix(space, rows)
+    """Return the loss increase of each choice alone, [S, K], as `Sensitivity.curves`."""
+    return as_matrix(sensitivity.search_space, {axis: sensitivity.curves(axis, counted=counted) for axis in AXES})
 
 
 def parts_left_out(space: SearchSpace) -> Floats:

@@ -8,10 +8,11 @@ import torch
 
 import tiny
 from flextron import cli
+from flextron.elastic.adapters import adapters_from, merge_adapters, without_adapters
 from flextron.elastic.model import projections_of
 from flextron.elastic.pack import FILE, WEIGHTS, LowRank, Pack, find_pack, shipped_packs
 from flextron.elastic.permutation import permute
-from flextron.errors import CheckpointError, ExportError
+from flextron.errors import CheckpointError, ExportError, FlextronError
 from flextron.exporting.pack import accuracy_table, make_pack, pack_card, save_pack
 from flextron.model import ElasticModel
 from flextron.routers.static.pairs import Pairs
@@ -180,6 +181,78 @@ def test_accuracy_in_the_card(tmp_path):
     file.write_text("{}")
     with pytest.raises(ExportError, match=r"cannot read .*Name a results.json"):
         accuracy_table(file)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gpt_neox"])
+def test_its_changes_become_adapters(model_type, blocks):
+    """They compute the same at every size; without them the ranked base computes."""
+    pytest.importorskip("peft")
+    ranked = base_model(model_type)
+    permute(ranked, tiny.ranking_for(ranked))
+    model = base_model(model_type)
+    pack = make_pack(trained_model(model_type), model, blocks, base_name="base", max_bytes=9_000)
+    subnets = (model.search_space.full, tiny.random_subnet(model.search_space, 1))
+
+    def logits_of(model):
+        results = []
+        for subnet in subnets:
+            with model.use(subnet):
+                results.append(tiny.logits_of(model, blocks.tokens))
+        return results
+
+    expected, of_base = logits_of(model), logits_of(ranked)
+    adapters_from(model, pack.changes)
+    ranks = {name.partition(".lora_")[0]: len(p) for name, p in model.lm.named_parameters() if "lora_A" in name}
+    assert ranks == {name: len(change.scales) for name, change in pack.changes.items()}
+    with without_adapters(model):
+        kept_norms = logits_of(model)  # the pack's norms stay
+    for found, wanted in zip(logits_of(model), expected, strict=True):
+        tiny.assert_same_function(found, wanted)
+    merge_adapters(model)
+    for found, wanted in zip(logits_of(model), expected, strict=True):
+        tiny.assert_same_function(found, wanted)
+    for name, other in pack.others.items():
+        dict(ranked.lm.named_parameters())[name].data.copy_(other)
+    for found, wanted, before in zip(kept_norms, logits_of(ranked), of_base, strict=True):
+        tiny.assert_same_function(found, wanted)
+        assert tiny.differs(found, before)
+    with pytest.raises(FlextronError, match="changes no weights"):
+        adapters_from(model, {})
+
+
+def test_a_pack_can_be_trained_further_and_packed_again(folders, blocks, capsys):
+    """Its ranks stay, so nothing but rounding is lost."""
+    pytest.importorskip("peft")
+    text = folders / "text.txt"
+    text.write_text(tiny.TEXT * 100)
+    words = ["train", str(folders / "pack"), str(folders / "further"), "--train-pack", "--data", str(text)]
+    words += ["--tokens", "1024", "--block-tokens", "32", "--learning-rate", "3e-3", "--evaluate-tokens", "0"]
+    words += ["--precision", "fp32", "--device", "cpu"]
+    assert cli.main([*words, "--dry-run"]) == 0
+    before = Pack.load(folders / "pack")
+    numbers = sum(change.a.numel() + change.b.numel() for change in before.changes.values())
+    assert f"trained {numbers / 1e6:,.1f} M" in capsys.readouterr().out
+    assert cli.main(words) == 0
+    trained, old = (ElasticModel.from_pretrained(folders / name) for name in ("further", "pack"))
+    base = ElasticModel.from_pretrained(folders / "base", dtype="float32")
+    most = numbers + 4 * sum(len(change.scales) for change in before.changes.values())
+    most += sum(other.nbytes for other in before.others.values()) + 8 * trained.ranking.neurons.numel()
+    after = make_pack(trained, base, blocks, base_name="base", max_bytes=most)
+    ranks = [{name: len(change.scales) for name, change in pack.changes.items()} for pack in (before, after)]
+    assert ranks[0] == ranks[1]
+    expected, found, at_first = (tiny.logits_of(model, blocks.tokens) for model in (trained, base, old))
+    assert (found - expected).abs().max() < 0.02 * expected.abs().max()
+    assert (at_first - expected).abs().max() > 0.05 * expected.abs().max()
+
+
+def test_what_has_no_changes_to_train(folders, capsys):
+    words = ["train", str(folders / "trained"), str(folders / "out"), "--train-pack", "--device", "cpu"]
+    assert cli.main(words) == 2
+    assert "trained is no pack, so it has no changes to train. Make one with `flextron pack`" in capsys.readouterr().err
+    for other in (["--lora-rank", "2"], ["--train-embeddings"]):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main([*words, *other])
+        assert "--train-pack" in capsys.readouterr().err
 
 
 def test_command(folders, capsys):

@@ -94,6 +94,8 @@ class OptimizerOptions:
     """Also train the token embeddings and the output projection."""
     lora_rank: int = 0
     """Train low-rank adapters of this rank instead of the weights, which saves memory. They are merged into the weights at the end. 0 trains the weights. Needs: pip install "flextron[lora]"."""
+    train_pack: bool = False
+    """Train the low-rank changes of MODEL, a pack, in place of its weights. `flextron pack` then loses next to nothing of what was learned, and the pack's base is the default teacher. Needs: pip install "flextron[lora]"."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Data type of the arithmetic. The trained weights stay in fp32. auto takes the faster of the two here."""
     gradient_checkpointing: bool = False
@@ -104,9 +106,12 @@ class OptimizerOptions:
             raise ValueError(f"--learning-rate is {self.learning_rate}; it must be above 0.")
         if not self.clip_norm > 0:
             raise ValueError(f"--clip-norm is {self.clip_norm}; it must be above 0.")
-        if self.lora_rank and self.train_embeddings:
+        if self.lora_rank and self.train_pack:
+            raise ValueError("--train-pack and --lora-rank exclude each other: a pack has its own ranks. Pass one.")
+        if self.adapters and self.train_embeddings:
             raise ValueError(
-                "--train-embeddings and --lora-rank exclude each other: with adapters, the weights stay as they are."
+                f"--train-embeddings and --{'train-pack' if self.train_pack else 'lora-rank'} exclude each other: "
+                "with adapters, the weights stay as they are."
             )
         if self.teacher is not None and self.text_weight == 1:
             raise ValueError(
@@ -116,6 +121,11 @@ class OptimizerOptions:
         check_at_least("lora_rank", self.lora_rank, 0)
         check_between("warmup", self.warmup, 0, 1)
         check_between("text_weight", self.text_weight, 0, 1)
+
+    @property
+    def adapters(self) -> bool:
+        """Whether low-rank adapters are trained, and the weights stay as they are."""
+        return self.train_pack or self.lora_rank > 0
 
 
 @dataclass(frozen=True)

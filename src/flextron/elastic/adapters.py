@@ -10,7 +10,7 @@ Shapes: R rank, A [R, in], B [out, R].
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from flextron.elastic.model import ElasticModel, projections_of
+from flextron.elastic.pack import LowRank
 from flextron.elastic.projections import Projection, make_elastic
 from flextron.errors import FlextronError
 
@@ -47,17 +48,47 @@ def add_adapters(model: ElasticModel, *, rank: int, alpha: float | None = None, 
         raise ValueError(f"rank {rank} is below 1, the smallest that an adapter can have. Try 16.")
     if alpha is not None and not 0 < alpha < math.inf:
         raise ValueError(f"alpha {alpha} is not a positive number. Leave it out for {rank}, a scale of 1.")
+    _add(model, dict.fromkeys(projections_of(model), rank), scale=1 if alpha is None else alpha / rank)
+    if not model.is_empty:
+        draw_adapters(model, seed)
+
+
+@torch.no_grad()
+def adapters_from(model: ElasticModel, changes: Mapping[str, LowRank]) -> None:
+    """Freeze all weights and turn a pack's changes, which they hold, into adapters: those can be trained further.
+
+    The model still computes the same, up to the order of sums. Without its adapters it is the ranked base. Afterwards
+    the changes have the ranks that they had, so a pack of the same size holds the trained model.
+
+    Args:
+        model: made by base and pack.
+        changes: of the pack.
+
+    Raises:
+        FlextronError: PEFT is not installed, the model already has adapters, or the pack changes nothing.
+    """
+    if not changes:
+        raise FlextronError("this pack changes no weights, so there is nothing to train in it. Train new adapters.")
+    weights = {name: projection.matrix() for name, projection in projections_of(model).items()}
+    _add(model, {name: len(change.scales) for name, change in changes.items()}, scale=1)
+    for name, adapter in _adapters(model).items():
+        weights[name].sub_(changes[name].matrix().to(weights[name]))
+        for matrix, values in zip(_matrices(adapter), changes[name].factors(), strict=True):
+            matrix.weight.copy_(values)
+
+
+def _add(model: ElasticModel, ranks: Mapping[str, int], *, scale: float) -> None:
+    """Freeze all weights and wrap the projections named in an adapter of so high a rank, with any values."""
     if hasattr(model.lm, "peft_config"):
         raise FlextronError("this model has adapters already. Call merge_adapters first, or load the model again.")
     trainable = frozenset(name for name, parameter in model.lm.named_parameters() if parameter.requires_grad)
     projections = projections_of(model)
     closing = {id(sub.closes) for _, _, sub in model.sub_layers()}
-    _inject(model, list(projections), rank=rank, alpha=rank if alpha is None else alpha)
-    for name, projection in projections.items():
+    _inject(model, ranks, scale=scale)
+    for name in ranks:
+        projection = projections[name]
         _nest(model.lm.get_submodule(name), projection, opens=id(projection) not in closing)
     model.lm._trainable_without_adapters = trainable
-    if not model.is_empty:
-        draw_adapters(model, seed)
 
 
 @torch.no_grad()
@@ -131,16 +162,16 @@ def merge_adapters(model: ElasticModel) -> None:
     del model.lm.peft_config, model.lm._trainable_without_adapters
 
 
-def _inject(model: ElasticModel, names: list[str], *, rank: int, alpha: float) -> None:
+def _inject(model: ElasticModel, ranks: Mapping[str, int], *, scale: float) -> None:
     try:
         import peft
     except ImportError as error:
         raise FlextronError(f'adapters need PEFT ({error}). Install it: pip install "flextron[lora]"') from None
     config = peft.LoraConfig(
-        r=rank,
-        lora_alpha=cast(int, alpha),  # a fraction works too
+        rank_pattern=dict(ranks),
+        alpha_pattern={name: cast(int, scale * rank) for name, rank in ranks.items()},  # a fraction works too
         lora_dropout=0.0,
-        target_modules=names,
+        target_modules=list(ranks),
         fan_in_fan_out=model.layers[0].attention.closes.transposed,
     )
     peft.inject_adapter_in_model(config, model.lm, adapter_name=_ADAPTER)
@@ -163,7 +194,8 @@ def _adapters(model: ElasticModel) -> dict[str, Any]:
     """The LoRA layers of PEFT, by the name of the projection that each wraps."""
     if not hasattr(model.lm, "_trainable_without_adapters"):
         raise FlextronError("this model has no adapters. Call add_adapters first.")
-    return {name: model.lm.get_submodule(name) for name in projections_of(model)}
+    modules = {name: model.lm.get_submodule(name) for name in projections_of(model)}
+    return {name: module for name, module in modules.items() if hasattr(module, "lora_A")}
 
 
 def _enable(adapters: list[Any], enabled: bool) -> None:

@@ -23,6 +23,7 @@ from transformers.utils import cached_file
 from flextron.elastic.checkpoint import ORDERS, Ranking
 from flextron.elastic.model import ElasticModel, projections_of
 from flextron.elastic.permutation import permute
+from flextron.elastic.smollm2 import named
 from flextron.elastic.source import PACK
 from flextron.errors import CheckpointError
 from flextron.records import checked, read_record
@@ -56,6 +57,13 @@ class LowRank:
     def matrix(self) -> torch.Tensor:
         """B A, [out, in] in float64: so that machines that sum in another order get the same weights."""
         return (self.b.double() * self.scales.double()) @ self.a.double()
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [R, in] and B [out, R] in float32; in each part both are of about the same size."""
+        a, b = self.a.float(), self.b.float()
+        sizes_a, sizes_b = (each.square().mean(dim).sqrt().clamp_min(1e-30) for each, dim in ((a, 1), (b, 0)))
+        ratio = (self.scales * sizes_b / sizes_a).sqrt()
+        return a * ratio[:, None], b * (self.scales / ratio)
 
 
 @dataclass(frozen=True)
@@ -213,6 +221,21 @@ def find_pack(name: str | Path) -> Path:
     raise CheckpointError(
         f"there is no pack {name}: it is no folder with a {FILE}, and no pack that comes with flextron ({known})."
     )
+
+
+def changes_of(path: str) -> Mapping[str, LowRank]:
+    """The low-rank changes of a pack, by the name of the projection; its place as for `ElasticModel.from_pretrained`.
+
+    Raises:
+        CheckpointError: it is no pack, or cannot be read.
+    """
+    folder = Path(named(path))
+    if not (folder / FILE).is_file():
+        raise CheckpointError(
+            f"{path} is no pack, so it has no changes to train. Make one with `flextron pack`, or pass --lora-rank 16 "
+            "in place of --train-pack."
+        )
+    return Pack.load(folder).changes
 
 
 def shipped_packs() -> dict[str, Path]:

@@ -4,7 +4,7 @@ All questions of a task begin with the same examples, and all answers to a quest
 beginning runs once, and what follows continues its KV cache. Only logits that are scored are computed. No padding
 stands between a context and its continuation, so sliding windows see the same as without batches.
 
-Shapes: R rows, P tokens before, T tokens now, V vocabulary.
+Shapes: C contexts, R rows (one for each continuation), T tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,8 @@ LEAST_SHARED = 64
 """Contexts that share at least this many tokens share a cache."""
 CACHED = 16
 """A cache may hold this many times the tokens of a batch."""
+CHUNK_TOKENS = 512
+"""Tokens of continuations that a CPU runs at once: enough to keep it busy, few enough for memory."""
 Tokens = tuple[int, ...]
 
 
@@ -47,6 +49,16 @@ class _Context:
         return sum(map(len, self.continuations))
 
 
+class _Row(NamedTuple):
+    """A continuation to score."""
+
+    place: int
+    """Index of its request."""
+    context: int
+    """Index of its context in the batch."""
+    tokens: Tokens
+
+
 class ElasticLM(HFLM):  # type: ignore[misc]
     """lm-eval's view of an elastic model. It runs the sub-network in use, on the model's own weights."""
 
@@ -54,6 +66,7 @@ class ElasticLM(HFLM):  # type: ignore[misc]
         tokenizer = copy.deepcopy(model.tokenizer)  # a copy, because HFLM adds a padding token
         super().__init__(pretrained=model.lm, tokenizer=tokenizer, backend="causal")
         self.batch_tokens = batch_tokens or usual_batch_tokens(model.device)
+        self.chunk_tokens = usual_batch_tokens(model.device, CHUNK_TOKENS)
         self.encoded: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
         """Tokens of each pair of texts, kept because every run on a task has the same pairs."""
         self.shown: str | None = None
@@ -119,45 +132,67 @@ class ElasticLM(HFLM):  # type: ignore[misc]
 
     def _score(self, batch: Sequence[_Context], shared: int, cache: Any) -> dict[int, tuple[float, bool]]:
         """The answers of a batch, by the index of their requests."""
-        cache = copy.deepcopy(cache)
+        cache = _copied(cache)
         if shared:
             cache.batch_repeat_interleave(len(batch))
-        logits_RTV = self.model(
+        logits_CV = self.model(
             self._tensor([context.tokens[shared:] for context in batch]), past_key_values=cache, logits_to_keep=1
-        ).logits
-        rows = [row for row, context in enumerate(batch) for _ in context.continuations]
-        continuations = [continuation for context in batch for continuation in context.continuations]
-        places = [place for context in batch for place in context.places]
-        logits_RTV = logits_RTV[rows]
-        if max(map(len, continuations)) > 1:
-            logits_RTV = torch.cat([logits_RTV, self._continued(continuations, rows, len(batch[0].tokens), cache)], 1)
-        log_RTV = F.log_softmax(logits_RTV.float(), -1)
-        greedy_RT = log_RTV.argmax(-1)
-        targets_RT = pad_sequence([torch.tensor(each) for each in continuations], batch_first=True).to(self.device)
-        chosen_RT = log_RTV.gather(-1, targets_RT[..., None])[..., 0]
-        real_RT = self._real(continuations)
-        sums_R = (chosen_RT * real_RT).double().sum(-1).tolist()
-        same_R = ((greedy_RT == targets_RT) | ~real_RT).all(-1).tolist()
-        return dict(zip(places, zip(sums_R, same_R, strict=True), strict=True))
+        ).logits[:, -1]
+        log_CV = F.log_softmax(logits_CV.float(), -1)
+        likeliest_C = log_CV.argmax(-1).tolist()
+        answers: dict[int, tuple[float, bool]] = {}
+        longer: list[_Row] = []
+        for number, context in enumerate(batch):
+            for place, tokens in zip(context.places, context.continuations, strict=True):
+                answers[place] = (log_CV[number, tokens[0]].item(), likeliest_C[number] == tokens[0])
+                if len(tokens) > 1:
+                    longer.append(_Row(place, number, tokens))
+        for rows in self._chunks(longer):
+            for row, (log, same) in zip(rows, self._continued(rows, len(batch[0].tokens), cache), strict=True):
+                first, first_same = answers[row.place]
+                answers[row.place] = (first + log, first_same and same)
+        return answers
 
-    def _continued(self, continuations: Sequence[Tokens], rows: list[int], before: int, cache: Any) -> torch.Tensor:
-        """Logits after each token of the continuations except the last, [R, T - 1, V]."""
-        cache.batch_select_indices(torch.tensor(rows, device=self.device))
-        inputs_RT = pad_sequence([torch.tensor(each[:-1]) for each in continuations], batch_first=True).long()
-        real_RT = self._real(continuations)[:, 1:]  # one shorter, like the inputs: the last target is no input
+    def _chunks(self, rows: list[_Row]) -> Iterator[list[_Row]]:
+        """Yield rows of about the same length, so that little is padding and the logits take little memory."""
+        chunk: list[_Row] = []
+        for row in sorted(rows, key=lambda row: -len(row.tokens)):
+            if chunk and (len(chunk) + 1) * len(chunk[0].tokens) > self.chunk_tokens:
+                yield chunk
+                chunk = []
+            chunk.append(row)
+        if chunk:
+            yield chunk
+
+    def _continued(self, rows: Sequence[_Row], before: int, cache: Any) -> list[tuple[float, bool]]:
+        """Of each row: the log-probability of all tokens after the first, and whether greedy decoding would write them.
+
+        Args:
+            before: number of tokens in `cache`, which holds a row for each context.
+        """
+        cache = _copied(cache)
+        cache.batch_select_indices(torch.tensor([row.context for row in rows], device=self.device))
+        tokens_RT = pad_sequence([torch.tensor(row.tokens) for row in rows], batch_first=True).to(self.device)
+        lengths_R = torch.tensor([len(row.tokens) for row in rows], device=self.device)
+        real_RT = torch.arange(1, tokens_RT.shape[1], device=self.device) < lengths_R[:, None]
         mask_RT = torch.cat([real_RT.new_ones(len(rows), before), real_RT], 1).long()
-        logits: torch.Tensor = self.model(
-            inputs_RT.to(self.device), attention_mask=mask_RT, past_key_values=cache
-        ).logits
-        return logits
-
-    def _real(self, continuations: Sequence[Tokens]) -> torch.Tensor:
-        """True where a continuation, padded on the right, has a token, [R, T]."""
-        lengths_R = torch.tensor([len(each) for each in continuations], device=self.device)
-        return torch.arange(int(lengths_R.max()), device=self.device) < lengths_R[:, None]
+        logits_RTV = self.model(tokens_RT[:, :-1], attention_mask=mask_RT, past_key_values=cache).logits
+        log_RTV = F.log_softmax(logits_RTV.float(), -1)
+        targets_RT = tokens_RT[:, 1:]
+        chosen_RT = log_RTV.gather(-1, targets_RT[..., None])[..., 0]
+        sums_R = (chosen_RT * real_RT).double().sum(-1).tolist()
+        same_R = ((log_RTV.argmax(-1) == targets_RT) | ~real_RT).all(-1).tolist()
+        return list(zip(sums_R, same_R, strict=True))
 
     def _tensor(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
         return torch.tensor([list(row) for row in rows], device=self.device)
+
+
+def _copied(cache: Any) -> Any:
+    """A cache that can be changed without changing this one; the tensors are shared until then."""
+    copied = copy.copy(cache)
+    copied.layers = [copy.copy(layer) for layer in cache.layers]
+    return copied
 
 
 def _groups(contexts: Sequence[_Context]) -> Iterator[tuple[int, list[_Context]]]:

@@ -6,7 +6,7 @@ Shapes: B batch, T time, D model.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -17,9 +17,10 @@ from transformers import PreTrainedModel
 from flextron.config import OptimizerOptions
 from flextron.data.blocks import document_end
 from flextron.data.corpus import positions
-from flextron.elastic.adapters import add_adapters, without_adapters
+from flextron.elastic.adapters import adapters_from, add_adapters, without_adapters
 from flextron.elastic.loss import Losses, hidden_states, losses
 from flextron.elastic.model import ElasticModel, cast
+from flextron.elastic.pack import LowRank
 from flextron.errors import FlextronError
 from flextron.model import ElasticModel as PublicModel
 
@@ -103,6 +104,7 @@ def make_distiller(
     *,
     seed: int,
     open_teacher: Callable[[str], ElasticModel] | None = None,
+    changes: Mapping[str, LowRank] | None = None,
 ) -> Distiller:
     """Return student and teacher; trained weights are fp32, all others are frozen.
 
@@ -110,20 +112,24 @@ def make_distiller(
         dtype: dtype of the arithmetic and of the teacher's weights.
         seed: seed of the adapters' first weights.
         open_teacher: loads the teacher that `options` name; by default whole, onto the model's device.
+        changes: of the pack that made the model, to be trained with `--train-pack`.
 
     Raises:
         FlextronError: the teacher has another vocabulary, or adapters are asked for and peft is not installed.
     """
     end = document_end(model.tokenizer) if model.tokenizer is not None else None
-    teaches_itself = options.lora_rank > 0 and options.teacher is None
+    teaches_itself = options.adapters and options.teacher is None
     open_teacher = open_teacher or (lambda path: PublicModel.from_pretrained(path, device=model.device))
     teacher = None if options.text_weight == 1 or teaches_itself else _teacher(model, options, dtype, open_teacher)
     original = None
     model.lm.eval()  # no dropout: the teacher has none, so it would only add noise
-    if not options.lora_rank or dtype == torch.float32:
+    if not options.adapters or dtype == torch.float32:
         cast(model.lm, torch.float32)
-    if options.lora_rank:
-        add_adapters(model, rank=options.lora_rank, seed=seed)
+    if options.adapters:
+        if options.train_pack:
+            adapters_from(model, changes or {})
+        else:
+            add_adapters(model, rank=options.lora_rank, seed=seed)
 
         @contextmanager
         def original() -> Iterator[None]:

@@ -17,6 +17,7 @@ from flextron.config import TrainConfig
 from flextron.elastic import checkpoint
 from flextron.elastic.loss import CHUNK_TOKENS, CHUNK_TOKENS_OF_A_GPU
 from flextron.elastic.model import ElasticLayer, ElasticModel, SubLayer, projections_of
+from flextron.elastic.pack import changes_of
 from flextron.elastic.skeleton import in_shards, skeleton
 from flextron.elastic.source import source_of
 from flextron.environment import arithmetic_dtype, default_device, dtype_name
@@ -173,7 +174,7 @@ def _checked_sampler(model: ElasticModel, config: TrainConfig) -> SubnetSampler:
 def _teacher(model: ElasticModel, config: TrainConfig) -> ElasticModel | None:
     """Return the teacher kept in memory, or None: with adapters, the student's own frozen weights can teach."""
     options = config.optimizer
-    teaches_itself = options.lora_rank > 0 and options.teacher is None
+    teaches_itself = options.adapters and options.teacher is None
     if options.text_weight == 1 or teaches_itself:
         return None
     if options.teacher is None:
@@ -191,7 +192,7 @@ def _compute(
     model: ElasticModel, teacher: ElasticModel, subnets: list[Subnet], config: TrainConfig
 ) -> tuple[float, float]:
     """Return the mean compute of a visit over the full model's, and of a step over plain fine-tuning's."""
-    full, adapters = model.search_space.full, config.optimizer.lora_rank > 0
+    full, adapters = model.search_space.full, config.optimizer.adapters
     visits = [training_flops(model, subnet, teacher=False, adapters=adapters) for subnet in subnets]
     visit = sum(visits) / len(visits)
     taught = _forward_flops(teacher) if config.optimizer.text_weight < 1 else 0
@@ -227,13 +228,13 @@ def _loading(model: ElasticModel, teacher: ElasticModel | None, config: TrainCon
 
 def _weights(model: ElasticModel, config: TrainConfig) -> int:
     """Return the bytes of the student and its adapters."""
-    adapters = _FP32 * _adapters(model, config.optimizer.lora_rank)
+    adapters = _FP32 * _adapters(model, config)
     return _parameters(model) * _held_in(model, config).itemsize + adapters
 
 
 def _held_in(model: ElasticModel, config: TrainConfig) -> torch.dtype:
     """Type of the student's weights: that of the checkpoint beside adapters, unless all is computed in float32."""
-    adapters = config.optimizer.lora_rank and arithmetic_dtype(config.optimizer.precision, default_device()) != _FLOAT
+    adapters = config.optimizer.adapters and arithmetic_dtype(config.optimizer.precision, default_device()) != _FLOAT
     found: torch.dtype | None = model.config.dtype if adapters else None
     return found or _FLOAT
 
@@ -257,15 +258,18 @@ def _embeddings(model: ElasticModel) -> int:
     return sum(p.numel() for p in {p for module in modules for p in module.parameters()})
 
 
-def _adapters(model: ElasticModel, rank: int) -> int:
+def _adapters(model: ElasticModel, config: TrainConfig) -> int:
+    """Return the number of the adapters' parameters, 0 without adapters."""
+    if config.optimizer.train_pack:
+        return sum(change.a.numel() + change.b.numel() for change in changes_of(config.model).values())
+    rank = config.optimizer.lora_rank
     return sum(rank * sum(projection.matrix().shape) for projection in projections_of(model).values())
 
 
 def _trained_parameters(model: ElasticModel, config: TrainConfig) -> int:
     """Return the number of trained parameters: the layers and norms, or the adapters; plus embeddings if trained."""
     embeddings = _embeddings(model)
-    rank = config.optimizer.lora_rank
-    layers = _adapters(model, rank) if rank else _parameters(model) - embeddings
+    layers = _adapters(model, config) if config.optimizer.adapters else _parameters(model) - embeddings
     return layers + (embeddings if config.optimizer.train_embeddings else 0)
 
 
@@ -283,9 +287,8 @@ def _copies(
         return arithmetic.itemsize * sum(p.weight.numel() for p in projections_of(model).values()) if mixed else 0
     outside = sum(_embeddings(each) for each in (model, teacher) if each is not None)
     layer = max(sum(p.numel() for p in layer.module.parameters()) for layer in model.layers)
-    rank = config.optimizer.lora_rank
-    adapters = _adapters(model, rank) // len(model.layers)
-    trained = adapters if rank else layer
+    adapters = _adapters(model, config) // len(model.layers)
+    trained = adapters if config.optimizer.adapters else layer
     return arithmetic.itemsize * (outside + 3 * (layer + adapters) + trained) + _FP32 * trained
 
 
@@ -358,7 +361,7 @@ def _warnings(estimate: TrainEstimate) -> Iterator[str]:
     limit = f"the {GPU_BYTES / 1e9:.0f} GB of a large GPU"
     if estimate.total_bytes > GPU_BYTES:
         checkpointing = "" if options.gradient_checkpointing else "--gradient-checkpointing, "
-        adapters = "" if options.lora_rank else "--lora-rank 16, "
+        adapters = "" if options.adapters else "--lora-rank 16, "
         yield (
             f"one process needs about {_gigabytes(estimate.total_bytes).strip()}, more than {limit}. "
             f"Pass {checkpointing}{adapters}a lower --blocks-per-visit, or start more processes."

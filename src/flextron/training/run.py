@@ -30,6 +30,7 @@ from flextron.costs.saved import find_table
 from flextron.data.corpus import Corpus
 from flextron.elastic import model as elastic
 from flextron.elastic.adapters import draw_adapters, merge_adapters
+from flextron.elastic.pack import changes_of
 from flextron.environment import arithmetic_dtype, describe_device, dtype_name
 from flextron.errors import CheckpointError, FlextronError, TrainingError
 from flextron.ranking.sensitivity import Sensitivity
@@ -135,7 +136,12 @@ class TrainingRun:
         on_first(self._open_corpus)
         self.held_out = HeldOut(self.model, config, self._sensitivity)
         self.distiller = make_distiller(
-            self.model, config.optimizer, self.dtype, seed=config.seed, open_teacher=self._open_teacher
+            self.model,
+            config.optimizer,
+            self.dtype,
+            seed=config.seed,
+            open_teacher=self._open_teacher,
+            changes=changes_of(config.model) if config.optimizer.train_pack else None,
         )
         if processes > 1:
             self._shard()
@@ -362,7 +368,7 @@ class TrainingRun:
         )
 
     def _finish(self) -> None:
-        if self.config.optimizer.lora_rank:
+        if self.config.optimizer.adapters:
             merge_adapters(self.model)
         weights = None
         try:

@@ -17,6 +17,7 @@ from flextron.exporting.pack import accuracy_table, make_pack, pack_card, save_p
 from flextron.model import ElasticModel
 from flextron.routers.static.pairs import Pairs
 from flextron.tasks.results import TaskResult, averages
+from flextron.training.folder import training_of
 
 RANK = 3
 
@@ -233,6 +234,11 @@ def test_a_pack_can_be_trained_further_and_packed_again(folders, blocks, capsys)
     numbers = sum(change.a.numel() + change.b.numel() for change in before.changes.values())
     assert f"trained {numbers / 1e6:,.1f} M" in capsys.readouterr().out
     assert cli.main(words) == 0
+    about = training_of(folders / "further")
+    assert (about["tokens"], about["data"]) == (1024, ["text.txt"])
+    again = [*words[:1], str(folders / "further"), str(folders / "twice"), "--lora-rank", "2", *words[4:]]
+    assert cli.main(again) == 0
+    assert training_of(folders / "twice")["tokens"] == 2048
     trained, old = (ElasticModel.from_pretrained(folders / name) for name in ("further", "pack"))
     base = ElasticModel.from_pretrained(folders / "base", dtype="float32")
     most = numbers + 4 * sum(len(change.scales) for change in before.changes.values())

@@ -16,7 +16,9 @@ from flextron.data.sources import Source
 from flextron.elastic import checkpoint
 from flextron.elastic.checkpoint import Checkpoint
 from flextron.elastic.model import ElasticModel
-from flextron.elastic.source import METADATA_FILE, missing_files
+from flextron.elastic.pack import Pack
+from flextron.elastic.smollm2 import named
+from flextron.elastic.source import METADATA_FILE, PACK, missing_files
 from flextron.errors import CheckpointError
 from flextron.locks import INSIDE, check_unlocked
 from flextron.ranking.sensitivity import Sensitivity
@@ -96,7 +98,9 @@ class RunFolder:
                 self._clear()
                 self.drop_gathered()
             return
-        settings = _settings(config, model) | ({"arithmetic": arithmetic} if arithmetic else {})
+        settings = {**_settings(config, model), **_earlier(config.model)}
+        if arithmetic:
+            settings["arithmetic"] = arithmetic
         if self._found() and config.resume == "never":
             tell_dropped(self.path, "--resume never")
             with clear_errors(self.path, "Name another folder."):
@@ -230,15 +234,33 @@ class _Optimizer(TypedDict):
     lora_rank: int
 
 
-class _Trained(TypedDict):
+class _Earlier(TypedDict, total=False):
+    """Training before this run: of its MODEL."""
+
+    tokens_before: int
+    data_before: tuple[str, ...]
+
+
+class _Trained(_Earlier):
     """Those settings of train.json that are told to people."""
 
     text: _Text
     optimizer: _Optimizer
 
 
+def _earlier(model: str) -> _Earlier:
+    folder = Path(named(model))
+    about = Pack.load(folder).about if (folder / PACK).is_file() else training_of(folder)
+    if "tokens" not in about:
+        return {}
+    return {"tokens_before": about["tokens"], "data_before": tuple(about.get("data", ()))}
+
+
 def training_of(folder: Path) -> dict[str, Any]:
-    """How a checkpoint was trained, for people: tokens, data and settings; {} for one that `train` did not write."""
+    """How a checkpoint was trained, for people: {} for one that `train` did not write.
+
+    Tokens and data are those of all runs, one after the other; the settings are those of the last.
+    """
     file = folder / SETTINGS_FILE
     if not file.is_file():
         return {}
@@ -247,9 +269,10 @@ def training_of(folder: Path) -> dict[str, Any]:
     except (OSError, RecordError) as error:
         raise CheckpointError(f"cannot read {file}: {error}. Delete it to do without.") from None
     text, optimizer = settings["text"], settings["optimizer"]
+    data = [Path(Source.parse(source).path).name for source in text["data"]]
     return {
-        "tokens": text["tokens"],
-        "data": [Path(Source.parse(source).path).name for source in text["data"]],
+        "tokens": settings.get("tokens_before", 0) + text["tokens"],
+        "data": sorted({*settings.get("data_before", ()), *data}),
         "learning_rate": optimizer["learning_rate"],
         "text_weight": optimizer["text_weight"],
         "lora_rank": optimizer["lora_rank"],

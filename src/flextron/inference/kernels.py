@@ -16,81 +16,15 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import carray, njit, prange, types
-from numba.core import cgutils
-from numba.extending import intrinsic, overload
+from numba import carray, prange, types
+from numba.extending import overload
+
+from flextron.inference.columns import product_of_columns
+from flextron.inference.memory import kernel, load, pointer, store
 
 BLOCK = 32
 """Rows of a matrix that a thread takes at once."""
 _FLOATS = np.empty(0, np.float32)
-
-
-@intrinsic
-def _float_of_bits(_context: Any, bits: Any) -> Any:
-    """The float32 whose bits are those of a uint32."""
-
-    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], cgutils.ir.FloatType())
-
-    return types.float32(types.uint32), generate
-
-
-@intrinsic
-def _pointer(_context: Any, address: Any, like: Any) -> Any:
-    """The memory at an address, which holds numbers of the type of the array `like`."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(like.dtype)(types.int64, like), generate
-
-
-@intrinsic
-def _bits_of_float(_context: Any, value: Any) -> Any:
-    """The bits of a float32 as a uint32."""
-
-    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], cgutils.ir.IntType(32))
-
-    return types.uint32(types.float32), generate
-
-
-def _load(value):
-    """A stored number as float32; uint16 is bfloat16."""
-    raise NotImplementedError
-
-
-def _store(values, place, value):
-    """Store a float32 in an array of float32, or of bfloat16 as uint16, rounded to nearest."""
-    raise NotImplementedError
-
-
-@overload(_load, inline="always")
-def _overload_load(value):
-    if value == types.uint16:
-        return lambda value: _float_of_bits(np.uint32(np.uint32(value) << np.uint32(16)))
-    return lambda value: np.float32(value)
-
-
-@overload(_store, inline="always")
-def _overload_store(values, place, value):
-    if values.dtype == types.uint16:
-
-        def rounded(values, place, value):
-            bits = _bits_of_float(value)
-            odd = (bits >> np.uint32(16)) & np.uint32(1)
-            values[place] = np.uint16((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
-
-        return rounded
-
-    def plain(values, place, value):
-        values[place] = value
-
-    return plain
-
-
-def _kernel(**options: Any) -> Any:
-    return njit(fastmath={"reassoc", "contract", "arcp", "nsz"}, boundscheck=False, cache=True, nogil=True, **options)
 
 
 def _as_floats(w_OK, first, last, inputs):
@@ -107,13 +41,13 @@ def _overload_as_floats(w_OK, first, last, inputs):
         floats_OK = np.empty((last - first, inputs), np.float32)
         for o in range(last - first):
             for k in range(inputs):
-                floats_OK[o, k] = _load(w_OK[first + o, k])
+                floats_OK[o, k] = load(w_OK[first + o, k])
         return floats_OK
 
     return copied
 
 
-@_kernel()
+@kernel()
 def _rows(w_OK: np.ndarray, first: int, last: int, x_MK: np.ndarray, y_OM: np.ndarray) -> None:
     """y = W x^T for some rows of W and the first columns; the number of rows of x is 1, 2 or a multiple of 4.
 
@@ -125,13 +59,13 @@ def _rows(w_OK: np.ndarray, first: int, last: int, x_MK: np.ndarray, y_OM: np.nd
         for o in range(first, last):
             a = zero
             for k in range(inputs):
-                a += _load(w_OK[o, k]) * x_MK[0, k]
+                a += load(w_OK[o, k]) * x_MK[0, k]
             y_OM[o, 0] = a
     elif count == 2:
         for o in range(first, last):
             a0, a1 = zero, zero
             for k in range(inputs):
-                v = _load(w_OK[o, k])
+                v = load(w_OK[o, k])
                 a0 += x_MK[0, k] * v
                 a1 += x_MK[1, k] * v
             y_OM[o, 0], y_OM[o, 1] = a0, a1
@@ -158,7 +92,7 @@ def _rows(w_OK: np.ndarray, first: int, last: int, x_MK: np.ndarray, y_OM: np.nd
                 y_OM[first + other, m + 2], y_OM[first + other, m + 3] = b2, b3
 
 
-@_kernel()
+@kernel()
 def _outputs(matrix: tuple[np.ndarray, ...], first: int, last: int, x_MK: np.ndarray, y_OM: np.ndarray) -> None:
     """Some outputs of a projection: its rows times x, their scales, and the bias."""
     weight_OK, scale_O, bias_O = matrix
@@ -173,7 +107,7 @@ def _outputs(matrix: tuple[np.ndarray, ...], first: int, last: int, x_MK: np.nda
                 y_OM[o, m] += bias_O[o]
 
 
-@_kernel(parallel=True)
+@kernel(parallel=True)
 def product(matrix: tuple[np.ndarray, np.ndarray, np.ndarray], x_MK: np.ndarray, y_OM: np.ndarray) -> None:
     """The first outputs of a projection, as many as y has, of as many inputs as x has.
 
@@ -185,7 +119,7 @@ def product(matrix: tuple[np.ndarray, np.ndarray, np.ndarray], x_MK: np.ndarray,
         _outputs(matrix, block * BLOCK, min(outputs, (block + 1) * BLOCK), x_MK, y_OM)
 
 
-@_kernel(parallel=True)
+@kernel(parallel=True)
 def _three_products(
     queries: tuple[np.ndarray, ...],
     keys: tuple[np.ndarray, ...],
@@ -210,7 +144,7 @@ def _three_products(
             _outputs(values, first, min(len(values_OM), first + BLOCK), x_MD, values_OM)
 
 
-@_kernel()
+@kernel()
 def normalize(x_MD: np.ndarray, w_D: np.ndarray, epsilon: float, y_MD: np.ndarray) -> None:
     """y = x / rms(x) * w, for each row."""
     size = x_MD.shape[1]
@@ -223,7 +157,7 @@ def normalize(x_MD: np.ndarray, w_D: np.ndarray, epsilon: float, y_MD: np.ndarra
             y_MD[m, d] = x_MD[m, d] * scale * w_D[d]
 
 
-@_kernel()
+@kernel()
 def _activation(kind: int, x: Any) -> Any:
     if kind == 0:  # silu
         return x / (np.float32(1) + math.exp(-x))
@@ -232,16 +166,37 @@ def _activation(kind: int, x: Any) -> Any:
     return np.float32(0.5) * x * (1 + math.erf(x * np.float32(0.7071067812)))
 
 
-@_kernel()
-def _add(h_MD: np.ndarray, y_DM: np.ndarray, widths_M: np.ndarray, factor: float) -> None:
-    """Add the outputs of a sub-layer to the residual stream of the rows that use a unit of it."""
+@kernel()
+def _close(
+    h_MD: np.ndarray,
+    matrix: tuple[np.ndarray, ...],
+    x_MK: np.ndarray,
+    widths_M: np.ndarray,
+    factor: float,
+    sums_PMD: np.ndarray,
+    pieces: int,
+) -> None:
+    """Add the outputs of a closing projection to the residual stream of the rows that use a unit of it."""
+    weight_KD, scale_D, bias_D = matrix
+    product_of_columns(weight_KD, x_MK, sums_PMD, pieces)
     for m in range(len(widths_M)):
-        if widths_M[m]:
+        if not widths_M[m]:
+            continue
+        total_D = sums_PMD[0, m]
+        for p in range(1, len(sums_PMD)):
             for d in range(h_MD.shape[1]):
-                h_MD[m, d] += factor * y_DM[d, m]
+                total_D[d] += sums_PMD[p, m, d]
+        if len(scale_D):
+            for d in range(h_MD.shape[1]):
+                total_D[d] *= scale_D[d]
+        if len(bias_D):
+            for d in range(h_MD.shape[1]):
+                total_D[d] += bias_D[d]
+        for d in range(h_MD.shape[1]):
+            h_MD[m, d] += factor * total_D[d]
 
 
-@_kernel(parallel=True)
+@kernel(parallel=True)
 def _hidden(
     gate: tuple[np.ndarray, ...],
     up: tuple[np.ndarray, ...],
@@ -265,7 +220,7 @@ def _hidden(
                 hidden_MU[m, u] = 0
 
 
-@_kernel()
+@kernel()
 def _head(x_S: np.ndarray, weight_S: np.ndarray, epsilon: float, cos_R: np.ndarray, sin_R: np.ndarray) -> None:
     """Normalise a head, where there is a weight for it, and rotate it, where there are angles."""
     size = len(x_S)
@@ -283,7 +238,7 @@ def _head(x_S: np.ndarray, weight_S: np.ndarray, epsilon: float, cos_R: np.ndarr
         x_S[i + half] = second * cos_R[i + half] + first * sin_R[i + half]
 
 
-@_kernel()
+@kernel()
 def _write(
     keys_OM: np.ndarray,
     values_OM: np.ndarray,
@@ -303,11 +258,11 @@ def _write(
                 head_S[i] = keys_OM[g * size + i, m]
             _head(head_S, norm[0], norm[1], angles[0][m], angles[1][m])
             for i in range(size):
-                _store(cache_T2GS, (slots_M[m], 0, g, i), head_S[i])
-                _store(cache_T2GS, (slots_M[m], 1, g, i), values_OM[g * size + i, m])
+                store(cache_T2GS, (slots_M[m], 0, g, i), head_S[i])
+                store(cache_T2GS, (slots_M[m], 1, g, i), values_OM[g * size + i, m])
 
 
-@_kernel()
+@kernel()
 def _mix(
     query_S: np.ndarray,
     cache_T2GS: np.ndarray,
@@ -328,7 +283,7 @@ def _mix(
         for t in range(max(start, p * page), min(end, (p + 1) * page)):
             score = np.float32(0)
             for i in range(size):
-                score += query_S[i] * _load(cache_T2GS[before + t, 0, group, i])
+                score += query_S[i] * load(cache_T2GS[before + t, 0, group, i])
             score *= scale
             if cap:
                 score = np.float32(cap * math.tanh(score / cap))
@@ -346,10 +301,10 @@ def _mix(
         for t in range(max(start, p * page), min(end, (p + 1) * page)):
             weight = scores_T[t] / total
             for i in range(size):
-                query_S[i] += weight * _load(cache_T2GS[before + t, 1, group, i])
+                query_S[i] += weight * load(cache_T2GS[before + t, 1, group, i])
 
 
-@_kernel(parallel=True)
+@kernel(parallel=True)
 def _attend(
     queries_OM: np.ndarray,
     norm: tuple[np.ndarray, float],
@@ -384,18 +339,24 @@ def _attend(
         _mix(query_S, cache_T2GS, group, tables_MP[m], page, (start, end), scale, cap, scores_T)
 
 
-@_kernel()
+@kernel()
 def _vector(address: int, size: int) -> Any:
-    return carray(_pointer(address, _FLOATS), (size if address else 0,))
+    return carray(pointer(address, _FLOATS), (size if address else 0,))
 
 
-@_kernel()
+@kernel()
 def _matrix(addresses: np.ndarray, outputs: int, inputs: int, like: np.ndarray) -> tuple[np.ndarray, ...]:
-    weight_OK = carray(_pointer(addresses[0], like), (outputs, inputs))
+    weight_OK = carray(pointer(addresses[0], like), (outputs, inputs))
     return weight_OK, _vector(addresses[1], outputs), _vector(addresses[2], outputs)
 
 
-@_kernel()
+@kernel()
+def _closing_matrix(addresses: np.ndarray, outputs: int, inputs: int, like: np.ndarray) -> tuple[np.ndarray, ...]:
+    weight_KO = carray(pointer(addresses[0], like), (inputs, outputs))
+    return weight_KO, _vector(addresses[1], outputs), _vector(addresses[2], outputs)
+
+
+@kernel()
 def _attention(
     h_MD: np.ndarray,
     model: tuple[np.ndarray, ...],
@@ -406,13 +367,13 @@ def _attention(
     cache_T2GS: np.ndarray,
     widths_M: np.ndarray,
     cached: int,
-    rooms: tuple[np.ndarray, ...],
+    rooms: tuple[Any, ...],
 ) -> None:
     """h += attention(norm(h)), each row with its first groups; keys and values of `cached` groups are written."""
     like, matrices, norms, full, kinds, numbers = model
     heads, size = sizes
     tables_MP, page, positions_M, slots_M = texts
-    normed_MD, opened, hidden, scores, y_DM = rooms
+    normed_MD, opened, hidden, scores, sums_PMD, pieces = rooms
     count, width = h_MD.shape
     groups, all_rows = np.max(widths_M), full[layer, 1] * size
     rows, cached_rows = groups * heads * size, cached * size
@@ -432,21 +393,21 @@ def _attention(
         kind = (np.float32(numbers[layer, 5]), kinds[layer, 2], np.float32(numbers[layer, 6]))
         row_texts = (tables_MP, page, positions_M)
         _attend(queries_OM, query_norm, turned, cache_T2GS, row_texts, widths_M, kind, scores, mixed_MO)
-        product(_matrix(matrix_of[6], width, all_rows * heads, like), mixed_MO, y_DM)
-        _add(h_MD, y_DM, widths_M, np.float32(numbers[layer, 4]))
+        closing = _closing_matrix(matrix_of[6], width, all_rows * heads, like)
+        _close(h_MD, closing, mixed_MO, widths_M, np.float32(numbers[layer, 4]), sums_PMD, pieces)
 
 
-@_kernel()
+@kernel()
 def _mlp(
     h_MD: np.ndarray,
     model: tuple[np.ndarray, ...],
     layer: int,
     widths_M: np.ndarray,
-    rooms: tuple[np.ndarray, ...],
+    rooms: tuple[Any, ...],
 ) -> None:
     """h += mlp(norm(h)), each row with its first neurons."""
     like, matrices, norms, full, kinds, numbers = model
-    normed_MD, opened, hidden, _scores, y_DM = rooms
+    normed_MD, opened, hidden, _scores, sums_PMD, pieces = rooms
     count, width = h_MD.shape
     neurons, units, matrix_of = np.max(widths_M), full[layer, 0], matrices[layer]
     gate, up = _matrix(matrix_of[0], units, width, like), _matrix(matrix_of[1], units, width, like)
@@ -455,11 +416,11 @@ def _mlp(
     hidden_MU = hidden[: count * neurons].reshape(count, neurons)
     normalize(h_MD, _vector(norms[layer, 1], width), numbers[layer, 1], normed_MD)
     _hidden(gate, up, normed_MD, widths_M, kinds[layer, 1], gate_UM, up_UM, hidden_MU)
-    product(_matrix(matrix_of[2], width, units, like), hidden_MU, y_DM)
-    _add(h_MD, y_DM, widths_M, np.float32(numbers[layer, 4]))
+    closing = _closing_matrix(matrix_of[2], width, units, like)
+    _close(h_MD, closing, hidden_MU, widths_M, np.float32(numbers[layer, 4]), sums_PMD, pieces)
 
 
-@_kernel()
+@kernel()
 def layers(
     h_MD: np.ndarray,
     model: tuple[np.ndarray, ...],
@@ -471,13 +432,14 @@ def layers(
     neurons_LM: np.ndarray,
     groups_LM: np.ndarray,
     cached_groups_L: np.ndarray,
-    rooms: tuple[np.ndarray, ...],
+    rooms: tuple[Any, ...],
 ) -> None:
     """Run tokens through all layers; `h` holds their embeddings before, and the last layer's outputs after.
 
     Args:
         model: what `lean.LeanStep` knows of the model: an array of the weights' type, then [L, ...] for each layer:
-            [7, 3] addresses of weight, scales and bias of gate, up, down, queries, keys, values and output; [4]
+            [7, 3] addresses of weight, scales and bias of gate, up, down, queries, keys, values and output (down and
+            output, which close, lie column by column); [4]
             addresses of the weights of norms (before attention, before MLP, of queries, of keys); [2] neurons and KV
             groups; [3] whether it rotates, its activation, how many tokens back it sees or 0; [7] numbers: epsilons of
             the four norms, factor of the residual, scale and cap of the scores.
@@ -487,13 +449,14 @@ def layers(
         caches_L3: address, tokens and groups of each layer's cache; `cache_like` is of its type.
         neurons_LM, groups_LM: widths of each row.
         cached_groups_L: groups whose keys and values are written.
-        rooms: normed [M, D], opened and hidden, scores, and outputs [D, M].
+        rooms: normed [M, D], opened and hidden, scores, sums of P parts of a closing projection's inputs [P, M, D'] (D
+            rounded up to a multiple of `columns.LANES`), and in how many pieces its outputs are cut.
     """
     for layer in range(len(neurons_LM)):
         cached = cached_groups_L[layer]
         if cached:
             address, tokens, held = caches_L3[layer]
-            cache_T2GS = carray(_pointer(address, cache_like), (tokens, 2, held, sizes[1]))
+            cache_T2GS = carray(pointer(address, cache_like), (tokens, 2, held, sizes[1]))
             _attention(h_MD, model, layer, sizes, angles, texts, cache_T2GS, groups_LM[layer], cached, rooms)
         if np.max(neurons_LM[layer]):
             _mlp(h_MD, model, layer, neurons_LM[layer], rooms)

@@ -121,7 +121,14 @@ def test_the_trained_model_of_the_readme(capsys, tmp_path, monkeypatch):
     assert len(capsys.readouterr().out.split()) > 4
 
 
-@pytest.mark.parametrize("page", [page for page in VERBS if page not in ("README.md", "docs/deploy.md")])
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=pytest.mark.slow) if page == "docs/per_token.md" else page
+        for page in VERBS
+        if page not in ("README.md", "docs/deploy.md")
+    ],
+)
 def test_pages(page, work, checkpoint, capsys):
     run_commands(page, checkpoint)
     assert capsys.readouterr().out
@@ -129,6 +136,7 @@ def test_pages(page, work, checkpoint, capsys):
     assert "draft" not in names or names["draft"].written
 
 
+@pytest.mark.slow
 def test_deploying(checkpoint, tmp_path, monkeypatch, capsys):
     """With equal widths of a tiny checkpoint, whose rows no quantisation fits."""
     pytest.importorskip("xllamacpp")

@@ -506,3 +506,10 @@ class TestCommand:
         assert cli.main([*words, "--task-data", str(data)]) == 0
         (row,) = json.loads(capsys.readouterr().out)["runs"]
         assert row["tasks"]["piqa"]["standard_error"] is row["headline"]["standard_error"] is row["cost"] is None
+
+    def test_what_has_no_price_has_no_columns_for_it(self, folder, data, capsys):
+        words = ["evaluate", str(folder), "--tasks", "piqa", "--limit", "1", "--subnet", "full", "--no-measure"]
+        assert cli.main([*words, "--task-data", str(data)]) == 0
+        said = capsys.readouterr().out
+        assert said.startswith("| | over chance | kept |")
+        assert "*cost*" not in said

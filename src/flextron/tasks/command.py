@@ -197,26 +197,33 @@ def markdown(summary: dict[str, Any]) -> str:
     rows, about = summary["runs"], summary["conditions"]
     tasks = rows[0]["tasks"]
     titles = [f"{name}, {task['metric']}, {task['shots']}-shot" for name, task in tasks.items()]
+    prices = _prices(rows)
     kl = ["KL"] if "divergence" in rows[0] else []
-    columns = ["cost", "time", "over chance", "kept", "flips", *kl, *titles]
-    guessing = ["guessing", "", "", "0", "", "", *["" for _ in kl]]
+    columns = [*prices, "over chance", "kept", "flips", *kl, *titles]
+    guessing = ["guessing", *["" for _ in prices], "0", "", "", *["" for _ in kl]]
     lines = [
         f"| | {' | '.join(columns)} |",
         "|---|" + "---:|" * len(columns),
-        *(_line(_cells(row)) for row in rows),
+        *(_line(_cells(row, prices)) for row in rows),
         _line([*guessing, *(f"{100 * task['chance']:.1f}" for task in tasks.values())]),
     ]
     return "\n".join([*lines, "", *_legend(rows, about), ""])
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
+def _prices(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """Columns for what a run costs, and their keys in `rows`: those that have a value."""
+    keys = {"cost": "cost", "time": "measured"}
+    return {column: key for column, key in keys.items() if any(row[key] is not None for row in rows)}
+
+
+def _cells(row: dict[str, Any], prices: dict[str, str]) -> list[str]:
     average = row["headline"]
     kept = "" if average["kept"] is None else f"{floored(average['kept'])} ± {_points(average['kept_standard_error'])}"
     flips = _percent(average["flips"], average["flips_standard_error"])
     kl = [_nats(row["divergence"], row["divergence_standard_error"])] if "divergence" in row else []
     over_chance = _percent(average["over_chance"], average["standard_error"])
     scored = [_percent(task["accuracy"], task["standard_error"]) for task in row["tasks"].values()]
-    return [row["run"], _times(row["cost"]), _times(row["measured"]), over_chance, kept, flips, *kl, *scored]
+    return [row["run"], *(_times(row[key]) for key in prices.values()), over_chance, kept, flips, *kl, *scored]
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -227,12 +234,16 @@ def _legend(rows: list[dict[str, Any]], about: dict[str, Any]) -> list[str]:
     """What the columns mean, and the conditions."""
     tasks, average, first = rows[0]["tasks"], rows[0]["headline"], rows[0]["run"]
     metrics = sorted({row["cost_metric"] for row in rows if row["cost_metric"]})
+    meanings = {
+        "cost": f"part of the full model's by the table for {', '.join(metrics)}",
+        "time": "part of the full model's, measured now",
+    }
+    priced = "".join(f" *{column}*: {meanings[column]}." for column in _prices(rows))
     documents = ", ".join(f"{name} {task['documents']}" for name, task in tasks.items())
     lines = [
         f"Percent ± standard error. *over chance*: accuracy minus that of guessing, averaged over "
         f"{', '.join(average['tasks'])}. *kept*: its share of {first}'s, rounded down. *flips*: documents that "
-        f"only one of this run and {first} answers correctly. The last columns are plain accuracies. *cost*: part of "
-        f"the full model's by the table for {', '.join(metrics) or 'none'}; *time*: the same, measured now.",
+        f"only one of this run and {first} answers correctly. The last columns are plain accuracies.{priced}",
     ]
     if "original" in about:
         lines.append(

@@ -207,9 +207,10 @@ def _check_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> 
     old, new = _flat(found), _flat(wanted)
     if old.get("fingerprint") != new["fingerprint"]:
         raise CheckpointError(f"{folder} holds the training of another model. Name another folder.")
-    different = [key for key in new if old.get(key) != new[key]]
+    old = {**_flat(_settings(TrainConfig("", folder), "")), **old}  # an option that is newer than the run
+    different = [key for key in new if old[key] != new[key]]
     if different:
-        changes = "; ".join(f"{key} was {old.get(key)!r}, now {new[key]!r}" for key in different[:3])
+        changes = "; ".join(f"{key} was {old[key]!r}, now {new[key]!r}" for key in different[:3])
         raise CheckpointError(
             f"{folder} holds a run with other settings: {changes}. "
             "Pass the same settings, name another folder, or pass --resume never to replace that run."

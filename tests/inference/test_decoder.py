@@ -14,6 +14,7 @@ from flextron.elastic.adapters import add_adapters
 from flextron.errors import SubnetError
 from flextron.generation import generate
 from flextron.inference import decoder as decoding
+from flextron.inference import lean
 from flextron.inference.decoder import Decoder, supports
 from flextron.inference.streaming import can_stream, stream_tokens
 from flextron.model import ElasticModel
@@ -154,6 +155,22 @@ def test_bfloat16_is_as_close_to_float32_as_transformers_is(model):
         decoder = Decoder(model, subnet, max_tokens=PROMPT + STEPS)
         ours, theirs = decoded_logits(decoder, text_tokens()), expected_logits(model, subnet, text_tokens())
         assert (ours - logits).norm() < 1.5 * (theirs - logits).norm() < 0.1 * logits.norm()
+
+
+def test_a_model_in_bfloat16_keeps_its_weights(llama):
+    """It is held against its own weights in float32, which are widened for that."""
+    llama.lm.to(torch.bfloat16)
+    before = {name: p.clone() for name, p in llama.lm.named_parameters()}
+    assert supports(llama)
+    assert all(torch.equal(p, before[name]) and p.dtype == torch.bfloat16 for name, p in llama.lm.named_parameters())
+
+
+def test_angles_of_far_positions_are_those_of_the_model(llama):
+    angles, rotary = lean._Angles(llama.lm.model.rotary_emb), llama.lm.model.rotary_emb
+    for positions in ([0, 7], [3, 300, 299], [1000]):
+        expected = (each[0] for each in rotary(torch.zeros(1), torch.tensor([positions])))
+        for found, wanted in zip(angles.of(positions), expected, strict=True):
+            torch.testing.assert_close(torch.from_numpy(found), wanted)
 
 
 def test_greedy_tokens_are_those_of_transformers(model):

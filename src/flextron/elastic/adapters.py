@@ -57,8 +57,9 @@ def add_adapters(model: ElasticModel, *, rank: int, alpha: float | None = None, 
 def adapters_from(model: ElasticModel, changes: Mapping[str, LowRank]) -> None:
     """Freeze all weights and turn a pack's changes, which they hold, into adapters: those can be trained further.
 
-    The model still computes the same, up to the order of sums. Without its adapters it is the ranked base. Afterwards
-    the changes have the ranks that they had, so a pack of the same size holds the trained model.
+    The model still computes the same, up to the order of sums. Without its adapters it is the ranked base, up to
+    rounding in the weights' type. Afterwards the changes have the ranks that they had, so a pack of the same size holds
+    the trained model.
 
     Args:
         model: made by base and pack.

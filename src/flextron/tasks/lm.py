@@ -139,15 +139,19 @@ class ElasticLM(HFLM):  # type: ignore[misc]
             self._tensor([context.tokens[shared:] for context in batch]), past_key_values=cache, logits_to_keep=1
         ).logits[:, -1]
         log_CV = F.log_softmax(logits_CV.float(), -1)
+        all_rows = [
+            _Row(place, number, tokens)
+            for number, context in enumerate(batch)
+            for place, tokens in zip(context.places, context.continuations, strict=True)
+        ]
+        contexts = [row.context for row in all_rows]
+        firsts = [row.tokens[0] for row in all_rows]
         likeliest_C = log_CV.argmax(-1).tolist()
-        answers: dict[int, tuple[float, bool]] = {}
-        longer: list[_Row] = []
-        for number, context in enumerate(batch):
-            for place, tokens in zip(context.places, context.continuations, strict=True):
-                answers[place] = (log_CV[number, tokens[0]].item(), likeliest_C[number] == tokens[0])
-                if len(tokens) > 1:
-                    longer.append(_Row(place, number, tokens))
-        for rows in self._chunks(longer):
+        answers = {
+            row.place: (log, likeliest_C[row.context] == row.tokens[0])
+            for row, log in zip(all_rows, log_CV[contexts, firsts].tolist(), strict=True)
+        }
+        for rows in self._chunks([row for row in all_rows if len(row.tokens) > 1]):
             for row, (log, same) in zip(rows, self._continued(rows, len(batch[0].tokens), cache), strict=True):
                 first, first_same = answers[row.place]
                 answers[row.place] = (first + log, first_same and same)

@@ -112,7 +112,7 @@ def make_distiller(
         dtype: dtype of the arithmetic and of the teacher's weights.
         seed: seed of the adapters' first weights.
         open_teacher: loads the teacher that `options` name; by default whole, onto the model's device.
-        changes: of the pack that made the model, to be trained with `--train-pack`.
+        changes: of the pack that made the model, which become the adapters (`--train-pack`); None for new ones.
 
     Raises:
         FlextronError: the teacher has another vocabulary, or adapters are asked for and peft is not installed.
@@ -126,10 +126,10 @@ def make_distiller(
     if not options.adapters or dtype == torch.float32:
         cast(model.lm, torch.float32)
     if options.adapters:
-        if options.train_pack:
-            adapters_from(model, changes or {})
-        else:
+        if changes is None:
             add_adapters(model, rank=options.lora_rank, seed=seed)
+        else:
+            adapters_from(model, changes)
 
         @contextmanager
         def original() -> Iterator[None]:

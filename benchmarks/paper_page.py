@@ -69,8 +69,10 @@ NAMES = {
     "no-sandwich": "(h) no sandwich: the full model is not trained",
     "no-surrogate": "(h) no surrogate: the router is trained through the LLM",
 }
-MUST_LOSE = ("equal widths", "layer dropping", "greedy", "optipfair", "mergekit", "alone-share")
-"""The methods that the router must beat."""
+SAME_WEIGHTS = ("equal widths", "layer dropping", "greedy")
+"""The methods that the router must beat on the same weights."""
+MUST_LOSE = (*SAME_WEIGHTS, "optipfair", "mergekit", "alone-share")
+"""All methods that the router must beat."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,11 @@ class Results:
         self.answers = {float(file.name.removesuffix("x.json")): file for file in answers}
 
     @property
+    def of_a_pack(self) -> bool:
+        """Whether the model was trained before this run, so that nothing was trained for comparison."""
+        return bool(self.settings["size"] == "pack")
+
+    @property
     def budgets(self) -> list[float]:
         """Budgets as fractions of the full model's time, from the largest."""
         return list(self.answers)
@@ -145,9 +152,9 @@ class Results:
         return {Path(row["name"]).name: row for row in _read(file)} if file.is_file() else {}
 
     def full(self, text: int) -> dict[str, Loss]:
-        """Return the full model's loss before and after elastic training."""
+        """Return the full model's loss before, where it was measured, and after elastic training."""
         found = {"before": self.evaluated("ranked only", text), "after": self.evaluated("elastic", text)}
-        return {name: Loss(tuple(rows["full"]["blocks"]), 1.0) for name, rows in found.items()}
+        return {name: Loss(tuple(rows["full"]["blocks"]), 1.0) for name, rows in found.items() if rows}
 
     def losses(self, text: int) -> Losses:
         """Return the losses of all methods on a text."""
@@ -264,14 +271,28 @@ def _head(results: Results) -> list[str]:
         "",
         f"`benchmarks/paper_page.py` wrote this page from a run of `benchmarks/paper.py --size {settings['size']}` "
         f"({results.about['minutes']:.0f} minutes, with {results.choices['times']['rounds']} rounds of timing). "
-        f"{Path(settings['model']).name} was ranked on {size['rank_tokens']} tokens, trained on "
-        f"{size['train_tokens']} tokens of {', '.join(map(_short, settings['train']))}, "
-        f"with seed {settings['seed']} in {results.about['dtype']}. Losses are means over {size['loss_tokens']} tokens "
+        f"{_trained(results)} Losses are means over {size['loss_tokens']} tokens "
         f"of each text. Budgets are fractions of the full model's time to the first token of {prompts}.",
         "",
         "Conditions: " + "; ".join(line.partition(" on Linux")[0] for line in results.about["environment"]) + ".",
         "",
     ]
+
+
+def _trained(results: Results) -> str:
+    settings, size, dtype = results.settings, results.about["size"], results.about["dtype"]
+    if results.of_a_pack:
+        pack = _read(results.folder / "ranked" / "pack.json")
+        data = ", ".join(map(_short, pack["about"]["data"]))
+        return (
+            f"The pack of {pack['base']} was trained before, on {pack['about']['tokens']:,} tokens of {data}; "
+            f"everything here runs in {dtype}."
+        )
+    return (
+        f"{Path(settings['model']).name} was ranked on {size['rank_tokens']} tokens, trained on "
+        f"{size['train_tokens']} tokens of {', '.join(map(_short, settings['train']))}, "
+        f"with seed {settings['seed']} in {dtype}."
+    )
 
 
 def _table(results: Results, index: int, text: str) -> list[str]:
@@ -329,9 +350,11 @@ def _verdict(results: Results) -> list[str]:
                 said = f"{NAMES[method]} at {budget}x on {_short(text)} ({difference:+.3f} ± {error:.3f})"
                 sure = abs(difference) > 2 * error
                 (unclear if not sure else ahead if difference > 0 else behind).append((method, said))
-    must = [said for method, said in unclear if method in MUST_LOSE]
-    lost = [said for method, said in behind if method in MUST_LOSE]
-    missing = _missing(results)
+    rivals = SAME_WEIGHTS if results.of_a_pack else MUST_LOSE
+    named = "(a), (b) and (c)" if results.of_a_pack else "(a), (b), (c), (f), and (e) with the same tokens in total"
+    must = [said for method, said in unclear if method in rivals]
+    lost = [said for method, said in behind if method in rivals]
+    missing = _missing(results, rivals)
     return [
         "## Where we are behind",
         "",
@@ -340,8 +363,8 @@ def _verdict(results: Results) -> list[str]:
         "",
         *(f"- behind: {said}" for _, said in behind),
         "",
-        "The router must beat (a), (b), (c), (f), and (e) with the same tokens in total. In these comparisons it is "
-        f"behind in {len(lost)} (listed above), and within two standard errors in {len(must)}.",
+        f"The router must beat {named}. In these comparisons it is behind in {len(lost)} "
+        f"(listed above), and within two standard errors in {len(must)}.",
         "",
         *(f"- within: {said}" for said in must),
         *(f"- not compared: {said}" for said in missing),
@@ -349,10 +372,10 @@ def _verdict(results: Results) -> list[str]:
     ]
 
 
-def _missing(results: Results) -> list[str]:
-    """Return a line for each method that the router must beat but was not compared with."""
+def _missing(results: Results, methods: Sequence[str]) -> list[str]:
+    """Return a line for each of the methods that the router was not compared with."""
     rows = results.losses(0)
-    gaps = {method: [budget for budget in rows if method not in rows[budget]] for method in MUST_LOSE}
+    gaps = {method: [budget for budget in rows if method not in rows[budget]] for method in methods}
     return [f"{NAMES[method]} at {', '.join(f'{b}x' for b in budgets)}" for method, budgets in gaps.items() if budgets]
 
 
@@ -378,15 +401,17 @@ def _published() -> list[str]:
     rows = _read(PUBLISHED)
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     sources = list(dict.fromkeys(row["source"] for row in rows))
-    lines = ["## (g) Published results of models of such sizes", "", f"| model | {' | '.join(tasks)} |"]
-    lines.append("|:---|" + "---:|" * len(tasks))
+    lines = ["## (g) Published results of models of such sizes", "", f"| model | {' | '.join(tasks)} | average |"]
+    lines.append("|:---|" + "---:|" * (len(tasks) + 1))
     for model in dict.fromkeys(row["model"] for row in rows):
         cells = []
         for task in tasks:
             own = [row for row in rows if (row["model"], row["task"]) == (model, task)]
             said = [f"{r['value']} ({r['metric']}, {r['shots']}-shot) [{sources.index(r['source']) + 1}]" for r in own]
             cells.append("; ".join(said) or "–")
-        lines.append(f"| {model} | {' | '.join(cells)} |")
+        firsts = {row["task"]: row["value"] for row in reversed(rows) if row["model"] == model}
+        average = f"{fmean(firsts.values()):.1f}" if len(firsts) == len(tasks) else "–"
+        lines.append(f"| {model} | {' | '.join(cells)} | {average} |")
     return [*lines, "", *(f"{index}. {source}" for index, source in enumerate(sources, 1)), ""]
 
 
@@ -394,13 +419,18 @@ def _left_out(results: Results) -> list[str]:
     """Return the section that lists what this run left out."""
     size = results.about["size"]
     found = {method for row in results.losses(0).values() for method in row}
-    lines = [f"- {name}." for method, name in NAMES.items() if method not in found]
-    if results.settings["size"] != "full":
+    trains = {name for name in NAMES.values() if name.startswith(("(e)", "(f)", "(h)"))} if results.of_a_pack else set()
+    lines = [f"- {name}." for method, name in NAMES.items() if method not in found and name not in trains]
+    if results.of_a_pack:
+        lines.append("- (e), (f) and (h): each would have to be trained on as many tokens.")
+    elif results.settings["size"] != "full":
         lines.append("- `--size full`, on a GPU: more text, training, documents and seeds.")
     if size["seeds"] == 1:
         lines.append("- More than one training seed: standard errors cover the text, not training.")
-    several = "(e) with the same tokens for each, and ablations"
-    for what, key in (("Tasks", "tasks_at"), (several, "costly_at")):
+    parts = {"Tasks": "tasks_at"}
+    if not results.of_a_pack:
+        parts["(e) with the same tokens for each, and ablations"] = "costly_at"
+    for what, key in parts.items():
         if set(size[key]) != set(size["budgets"]):
             lines.append(f"- {what} at budgets other than {', '.join(f'{each}x' for each in size[key])}.")
     if size["limit"]:

@@ -202,6 +202,18 @@ def test_every_stage_is_a_command_that_fits_after_what_it_reads(settings, record
     assert len(also) == 2 * len(budgets) + 1  # every pruned model's shape, and the answer without a surrogate
 
 
+def test_a_trained_pack_is_only_compared(settings, recorder, tmp_path):
+    (tmp_path / "pack").mkdir()
+    (tmp_path / "pack" / "pack.json").touch()
+    settings = paper_script.replace(settings, size="pack", model=str(tmp_path / "pack"), task_data=tmp_path)
+    paper_script.main(settings)
+    assert {name for name, _ in recorder.ran} == {"measure-latency", "train-router", "route", "router", "evaluate"}
+    assert {arguments[arguments.index("--evaluations") + 1] for arguments in recorder.named("train-router")} == {"0"}
+    scored = recorder.named("evaluate")[-1]
+    assert scored[scored.index("--tasks") + 1 : scored.index("--task-data")] == list(paper_script.SIZES["pack"].tasks)
+    assert not (tmp_path / "pack" / "latency").exists()
+
+
 @pytest.mark.parametrize("part", paper_script.get_args(paper_script.Part))
 def test_every_part_runs_alone_and_is_not_run_again(settings, recorder, part, capsys):
     settings = paper_script.replace(settings, parts=(part,), task_data=settings.out.parent)

@@ -121,6 +121,20 @@ def test_where_the_router_is_behind_the_page_says_so(folder):
     assert f"- behind: {alone}" in page(folder).splitlines()
 
 
+def test_a_page_about_a_pack_says_how_it_was_trained_and_asks_for_no_rival_that_would_have_to_be(folder):
+    about = json.loads((folder / "stages.json").read_text())
+    write(folder / "stages.json", {**about, "settings": {**about["settings"], "size": "pack"}})
+    write(folder / "ranked" / "pack.json", {"base": "smollm2", "about": {"tokens": 1_501_184, "data": ["corpus/a.xz"]}})
+    (folder / "losses" / "ranked only-0.json").unlink()
+    found = page(folder)
+    assert "The pack of smollm2 was trained before, on 1,501,184 tokens of a.xz; everything here runs in float32." in found
+    assert "Full model, nats per token: after elastic training 2.000." in found
+    assert "The router must beat (a), (b) and (c)." in found
+    assert "- not compared: (b) same weights, layer dropping at 0.9x, 0.6x" in found
+    assert "mergekit" not in found
+    assert "- (e), (f) and (h): each would have to be trained on as many tokens." in found
+
+
 @pytest.mark.parametrize("timed", [True, False])
 def test_what_other_tools_pruned_costs_what_its_shape_does(folder, timed):
     """It costs 8 ms of 10 by the table, and 0.65 if it was timed."""

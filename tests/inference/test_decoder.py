@@ -165,6 +165,16 @@ def test_a_model_in_bfloat16_keeps_its_weights(llama):
     assert all(torch.equal(p, before[name]) and p.dtype == torch.bfloat16 for name, p in llama.lm.named_parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_can_be_trained_after_decoding(llama, dtype):
+    llama.lm.to(dtype)
+    with torch.inference_mode():
+        Decoder(llama, llama.search_space.full, max_tokens=PROMPT)
+    llama.lm.requires_grad_()
+    llama(tiny.token_ids(vocab=VOCAB)).logits.float().square().mean().backward()
+    assert all(p.grad is not None for p in llama.lm.parameters())
+
+
 def test_angles_of_far_positions_are_those_of_the_model(llama):
     angles, rotary = lean._Angles(llama.lm.model.rotary_emb), llama.lm.model.rotary_emb
     for positions in ([0, 7], [3, 300, 299], [1000]):

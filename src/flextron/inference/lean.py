@@ -366,19 +366,23 @@ def _kinds_if_equal(model: ElasticModel) -> list[Kind] | None:
 
 @contextmanager
 def _in_float32(lm: Any) -> Iterator[None]:
-    """Compute in float32 inside the block: each module is widened while it runs, and rounded back afterwards."""
-    dtype = lm.dtype
+    """Compute in float32 inside the block: each module has wider copies of its weights while it runs, and only then."""
+    kept: dict[nn.Parameter, torch.Tensor] = {}
 
     def widen(module: nn.Module, _inputs: Any) -> None:
-        module.float()
+        with torch.inference_mode(False), torch.no_grad():
+            for parameter in module.parameters():
+                if parameter.is_floating_point():
+                    kept[parameter], parameter.data = parameter.data, parameter.data.float()
 
     def narrow(module: nn.Module, _inputs: Any, _output: Any) -> None:
-        module.to(dtype)
+        for parameter in module.parameters():
+            parameter.data = kept.pop(parameter, parameter.data)
 
     with ExitStack() as hooks:
         for module in (lm.model.embed_tokens, *lm.model.layers, lm.model.norm, lm.get_output_embeddings()):
             hooks.callback(module.register_forward_pre_hook(widen).remove)
-            hooks.callback(module.register_forward_hook(narrow).remove)
+            hooks.callback(module.register_forward_hook(narrow, always_call=True).remove)
         yield
 
 

@@ -2,7 +2,7 @@
 
     make paper PAPER="--task-data eval/"                      # small: two cores, about an hour
     python benchmarks/paper.py --size full --train corpus/train-*.jsonl.xz --task-data eval/ --out out/full   # one GPU
-    python benchmarks/paper.py --size pack --task-data eval/ --out out/pack-paper   # the trained pack that comes with flextron
+    python benchmarks/paper.py --size pack --task-data eval/ --out out/pack-paper   # the pack that comes with flextron
 
 Each stage is a command of flextron or of benchmarks/, and is printed as it runs. A finished stage does not run again:
 after Ctrl-C or a crash, the same command continues. Stages that time nothing run --jobs at a time and print into
@@ -595,7 +595,15 @@ def tasks(paper: Paper, trained: Path) -> None:
     if settings.task_data is None:
         print("no tasks run without --task-data (docs/tasks.md)", flush=True)
         return
-    arguments = ["evaluate", str(trained), "--tasks", *size.tasks, "--task-data", str(settings.task_data), "--per-token"]
+    arguments = [
+        "evaluate",
+        str(trained),
+        "--tasks",
+        *size.tasks,
+        "--task-data",
+        str(settings.task_data),
+        "--per-token",
+    ]
     arguments += ["--budget", *(f"{METRIC}={budget}x" for budget in size.tasks_at), "--any-device"]
     arguments += ["--out-dir", str(paper.out / "tasks"), "--no-measure", "--device", settings.device]
     paper.flextron("tasks", *arguments, *([] if size.limit is None else ["--limit", str(size.limit)]))

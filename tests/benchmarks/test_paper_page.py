@@ -127,7 +127,9 @@ def test_a_page_about_a_pack_says_how_it_was_trained_and_asks_for_no_rival_that_
     write(folder / "ranked" / "pack.json", {"base": "smollm2", "about": {"tokens": 1_501_184, "data": ["corpus/a.xz"]}})
     (folder / "losses" / "ranked only-0.json").unlink()
     found = page(folder)
-    assert "The pack of smollm2 was trained before, on 1,501,184 tokens of a.xz; everything here runs in float32." in found
+    assert (
+        "The pack of smollm2 was trained before, on 1,501,184 tokens of a.xz; everything here runs in float32." in found
+    )
     assert "Full model, nats per token: after elastic training 2.000." in found
     assert "The router must beat (a), (b) and (c)." in found
     assert "- not compared: (b) same weights, layer dropping at 0.9x, 0.6x" in found

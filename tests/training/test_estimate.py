@@ -1,5 +1,6 @@
 """The dry run of training: its numbers against real models, and its errors."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,14 @@ def test_sharding_divides_weights_gradients_states_and_teacher(tmp_path):
         assert shared.memory[part] == alone.memory[part] // 4 > 0
     assert shared.loading_bytes == 0
     assert shared.memory["activations, about"] < alone.memory["activations, about"] / 3
+
+
+def test_what_each_process_keeps_whole_is_divided_by_nothing_but_the_blocks(tmp_path):
+    config = asked(config_only(tmp_path), visit=VisitOptions(blocks_per_visit=4), precision="bf16")
+    alone, whole = estimate_training(config), estimate_training(replace(config, replicate=True), processes=4)
+    for part in (*EXACT, "teacher", "copies for the arithmetic, about"):
+        assert whole.memory[part] == alone.memory[part] > 0
+    assert whole.memory["activations, about"] == alone.memory["activations, about"] // 4
 
 
 def test_weights_by_other_names_are_loaded_whole(tmp_path):

@@ -121,6 +121,13 @@ class TestTwoProcesses:
         options = {"lora_rank": 2, "teacher": two / "tied model"}
         assert_close_runs(two / "taught", run_one(two, "one taught", **options))
 
+    def test_with_the_whole_model_in_each(self, two):
+        options = {"train_embeddings": True, "text_weight": 0.5}
+        assert_close_runs(two / "replicated", run_one(two, "one like replicated", **options))
+
+    def test_adapters_with_the_whole_model_in_each_after_a_stop(self, two):
+        assert_close_runs(two / "replicated adapters", run_one(two, "one with adapters", lora_rank=2))
+
     @pytest.mark.parametrize("name", ["one two", "two one two"])
     def test_go_on_with_what_other_numbers_of_processes_left(self, two, name):
         assert len(steps_of(two / name)) in (4, STEPS)

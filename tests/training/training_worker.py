@@ -147,6 +147,10 @@ def main(folder: Path) -> None:
     go("adapters", **OPTIONS, lora_rank=2)
     go("bf16 adapters", folder / "bf16 model", **{**OPTIONS, "precision": "bf16"}, lora_rank=2)
     go("taught", **OPTIONS, lora_rank=2, teacher=folder / "tied model")
+    go("replicated", **OPTIONS, replicate=True, train_embeddings=True, text_weight=0.5)
+    with stopped_in(3):
+        go("replicated adapters", **OPTIONS, lora_rank=2, replicate=True)
+    go("replicated adapters", **OPTIONS, lora_rank=2, replicate=True)
     with stopped_in(4, by_this_process=rank == 0):  # a signal may reach other processes a step later
         go("one two", **OPTIONS)
     with stopped_in(2):

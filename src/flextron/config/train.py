@@ -180,6 +180,8 @@ class TrainConfig:
     seed: int = 0
     """Seed for the choice of sub-networks, the order of the text, and new adapters."""
     device: DeviceArgument = "auto"
+    replicate: bool = False
+    """With several processes, keep the whole model in each, and exchange gradients only. Faster where the model fits. By default each keeps its part of the model."""
     dry_run: bool = False
     """Print the memory, steps and tokens of the run, and train nothing. Reads only the model's config.json. Put WORLD_SIZE=8 before the command to ask about eight processes."""
 

@@ -124,7 +124,7 @@ def estimate_training(config: TrainConfig, *, processes: int = 1) -> TrainEstima
         steps=config.steps,
         tokens_per_step=config.tokens_per_step,
         memory=_memory(model, teacher, config, arithmetic, processes),
-        loading_bytes=_loading(model, teacher, config, arithmetic),
+        loading_bytes=0 if config.replicate else _loading(model, teacher, config, arithmetic),
         visit_compute=visit_compute,
         step_compute=step_compute,
         positions=getattr(model.config, "max_position_embeddings", None),
@@ -205,15 +205,16 @@ def _compute(
 def _memory(
     model: ElasticModel, teacher: ElasticModel | None, config: TrainConfig, arithmetic: torch.dtype, processes: int
 ) -> dict[str, int]:
-    """Return bytes by part in one process; FSDP shards the first four parts."""
+    """Return bytes by part in one process; FSDP shards the first four parts, unless each process keeps them whole."""
     trained = _FP32 * _trained_parameters(model, config)
+    shards = 1 if config.replicate else processes
     return {
-        "weights": _weights(model, config) // processes,
-        "gradients (fp32)": trained // processes,
-        "optimizer states (2 x fp32)": 2 * trained // processes,
-        "teacher": _teacher_weights(teacher, arithmetic) // processes,
-        "copies for the arithmetic, about": _copies(model, teacher, config, arithmetic, processes),
-        "activations, about": _activations(model, config, arithmetic, processes),
+        "weights": _weights(model, config) // shards,
+        "gradients (fp32)": trained // shards,
+        "optimizer states (2 x fp32)": 2 * trained // shards,
+        "teacher": _teacher_weights(teacher, arithmetic) // shards,
+        "copies for the arithmetic, about": _copies(model, teacher, config, arithmetic, shards),
+        "activations, about": _activations(model, config, arithmetic, processes, shards),
         "logits and loss, about": _loss(model, config, processes),
     }
 
@@ -274,15 +275,15 @@ def _trained_parameters(model: ElasticModel, config: TrainConfig) -> int:
 
 
 def _copies(
-    model: ElasticModel, teacher: ElasticModel | None, config: TrainConfig, arithmetic: torch.dtype, processes: int
+    model: ElasticModel, teacher: ElasticModel | None, config: TrainConfig, arithmetic: torch.dtype, shards: int
 ) -> int:
     """Return the bytes of weight copies in the dtype of the arithmetic.
 
-    In one process, autocast keeps copies of all projections of another type until the backward pass. FSDP keeps two
+    Without shards, autocast keeps copies of all projections of another type until the backward pass. FSDP keeps two
     layers (it gathers the next one ahead) and the buffer of the one that it gathers, the gradients of one layer's
     trained weights in that dtype and in fp32, and the gathered embeddings and output projections.
     """
-    if processes == 1:
+    if shards == 1:
         mixed = arithmetic not in (torch.float32, _held_in(model, config))
         return arithmetic.itemsize * sum(p.weight.numel() for p in projections_of(model).values()) if mixed else 0
     outside = sum(_embeddings(each) for each in (model, teacher) if each is not None)
@@ -292,13 +293,13 @@ def _copies(
     return arithmetic.itemsize * (outside + 3 * (layer + adapters) + trained) + _FP32 * trained
 
 
-def _activations(model: ElasticModel, config: TrainConfig, arithmetic: torch.dtype, processes: int) -> int:
+def _activations(model: ElasticModel, config: TrainConfig, arithmetic: torch.dtype, processes: int, shards: int) -> int:
     """Return the bytes that the forward pass of one visit keeps for the backward pass.
 
     With gradient checkpointing, it keeps each layer's input and everything of one layer.
     """
     tokens = config.visit.blocks_per_visit // processes * config.text.block_tokens
-    casts = processes == 1 and arithmetic != torch.float32
+    casts = shards == 1 and arithmetic != torch.float32
     sizes = [
         _activations_of_layer(model, layer, arithmetic, block_tokens=config.text.block_tokens, casts=casts)
         for layer in model.layers

@@ -32,7 +32,7 @@ SNAPSHOTS = "checkpoints"
 FINAL = ".final"
 GATHERED = ".gathered"
 # Settings that may change when a run resumes, because no weight depends on them.
-_FREE = ("out", "watch", "resume", "device", "dry_run")
+_FREE = ("out", "watch", "resume", "device", "replicate", "dry_run")
 
 
 class RunFolder:

@@ -46,6 +46,7 @@ from flextron.training.held_out import HeldOut, summary
 from flextron.training.optimizer import adamw, schedule
 from flextron.training.sampling import TokenRouterInUse, Visit, make_sampler
 from flextron.training.sharding import (
+    average_gradients,
     device_of,
     fill,
     is_sharded,
@@ -114,7 +115,8 @@ class TrainingRun:
         self.folder = RunFolder(config.out)
         processes = accelerator.num_processes
         device = device_of(config, accelerator)
-        self.model = open_model(config.model, device, processes=processes)
+        self.shards = 1 if config.replicate else processes
+        self.model = open_model(config.model, device, shards=self.shards)
         self.device = torch.device(device) if self.model.is_empty else self.model.device
         self.saved_dtype = self.model.dtype
         model = self.model.fingerprint()
@@ -143,7 +145,7 @@ class TrainingRun:
             open_teacher=self._open_teacher,
             changes=changes_of(config.model) if config.optimizer.train_pack else None,
         )
-        if processes > 1:
+        if self.shards > 1:
             self._shard()
         self.parameters = [p for p in self.distiller.parameters() if p.requires_grad]
         self.optimizer = adamw(self.parameters, config.optimizer)
@@ -220,8 +222,7 @@ class TrainingRun:
 
     def _open_teacher(self, path: str) -> elastic.ElasticModel:
         """Return the teacher without weights if the student has none."""
-        processes = self.accelerator.num_processes if self.model.is_empty else 1
-        return open_model(path, self.device, processes=processes)
+        return open_model(path, self.device, shards=self.shards if self.model.is_empty else 1)
 
     def _shard(self) -> None:
         """Shard student and teacher over all processes, and fill them if they have no weights yet."""
@@ -252,6 +253,8 @@ class TrainingRun:
     def _visit_all(self) -> list[dict[str, Any]]:
         """Add the gradients of a step's visits; return their losses in nats per token, averaged over all processes."""
         visits = [(visit, *self._visit(visit, tokens_BT)) for visit, tokens_BT in self._next_visits()]
+        if self.shards == 1:
+            average_gradients(self.parameters)
         sums = total(torch.stack([sums for _, sums, _ in visits])) / self.accelerator.num_processes
         return [
             {
@@ -299,7 +302,7 @@ class TrainingRun:
     def _disk_bytes(self) -> int:
         """Bytes that the run writes at least: one snapshot, of the weights and two moments, and the trained model."""
         stored = self.saved_dtype.itemsize * sum(weight.numel() for weight in self.model.lm.parameters())
-        stored *= 1 if self.accelerator.num_processes == 1 else 2  # as gathered, and as the checkpoint
+        stored *= 1 if self.shards == 1 else 2  # as gathered, and as the checkpoint
         return int(stored + 3 * sum(weight.nbytes for weight in self.parameters))
 
     def _agree(self, flag: bool) -> bool:

@@ -3,12 +3,13 @@
 Start them with torchrun or `accelerate launch`. In a single process, these functions return their values unchanged.
 
 A large model fits into no single process. So it is built without weights (`elastic.skeleton`), sharded, and then filled
-from safetensors, from which each process reads its own shards only. It is saved tensor by tensor.
+from safetensors, from which each process reads its own shards only. It is saved tensor by tensor. With `--replicate`
+each process has the whole model instead, and only gradients travel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -74,8 +75,8 @@ def is_sharded(module: nn.Module) -> bool:
     return isinstance(module, FSDPModule)
 
 
-def open_model(path: str, device: Any, *, processes: int) -> model.ElasticModel:
-    """Return the model to train, on `device`; of several processes each gets one without weights, for `fill`.
+def open_model(path: str, device: Any, *, shards: int) -> model.ElasticModel:
+    """Return the model to train, on `device`; if it is to be split into shards, one without weights, for `fill`.
 
     If the files hold weights under other names than the model, such as those of many experts one by one, every process
     loads the whole model.
@@ -83,7 +84,7 @@ def open_model(path: str, device: Any, *, processes: int) -> model.ElasticModel:
     Raises:
         FlextronError: as `ElasticModel.from_pretrained`.
     """
-    stored = Stored.of(path) if processes > 1 else None
+    stored = Stored.of(path) if shards > 1 else None
     found = None if stored is None else skeleton(str(stored.folder))
     if stored is None or found is None or not stored.fits(found.lm):
         return ElasticModel.from_pretrained(path, device=device)
@@ -202,6 +203,15 @@ def on_first(work: Callable[[], T]) -> T:
     if shared[1] is not None:
         raise shared[1]
     return cast(T, shared[0])
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Average the gradients over all processes, each of which has the whole model."""
+    if not dist.is_initialized():
+        return
+    for parameter in parameters:
+        if parameter.grad is not None:  # in all processes, because they visit the same sub-networks
+            total(parameter.grad).div_(dist.get_world_size())
 
 
 def total(values: torch.Tensor) -> torch.Tensor:

@@ -606,6 +606,7 @@ def tasks(paper: Paper, trained: Path) -> None:
     ]
     arguments += ["--budget", *(f"{METRIC}={budget}x" for budget in size.tasks_at), "--any-device"]
     arguments += ["--out-dir", str(paper.out / "tasks"), "--no-measure", "--device", settings.device]
+    arguments += ["--dtype", paper.dtype]
     paper.flextron("tasks", *arguments, *([] if size.limit is None else ["--limit", str(size.limit)]))
 
 

@@ -31,7 +31,7 @@ flextron.save_table(trained, flextron.measure_latency(model))
 flextron.make_router(model, trained, evaluations=160, tokens=512)
 
 # Ask for 60% of the full model's time per token, let that sub-network write, and keep it as a checkpoint of its own.
-answer = flextron.route(model, "0.6x")
+answer = flextron.route(model, "0.8x")
 print(*answer.costs(), sep="\n")
 print(flextron.generate(model, "The capital of France is", subnet=answer.subnet, max_new_tokens=16))
 report = flextron.export(model, answer.subnet, out / "small")

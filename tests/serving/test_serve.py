@@ -17,10 +17,12 @@ from served import GREEDY_BODY, make_model
 
 import tiny
 from flextron import cli
-from flextron.commands.serve import shares_from
+from flextron.commands.serve import TRAINED, hardly_trained, shares_from
 from flextron.config import ServeConfig
+from flextron.model import ElasticModel
 from flextron.ranking.sensitivity import Sensitivity
 from flextron.serving.api.address import bind
+from flextron.serving.levels import make_levels
 from flextron.training.sampling import even_sensitivity
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
@@ -145,6 +147,19 @@ def test_a_server_that_all_reach_warns_without_a_key(folder, capsys, monkeypatch
     monkeypatch.setenv("FLEXTRON_API_KEY", "secret")
     assert cli.main(["serve", str(folder), "--host", "0.0.0.0", "--port", "0"]) == 0  # noqa: S104
     assert "no --api-key" not in capsys.readouterr().err
+
+
+def test_levels_smaller_than_what_is_trained_are_told(folder):
+    model = ElasticModel.from_pretrained(folder)
+    levels = make_levels(model, shares=[0.2, 0.4, 0.6, 0.9, 1.0]).levels
+    shares = [f"{model.share(level.subnet):.0%}" for level in levels]
+    small = [level for level in levels if model.share(level.subnet) < TRAINED]
+    assert 1 < len(small) < len(levels)
+    said = hardly_trained(model, levels)
+    assert said.startswith(f"{small[0].name} to {small[-1].name} keep {shares[0]} to {shares[len(small) - 1]} of the")
+    assert said.endswith(f"--floor {levels[len(small)].name} leaves them out.")
+    assert hardly_trained(model, levels[:1]).startswith(f"{levels[0].name} keeps {shares[0]} of the")
+    assert hardly_trained(model, levels[len(small) :]) is None
 
 
 def test_levels_from_the_floor_up():

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 KEY = "FLEXTRON_API_KEY"
 STEPS = 20
 """Levels of a server whose floor is next to nothing."""
+EXAMPLE = 0.8
+"""Share of the level in the example of a request."""
+TRAINED = 0.5
+"""Share of the layers' weights that training covers by default, at least (`flextron train --smallest`)."""
 
 
 def run(config: ServeConfig) -> None:
@@ -77,6 +81,8 @@ def load_service(config: ServeConfig) -> Service:
     model = shared.load(config)
     tokenizer = require_tokenizer(model.tokenizer)
     levels = make_levels(model, shares=shares_from(config.floor), any_device=config.any_device, warn=shared.note)
+    if text := hardly_trained(model, levels.levels):
+        shared.note(text)
     size = {"max_rows": config.max_batch, "cache_tokens": config.cache_tokens, "max_waiting": config.max_queue}
     engine = make_engine(model, levels, **size)
     shared.note("timing a few batches, to predict how long steps take")
@@ -86,6 +92,21 @@ def load_service(config: ServeConfig) -> Service:
     except BaseException:
         engine.stop()
         raise
+
+
+def hardly_trained(model: ElasticModel, levels: Sequence[Level]) -> str | None:
+    """Return a line about levels smaller than what training covers; None if there are none."""
+    small = [level for level in levels if model.share(level.subnet) < TRAINED]
+    if not small:
+        return None
+    names = f"{small[0].name} keeps" if len(small) == 1 else f"{small[0].name} to {small[-1].name} keep"
+    found = [f"{model.share(level.subnet):.0%}" for level in (small[0], small[-1])[: len(small)]]
+    kept = " to ".join(dict.fromkeys(found))
+    way_out = f" --floor {levels[len(small)].name} leaves them out." if len(small) < len(levels) else ""
+    return (
+        f"{names} {kept} of the layers' weights. By default training covers sizes down to {TRAINED:.0%}; text of "
+        f"smaller ones is poor.{way_out}"
+    )
 
 
 def shares_from(floor: str) -> list[float]:
@@ -157,7 +178,8 @@ def ready_text(service: Service, address: str, *, keyed: bool) -> str:
     if not service.options.policy.adaptive:
         rows.append("requests that name no budget are never narrowed (--no-adaptive).")
     key = f" -H 'Authorization: Bearer ${KEY}'" if keyed else ""
-    body = f'{{"model": "{name}:{levels[0].name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    level = min(levels, key=lambda level: abs(level.share - EXAMPLE))
+    body = f'{{"model": "{name}:{level.name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
     rows.append(f"serving {name} at {address}; the page is at {address}/, try:")
     rows.append(f"curl {address}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'")
     return "\n".join(rows)

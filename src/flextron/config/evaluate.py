@@ -32,7 +32,7 @@ class EvaluateConfig:
 
     Example: flextron evaluate out/smollm2-elastic --subnet full 80% 60% neurons=768 --text book.txt
 
-    Example: flextron evaluate out/smollm2-elastic --budget 0.8x 0.6x --tasks paper --limit 500
+    Example: flextron evaluate out/smollm2-elastic --budget 0.9x 0.8x --tasks paper --limit 500
     """
 
     model: ModelArgument
@@ -50,7 +50,7 @@ class EvaluateConfig:
     block_tokens: int = 512
     """Tokens in one block. The model sees no other block."""
     original: OptionalText = None
-    """Also measure how far predictions on the text are from this model's (KL divergence): the folder, hub id or GGUF file that MODEL was made from. A text unlike the training text tells what was regained from what was adapted to that text."""
+    """Also measure how far predictions on the text are from this model's (KL divergence): the folder, hub id or GGUF file that MODEL was made from. Use text unlike the training text: on text like it, the loss also falls where the model only adapts to that kind of text."""
     json: bool = False
     """Print JSON instead of a table."""
     tasks: Annotated[tuple[str, ...], unset("STR [STR ...]")] = ()
@@ -74,7 +74,7 @@ class EvaluateConfig:
         if not self.subnet:
             raise ValueError("--subnet needs at least one sub-network, such as --subnet full.")
         if self.per_token and not self.budget:
-            raise ValueError("--per-token needs a budget, such as --budget 0.6x.")
+            raise ValueError("--per-token needs a budget, such as --budget 0.8x.")
         check_usage_picture(self.picture, per_token=self.per_token)
         for budget in self.budget:
             Budget.parse(budget)

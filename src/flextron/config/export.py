@@ -32,7 +32,7 @@ class ExportConfig:
 
     Example: flextron export out/smollm2-elastic out/smollm2-60 --subnet 60%
 
-    Example: flextron export out/smollm2-elastic small.gguf --budget 0.6x --to gguf --quantize q8_0
+    Example: flextron export out/smollm2-elastic small.gguf --budget 0.8x --to gguf --quantize q8_0
     """
 
     model: ModelArgument

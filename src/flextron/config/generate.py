@@ -27,7 +27,7 @@ from flextron.config.fields import (
 class GenerateConfig:
     """Complete a prompt with a sub-network.
 
-    Example: flextron generate out/smollm2-elastic "The capital of France is" --budget 0.6x
+    Example: flextron generate out/smollm2-elastic "The capital of France is" --budget 0.8x
     """
 
     model: ModelArgument
@@ -43,7 +43,7 @@ class GenerateConfig:
     picture: OptionalPath = None
     """With --per-token, a file for a picture of the text, where colours show how much each token computed: .html, .png, .svg or .pdf."""
     speculative: OptionalText = None
-    """Decode faster: this smaller sub-network drafts tokens that the larger one checks. The greedy text stays the same, up to rounding. Name a budget such as 0.5x, or a size as for --subnet, such as 50%."""
+    """Let this smaller sub-network draft tokens that the larger one checks; --compare tells whether that is faster here. The greedy text stays the same, up to rounding. Name a budget such as 0.5x, or a size as for --subnet, such as 50%."""
     draft_tokens: int = 4
     """With --speculative, the number of tokens to draft before each check."""
     compare: bool = False
@@ -65,7 +65,7 @@ class GenerateConfig:
         check_at_least("max_new_tokens", self.max_new_tokens, 1)
         check_at_least("temperature", self.temperature, 0)
         if self.per_token and self.budget is None:
-            raise ValueError("--per-token needs a budget, such as --budget 0.6x.")
+            raise ValueError("--per-token needs a budget, such as --budget 0.8x.")
         if self.hard and not self.per_token:
             raise ValueError("--hard needs --per-token.")
         check_at_least("draft_tokens", self.draft_tokens, 1)

@@ -24,7 +24,7 @@ class RouteConfig:
     For a budget of time, `route` also measures the sub-network, so that you can compare the predicted time with the
     real one.
 
-    Example: flextron route out/smollm2-elastic --budget 0.6x --out subnet.json
+    Example: flextron route out/smollm2-elastic --budget 0.8x --out subnet.json
     """
 
     model: ModelArgument

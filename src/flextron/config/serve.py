@@ -26,8 +26,8 @@ OptionalFloat = Annotated[float | None, unset("FLOAT")]
 class ServeConfig:
     """Serve a model over OpenAI's API. Every request names its own budget; all share one model and one batch.
 
-    A request names its budget as "budget": "0.6x" in its body, in its model's name (NAME:0.6x), or in the header
-    x-slo-tpot-ms. A share is kept exactly. A budget of time may be narrowed under load.
+    A request names its budget as "budget": "0.6x" in its body, in its model's name (NAME:0.6x), or in the headers
+    x-slo-ttft-ms and x-slo-tpot-ms. A share is kept exactly. A budget of time may be narrowed under load.
 
     Example: flextron serve out/trained --default-budget 0.8x --slo-tpot-ms 60
     """
@@ -45,11 +45,11 @@ class ServeConfig:
     cors: Annotated[tuple[str, ...], arg(metavar="[ORIGIN [ORIGIN ...]]", help_behavior_hint="")] = ()
     """Origins of web pages that may use the server, such as https://chat.example.com, or * for all. By default none."""
     floor: str = "0.5x"
-    """The narrowest sub-network to serve. Smaller budgets are refused, and load narrows no request further. Between it and the full model there is a level at every 0.05x."""
+    """The narrowest sub-network to serve. Smaller budgets are refused, and load narrows no request further. Between it and the full model there is a level at every 0.05x. Text below the smallest size that was trained is poor."""
     default_budget: str = "full"
     """Budget of requests that name none: full, a share such as 0.8x, or a time such as tpot=60ms."""
     adaptive: bool = True
-    """Narrow requests that name no budget when load or the --slo times ask for it. --no-adaptive keeps them at the default budget."""
+    """Narrow requests that name no budget, when load would make a request miss its time: the --slo times, or its own. --no-adaptive keeps them at the default budget."""
     slo_ttft_ms: OptionalFloat = None
     """Time to the first token to aim at, in ms, for requests that name no budget."""
     slo_tpot_ms: OptionalFloat = None

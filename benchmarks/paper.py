@@ -33,7 +33,7 @@ import tyro
 import yaml
 
 from flextron.atomic import new_folder, write_text
-from flextron.elastic.pack import find_pack
+from flextron.elastic.pack import Pack, find_pack
 from flextron.elastic.smollm2 import smollm2_path
 from flextron.environment import default_device, describe_environment, dtype_name, faster_dtype
 from flextron.subnet import Subnet
@@ -187,7 +187,8 @@ class Paper:
         self.seconds = found["seconds"] if found else {}
         self.minutes = found["minutes"] if found else 0.0
         device = default_device() if self.settings.device == "auto" else self.settings.device
-        self.dtype = found["dtype"] if found else dtype_name(faster_dtype(device))
+        own = Pack.load(Path(self.model)).dtype if self.is_trained else dtype_name(faster_dtype(device))
+        self.dtype = found["dtype"] if found else own
         self.about = {**asked, "dtype": self.dtype, "environment": describe_environment().splitlines()}
         self.lock = Lock()
         self.started = time.monotonic()

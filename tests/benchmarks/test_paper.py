@@ -1,6 +1,7 @@
 """`benchmarks/paper.py`: stages run once and in parallel, failures stop them, and all commands are valid."""
 
 import json
+import shutil
 import sys
 import threading
 import time
@@ -18,6 +19,7 @@ import router
 import tiny
 from flextron.cli import parse
 from flextron.costs.table import CostTable
+from flextron.elastic.pack import find_pack
 from flextron.subnet import SearchSpace, Subnet
 from paper import Paper, Settings
 from paper_page import SHAPE
@@ -203,8 +205,7 @@ def test_every_stage_is_a_command_that_fits_after_what_it_reads(settings, record
 
 
 def test_a_trained_pack_is_only_compared(settings, recorder, tmp_path):
-    (tmp_path / "pack").mkdir()
-    (tmp_path / "pack" / "pack.json").touch()
+    shutil.copytree(find_pack("smollm2"), tmp_path / "pack")
     settings = paper_script.replace(settings, size="pack", model=str(tmp_path / "pack"), task_data=tmp_path)
     paper_script.main(settings)
     assert {name for name, _ in recorder.ran} == {"measure-latency", "train-router", "route", "router", "evaluate"}

@@ -19,23 +19,16 @@ mpl.use("agg")
 LINES = {
     "**elastic, static router**": ("flextron, one router", "#1b6ca8", "o-", 2.6),
     "elastic, routed per token": ("flextron, every token its own widths", "#5fb0e5", "o-", 2.6),
-    "(e) each size trained alone, same tokens in all": (
-        "each size trained alone, same tokens in all",
-        "#666666",
-        "s--",
-        1.4,
-    ),
-    "(c) same weights, greedy": ("flextron's weights, greedy choice", "#3a9d5d", "^--", 1.4),
+    "(c) same weights, greedy": ("greedy choice", "#3a9d5d", "^--", 1.4),
     "(a) same weights, equal widths (Mix'n'Match)": (
-        "flextron's weights, equal widths (Mix'n'Match)",
+        "equal widths (Mix'n'Match)",
         "#c77c11",
         "v--",
         1.4,
     ),
-    "(b) same weights, layer dropping": ("flextron's weights, layers dropped", "#b5382a", "D--", 1.4),
+    "(b) same weights, layer dropping": ("layers dropped", "#b5382a", "D--", 1.4),
 }
 """Row of the table -> its label, colour, marker and line width."""
-BEYOND = ("(f) optipfair, trained alone, same tokens in all", "(f) mergekit, trained alone, same tokens in all")
 CELL = re.compile(r"([\d.]+)x: ([\d.]+)(?: \([+-][\d.]+ ± ([\d.]+)\))?")
 
 
@@ -63,7 +56,7 @@ def rows_of(page: str) -> dict[str, list[Point]]:
     rows = {
         name: [Point(float(t), float(y), float(e or 0)) for t, y, e in CELL.findall(cells)] for name, cells in lines
     }
-    if missing := [name for name in (*LINES, *BEYOND) if not rows.get(name)]:
+    if missing := [name for name in LINES if not rows.get(name)]:
         raise ValueError(f"no figures for {', '.join(missing)}; is this docs/results.md?")
     return rows
 
@@ -76,19 +69,18 @@ def full_loss(page: str) -> float:
     return float(found[1])
 
 
-def caption(page: str, rows: dict[str, list[Point]]) -> str:
+def caption(page: str) -> str:
     """Conditions, as the page has them."""
-    trained = re.search(r"ranked on (\d+) tokens, trained on (\d+)", page)
+    trained = re.search(r"trained before, on ([\d,]+) tokens", page)
+    asked = re.search(r"Losses are means over (\d+) tokens .* time to the first token of a (\d+)-token prompt", page)
     machine = re.search(r"python [\d.]+; (.+?);", page)
-    if trained is None or machine is None:
+    if trained is None or asked is None or machine is None:
         raise ValueError("no conditions in the page; is this docs/results.md?")
-    losses = [point.loss for name in BEYOND for point in rows[name]]
     return (
-        f"SmolLM2-135M-Instruct, ranked on {int(trained[1]):,} tokens and trained on {int(trained[2]):,}, one seed, "
-        f"fp32; 256-token prompts on an {machine[1]}. Loss on 3,072 held-out tokens. Bars: standard error of the "
-        "difference to the router at equal time (text and timing). Per-token times come from the latency table, all "
-        f"others were measured. Not shown: optipfair and mergekit, trained alike, at {min(losses):.2f} to "
-        f"{max(losses):.2f} nats. Source: docs/results.md; drawn by benchmarks/readme_picture.py."
+        f"SmolLM2-135M-Instruct with flextron's pack of {trained[1]} training tokens, one seed; {asked[2]}-token "
+        f"prompts on an {machine[1]}. Loss on {int(asked[1]):,} held-out tokens. All lines choose from the same weights. "
+        "Bars: standard error of the difference to the router at equal time (text and timing). Per-token times come from the "
+        "latency table, all others were measured. Source: docs/results.md; drawn by benchmarks/readme_picture.py."
     )
 
 
@@ -99,8 +91,7 @@ def draw(page: str) -> Figure:
     axes = figure.subplots()
     full = Point(1.0, full_loss(page), 0.0)
     for name, (label, colour, style, width) in LINES.items():
-        start = [] if "trained alone" in name else [full]  # their full model is another one
-        _draw_line(axes, [*start, *rows[name]], label=label, colour=colour, style=style, width=width)
+        _draw_line(axes, [full, *rows[name]], label=label, colour=colour, style=style, width=width)
     axes.plot(full.time, full.loss, "k*", markersize=13, zorder=5)
     axes.annotate("full model", (full.time, full.loss), (10, -12), textcoords="offset points")
     axes.set(
@@ -109,9 +100,7 @@ def draw(page: str) -> Figure:
     axes.invert_xaxis()
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, loc="upper left", fontsize=9)
-    figure.supxlabel(
-        "\n".join(textwrap.wrap(caption(page, rows), 138)), fontsize=7.5, color="#444444", ha="left", x=0.02
-    )
+    figure.supxlabel("\n".join(textwrap.wrap(caption(page), 138)), fontsize=7.5, color="#444444", ha="left", x=0.02)
     return figure
 
 

@@ -44,7 +44,7 @@ MENU = {
         "deploy",
     ],
     "Reference": ["reference", "formats", "glossary", "architectures", "add_a_family", "architecture"],
-    "Results": ["measured", "results"],
+    "Results": ["measured", "results", "results-few-tokens"],
     "Project": ["/CONTRIBUTING", "/CHANGELOG", "decisions/index"],
 }
 """Kept here so that the pages stay plain Markdown, which GitHub shows as it stands."""

@@ -78,9 +78,10 @@ def caption(page: str) -> str:
         raise ValueError("no conditions in the page; is this docs/results.md?")
     return (
         f"SmolLM2-135M-Instruct with flextron's pack of {trained[1]} training tokens, one seed; {asked[2]}-token "
-        f"prompts on an {machine[1]}. Loss on {int(asked[1]):,} held-out tokens. All lines choose from the same weights. "
-        "Bars: standard error of the difference to the router at equal time (text and timing). Per-token times come from the "
-        "latency table, all others were measured. Source: docs/results.md; drawn by benchmarks/readme_picture.py."
+        f"prompts on an {machine[1]}. Loss on {int(asked[1]):,} held-out tokens. All lines choose from the same "
+        "weights. Bars: standard error of the difference to the router at equal time (text and timing). Per-token "
+        "times come from the latency table, all others were measured. Source: docs/results.md; drawn by "
+        "benchmarks/readme_picture.py."
     )
 
 

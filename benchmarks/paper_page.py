@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 
 from flextron.atomic import write_text
 from flextron.costs.table import CostTable
+from flextron.exporting.card import text_names
 from flextron.pictures.widths import save_figure
 from flextron.subnet import Subnet
 
@@ -283,9 +284,9 @@ def _trained(results: Results) -> str:
     settings, size, dtype = results.settings, results.about["size"], results.about["dtype"]
     if results.of_a_pack:
         pack = _read(results.folder / "ranked" / "pack.json")
-        data = ", ".join(map(_short, pack["about"]["data"]))
         return (
-            f"The pack of {pack['base']} was trained before, on {pack['about']['tokens']:,} tokens of {data}; "
+            f"The pack of {pack['base']} was trained before, on {pack['about']['tokens']:,} tokens of "
+            f"{text_names(pack['about']['data'])}; "
             f"everything here runs in {dtype}."
         )
     return (

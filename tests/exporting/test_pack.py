@@ -13,6 +13,7 @@ from flextron.elastic.model import projections_of
 from flextron.elastic.pack import FILE, WEIGHTS, LowRank, Pack, find_pack, shipped_packs
 from flextron.elastic.permutation import permute
 from flextron.errors import CheckpointError, ExportError, FlextronError
+from flextron.exporting.card import text_names
 from flextron.exporting.pack import accuracy_table, make_pack, pack_card, save_pack
 from flextron.model import ElasticModel
 from flextron.routers.static.pairs import Pairs
@@ -274,3 +275,8 @@ def test_command(folders, capsys):
     assert cli.main(["generate", str(folders / "made"), "The fox", "--subnet", "60%", "--max-new-tokens", "3"]) == 0
     assert cli.main(words) == 2
     assert "made exists" in capsys.readouterr().err
+
+
+def test_many_texts_are_counted_and_few_are_named():
+    assert text_names(["corpus/a.jsonl.xz", "sample/train"]) == "a.jsonl.xz, sample/train"
+    assert text_names([f"{name}.jsonl" for name in "abcdefg"]) == "7 texts"

@@ -13,6 +13,7 @@ from flextron.demo.stages import Stage
 from flextron.demo.tour import Tour
 from flextron.elastic.pack import FILE, Pack, find_pack, shipped_packs
 from flextron.errors import RouterError
+from flextron.exporting.card import text_names
 from flextron.model import ElasticModel
 from flextron.routers.static.making import router_from_pairs
 
@@ -70,7 +71,7 @@ class PackTour(Tour):
 
     def _conditions(self, *, trained: bool) -> dict[str, Any]:
         tokens, data = self.about.get("tokens"), self.about.get("data", [])
-        training = f"{tokens:,} tokens of {', '.join(data)}" if tokens else "nothing: they are ranked only"
+        training = f"{tokens:,} tokens of {text_names(data)}" if tokens else "nothing: they are ranked only"
         command = "flextron quickstart --from-scratch --out out/scratch"
         router = json.loads((self.out / "router.json").read_text(encoding="utf8")) if trained else None
         return {"training": training, "router": router, "left_out": command, "accuracy": self.about.get("accuracy")}

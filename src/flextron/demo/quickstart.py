@@ -44,7 +44,7 @@ def quickstart(config: QuickstartConfig | None = None) -> Path:
             raise
     print("\n" + path.read_text(encoding="utf8"))
     print(f"Wrote {path} after {in_words(time.monotonic() - started)}; beside it lie the model and pictures.")
-    print(f'Try: flextron generate {config.out / "trained"} "Once upon a time" --budget ttft=0.6x')
+    print(f'Try: flextron generate {config.out / "trained"} "Once upon a time" --budget ttft=0.8x')
     return path
 
 

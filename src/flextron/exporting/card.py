@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -20,6 +20,8 @@ from flextron.routers.static.router import Router, metrics_with_router
 from flextron.subnet import Subnet
 
 CARD = "README.md"
+MOST_NAMES = 5
+"""Texts that are named one by one."""
 
 
 def command() -> str:
@@ -164,3 +166,8 @@ def _read(folder: Path | None, name: str, kind: type[Any]) -> Any:
 def text_name(text: str) -> str:
     """Return a text's name without this machine's folders."""
     return text if text.startswith("sample/") else Path(text).name
+
+
+def text_names(texts: Sequence[str]) -> str:
+    """Return the texts' names, or how many texts there are if the names would fill a line."""
+    return ", ".join(map(text_name, texts)) if len(texts) <= MOST_NAMES else f"{len(texts)} texts"

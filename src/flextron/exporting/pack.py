@@ -28,7 +28,7 @@ from flextron.elastic.permutation import permute
 from flextron.elastic.projections import Projection
 from flextron.environment import dtype_name
 from flextron.errors import ExportError
-from flextron.exporting.card import CARD, text_name
+from flextron.exporting.card import CARD, text_name, text_names
 from flextron.ranking.moments import root_of, second_moments
 from flextron.ranking.sensitivity import Sensitivity
 from flextron.records import Journal
@@ -164,7 +164,7 @@ def pack_card(pack: Pack, losses: str) -> str:
         losses: a Markdown table of what the pack loses against the trained checkpoint.
     """
     trained = pack.about.get("tokens")
-    history = f"trained on {trained:,} tokens of {', '.join(pack.about['data'])}" if trained else "not trained further"
+    history = f"trained on {trained:,} tokens of {text_names(pack.about['data'])}" if trained else "not trained further"
     sections = [
         "---\nlibrary_name: flextron\npipeline_tag: text-generation\ntags: [flextron]\n---",
         f"# An elastic pack for {pack.base}",

@@ -142,7 +142,7 @@ def test_deploying(checkpoint, tmp_path, monkeypatch, capsys):
     pytest.importorskip("xllamacpp")
     monkeypatch.chdir(tmp_path)
     shutil.copytree(checkpoint, "out/trained")
-    small = {"--budget": "--subnet", "0.6x": "neurons=24", "60%": "neurons=24", "q8_0": "f16"}
+    small = {"--budget": "--subnet", "0.8x": "neurons=24", "60%": "neurons=24", "q8_0": "f16"}
     commands = commands_of("docs/deploy.md")
     assert [words[0] for words in commands] == VERBS["docs/deploy.md"]
     for words in commands:

@@ -173,6 +173,8 @@ class Paper:
         self.out = self.settings.out
         self.size = self.settings.of
         self.is_trained = self.settings.size == "pack"
+        kept = ("choices", "tasks") if self.is_trained else get_args(Part)
+        self.parts = tuple(part for part in self.settings.parts if part in kept)
         self.model = self.settings.model
         if self.model == "smollm2":
             self.model = str(find_pack(self.model) if self.is_trained else smollm2_path())
@@ -376,11 +378,11 @@ def prepare(paper: Paper) -> Path:
     """Stages: rank or copy, and measure the latency table that prices everything; return the ranked folder."""
     settings, size = paper.settings, paper.size
     ranked = paper.out / "ranked"
-    tokens = ["--tokens", str(size.rank_tokens), "--sensitivity-tokens", str(size.sensitivity_tokens)]
-    tokens += ["--text", settings.rank, "--device", settings.device]
     if paper.is_trained:
         paper.once("copy", lambda _: _copy(Path(paper.model), ranked))
     else:
+        tokens = ["--tokens", str(size.rank_tokens), "--sensitivity-tokens", str(size.sensitivity_tokens)]
+        tokens += ["--text", settings.rank, "--device", settings.device]
         paper.flextron("rank", "rank", paper.model, str(ranked), *tokens, "--dtype", paper.dtype)
     timed = ["--phase", "prefill", "--rounds", str(size.rounds)]
     timed += ["--batch", str(size.batch), "--tokens", str(size.prompt_tokens)]
@@ -400,23 +402,22 @@ def routed(paper: Paper, ranked: Path) -> Chains:
         options = ["--budget", f"{METRIC}={budget}x", "--out", str(answer_of(paper, budget)), "--no-measure"]
         options += ["--any-device", "--device", paper.settings.device]
         paper.flextron(f"answer to {budget}x", "route", str(ranked), *options)
-    if paper.is_trained:
-        return elastic(paper, ranked)
-    chains: list[Chain] = [lambda: elastic(paper, ranked), lambda: untrained(paper, ranked)]
+    chains: list[Chain] = [lambda: elastic(paper, ranked)]
+    if not paper.is_trained:
+        chains.append(lambda: untrained(paper, ranked))
     for part, make in PARTS.items():
-        if part in paper.settings.parts:
+        if part in paper.parts:
             chains += make(paper, ranked)
     return chains
 
 
 def elastic(paper: Paper, ranked: Path) -> Chains:
     """Chain: train the weights at the router's answers, unless they are; return the chains that need them."""
-    parts = paper.settings.parts
     trained = ranked if paper.is_trained else train(paper, "elastic", ranked, *JOINT)
     chains: list[Chain] = [lambda: per_token(paper, trained)]
-    if "choices" in parts:
+    if "choices" in paper.parts:
         chains.append(lambda: choices(paper, trained, rounds=0))
-    if "ablations" in parts and not paper.is_trained:
+    if "ablations" in paper.parts:
         chains.append(lambda: no_surrogate(paper, trained))
     return chains
 
@@ -425,7 +426,7 @@ def per_token(paper: Paper, trained: Path) -> Chains:
     """Chain: train the token router; return chains for losses and tasks, static and per token."""
     train_router(paper, "token router", trained, "--per-token", "--token-tokens", str(paper.size.token_tokens))
     chains: list[Chain] = [lambda: losses(paper, "elastic", trained, "--budget", *budgets_of(paper), "--per-token")]
-    if "tasks" in paper.settings.parts:
+    if "tasks" in paper.parts:
         chains.append(lambda: tasks(paper, trained))
     return chains
 
@@ -596,15 +597,8 @@ def tasks(paper: Paper, trained: Path) -> None:
     if settings.task_data is None:
         print("no tasks run without --task-data (docs/tasks.md)", flush=True)
         return
-    arguments = [
-        "evaluate",
-        str(trained),
-        "--tasks",
-        *size.tasks,
-        "--task-data",
-        str(settings.task_data),
-        "--per-token",
-    ]
+    arguments = ["evaluate", str(trained), "--per-token", "--tasks", *size.tasks]
+    arguments += ["--task-data", str(settings.task_data)]
     arguments += ["--budget", *(f"{METRIC}={budget}x" for budget in size.tasks_at), "--any-device"]
     arguments += ["--out-dir", str(paper.out / "tasks"), "--no-measure", "--device", settings.device]
     arguments += ["--dtype", paper.dtype]
@@ -625,10 +619,9 @@ def main(settings: Settings) -> None:
     """Run the unfinished stages, and write the page."""
     paper = Paper(settings)
     ranked = prepare(paper)
-    prunes = "rivals" in settings.parts and not paper.is_trained
-    needs_no_router: list[Chain] = [lambda: rivals(paper, ranked)] if prunes else []
+    needs_no_router: list[Chain] = [lambda: rivals(paper, ranked)] if "rivals" in paper.parts else []
     paper.together([lambda: routed(paper, ranked), *needs_no_router])
-    if "choices" in settings.parts:
+    if "choices" in paper.parts:
         choices(paper, ranked if paper.is_trained else paper.out / "elastic", rounds=settings.rounds)
     paper.save()
     if not (paper.out / "choices.json").is_file():

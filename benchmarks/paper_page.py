@@ -286,8 +286,7 @@ def _trained(results: Results) -> str:
         pack = _read(results.folder / "ranked" / "pack.json")
         return (
             f"The pack of {pack['base']} was trained before, on {pack['about']['tokens']:,} tokens of "
-            f"{text_names(pack['about']['data'])}; "
-            f"everything here runs in {dtype}."
+            f"{text_names(pack['about']['data'])}; everything here runs in {dtype}."
         )
     return (
         f"{Path(settings['model']).name} was ranked on {size['rank_tokens']} tokens, trained on "
@@ -428,13 +427,14 @@ def _left_out(results: Results) -> list[str]:
         lines.append("- `--size full`, on a GPU: more text, training, documents and seeds.")
     if size["seeds"] == 1:
         lines.append("- More than one training seed: standard errors cover the text, not training.")
-    parts = {"Tasks": "tasks_at"}
+    has_tasks = (results.folder / "tasks" / "results.md").is_file()
+    parts = {"Tasks": "tasks_at"} if has_tasks else {}
     if not results.of_a_pack:
         parts["(e) with the same tokens for each, and ablations"] = "costly_at"
     for what, key in parts.items():
         if set(size[key]) != set(size["budgets"]):
             lines.append(f"- {what} at budgets other than {', '.join(f'{each}x' for each in size[key])}.")
-    if size["limit"]:
+    if size["limit"] and has_tasks:
         lines.append(f"- Tasks on more than {size['limit']} documents each.")
     return ["## What was not run", "", *lines, ""]
 

@@ -22,6 +22,7 @@ import tyro
 from transformers import PreTrainedTokenizerBase
 
 from flextron import ElasticModel
+from flextron.data.blocks import require_tokenizer
 from flextron.data.sources import open_source
 from flextron.elastic.checkpoint import quiet_transformers
 from flextron.environment import faster_dtype
@@ -57,9 +58,7 @@ def main(settings: Settings) -> None:
     quiet_transformers()
     torch.manual_seed(settings.seed)
     model = ElasticModel.from_pretrained(settings.model, dtype=faster_dtype("cpu"))
-    tokenizer = model.tokenizer
-    if tokenizer is None:
-        raise SystemExit(f"error: {settings.model} has no tokenizer.")
+    tokenizer = require_tokenizer(model.tokenizer)
     chat = tokenizer(CHAT, add_special_tokens=False).input_ids
     end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
     documents = beginnings(tokenizer, settings)
@@ -88,7 +87,7 @@ def written(model: ElasticModel, tokens_BT: torch.Tensor, end: int, settings: Se
         pad_token_id=end,
     )
     for row in output_BT.tolist():
-        text = row[row[0] == end :]
+        text = row[1:] if row[0] == end else row
         yield text[: text.index(end)] if end in text else text
 
 

@@ -18,7 +18,7 @@ from flextron.elastic.families import FAMILIES, Family
 from flextron.elastic.model import cast, move
 from flextron.elastic.pack import FILE as PACK_FILE
 from flextron.elastic.pack import Pack, find_pack
-from flextron.elastic.quantized import INT8, quantize
+from flextron.elastic.quantized import is_quantized, quantize
 from flextron.elastic.smollm2 import named
 from flextron.environment import as_dtype
 from flextron.subnet import SearchSpace, Subnet
@@ -90,8 +90,8 @@ class ElasticModel(elastic.ElasticModel):
                 pack that comes with flextron.
             pack: turn the checkpoint, a base, into the elastic model that this pack holds: a folder, a hub id, or the
                 name of a pack that comes with flextron.
-            dtype: type of the weights; "auto" keeps the checkpoint's. "int8" quantises each row of the matrices, on a
-                CPU: for running only, at a quarter of the memory of float32.
+            dtype: type of the weights; "auto" keeps the checkpoint's. "int8" and "int4" quantise the matrices, on a
+                CPU: for running only, at about a quarter and a sixth of the memory of float32.
             device: where to put the model; "auto" takes a GPU if there is one.
             kwargs: `search_space`, and what transformers' `from_pretrained` takes (`revision`, ...).
 
@@ -99,11 +99,11 @@ class ElasticModel(elastic.ElasticModel):
             CheckpointError: the checkpoint or the pack is missing, truncated or incomplete, or they do not belong
                 together.
             UnknownFamilyError: the architecture has no entry, and discovery finds nothing that holds.
-            FlextronError: the device does not exist; or int8 is asked for, and it is not a CPU.
+            FlextronError: the device does not exist; or int8 or int4 is asked for, and it is not a CPU.
         """
-        if dtype == INT8:
+        if is_quantized(dtype):
             model = cls.from_pretrained(path, pack=pack, dtype="float32", device=device, **kwargs)
-            quantize(model)
+            quantize(model, dtype)
             return model
         path = named(path)
         if pack is None and not (Path(path) / PACK_FILE).is_file():

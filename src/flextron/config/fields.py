@@ -16,7 +16,7 @@ def unset(metavar: str) -> object:
 
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-HeldType = Literal["auto", "float32", "bfloat16", "float16", "int8"]
+HeldType = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"]
 Score = Literal["reconstruction", "absolute", "absolute_weight", "rms", "rms_weight"]
 Engine = Literal["hf", "gguf"]
 Quantization = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "q6_k", "q5_k_m", "q4_k_m"]
@@ -69,7 +69,7 @@ AnyDeviceArgument = Annotated[
 HeldTypeArgument = Annotated[
     HeldType,
     arg(
-        help="Data type of the weights. auto keeps the checkpoint's. int8 takes a quarter of float32's memory, on a CPU."
+        help="Data type of the weights. auto keeps the checkpoint's. int8 and int4 take about a quarter and a sixth of float32's memory, on a CPU."
     ),
 ]
 DtypeArgument = Annotated[Dtype, arg(help="Data type of the weights. auto keeps the checkpoint's.")]

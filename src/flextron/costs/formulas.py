@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from flextron.costs.table import CostTable, linear_table
-from flextron.elastic.model import ElasticModel, SubLayer
+from flextron.elastic.model import ElasticModel, SubLayer, projections_of
 from flextron.environment import dtype_name
 
 FORMULAS = ("parameters", "weights", "kv", "flops")
@@ -42,32 +42,36 @@ def formula_table(model: ElasticModel, metric: str, *, context_tokens: int | Non
 
 def _held(model: ElasticModel, metric: str) -> CostTable:
     """What the weights are: number or bytes."""
+    quantised = {id(p.weight): p.quantized for p in projections_of(model).values() if p.quantized is not None}
 
     def size(parameters: Iterable[torch.Tensor]) -> int:
-        return sum(p.numel() * (p.element_size() if metric == "weights" else 1) for p in parameters)
+        if metric == "parameters":
+            return sum(parameter.numel() for parameter in parameters)
+        return sum(quantised.get(id(parameter), parameter).nbytes for parameter in parameters)
 
     def row(sub: SubLayer, widths: tuple[int, ...]) -> tuple[float, ...]:
-        units = size(sub.unit_parameters()) + size(_scales(sub.opens))
-        rest = size(sub.parameters()) + size(_scales((*sub.opens, sub.closes))) - units
+        units = size(sub.unit_parameters())
+        rest = size(sub.parameters()) - units
         return tuple(units // sub.width.full * width + rest if width else 0 for width in widths)
 
     space = model.search_space
     elastic = sum(size(sub.parameters()) for _, _, sub in model.sub_layers())
-    around = (model.lm.get_output_embeddings(), model.lm.get_input_embeddings())
+    around = size([*model.lm.parameters(), *(_scales(model) if metric == "weights" else ())])
     return CostTable(
         space,
         metric,
         "bytes" if metric == "weights" else metric,
-        size(model.lm.parameters()) + size(_scales(around)) - elastic,
+        around - elastic,
         tuple(row(layer.mlp, space.neurons) for layer in model.layers),
         tuple(row(layer.attention, space.kv_groups) for layer in model.layers),
         {"formula": metric, **({"dtype": model.weights_type} if metric == "weights" else {})},
     )
 
 
-def _scales(modules: Iterable[Any]) -> Iterable[torch.Tensor]:
-    """What int8 weights are multiplied by, tied ones once."""
-    found = (getattr(module, "scale", None) for module in modules)
+def _scales(model: ElasticModel) -> Iterable[torch.Tensor]:
+    """What embeddings and output projection in 8 bits are multiplied by, tied ones once."""
+    around = (model.lm.get_output_embeddings(), model.lm.get_input_embeddings())
+    found = (getattr(module, "scale", None) for module in around)
     return {id(scale): scale for scale in found if isinstance(scale, torch.Tensor)}.values()
 
 

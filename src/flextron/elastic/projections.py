@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +70,17 @@ class Width:
             self.kept, self.rows = kept, rows
 
 
+class Quantized(Protocol):
+    """A matrix [out, in] in few bits."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it holds."""
+
+    def floats(self, rows: slice, columns: slice) -> torch.Tensor:
+        """Some rows and columns in float32."""
+
+
 class Projection(nn.Module):
     """A projection whose rows or columns belong to the units of `width`.
 
@@ -83,17 +94,17 @@ class Projection(nn.Module):
     bias: Any
     multiply: Callable[..., torch.Tensor] | None = None
     """Computes products in place of `F.linear`, with the same arguments; set by the serving engine."""
-    scale: torch.Tensor | None = None
-    """What each output of int8 weights is multiplied by, [out]; None for weights in float."""
+    quantized: Quantized | None = None
+    """The numbers of `weight`, which then has a shape only; None for weights in float."""
 
     def matrix(self) -> torch.Tensor:
         """Return a view of the weight as [out, in].
 
         Raises:
-            FlextronError: the weights are in 8 bits.
+            FlextronError: the weights are quantised.
         """
-        if self.scale is not None:
-            raise FlextronError("the weights of this model are int8, for running only. Load it in a float type.")
+        if self.quantized is not None:
+            raise FlextronError("the weights of this model are quantised, for running only. Load it in a float type.")
         return self._stored()
 
     @property
@@ -104,22 +115,22 @@ class Projection(nn.Module):
     def _stored(self) -> torch.Tensor:
         return self.weight.t() if self.transposed else self.weight
 
+    def _part(self, rows: slice, columns: slice, dtype: torch.dtype) -> torch.Tensor:
+        """Some rows and columns of the weight as [out, in]: a view, or if it is quantised a copy in `dtype`."""
+        if self.quantized is not None:
+            return self.quantized.floats(rows, columns).to(dtype)
+        return self._stored()[rows, columns]
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Project with the units that run."""
         if self.width.rows is not None:
             return self._of_rows(x, self.width.rows)
-        if self.width.is_full and self.multiply is None and self.scale is None:
+        if self.width.is_full and self.multiply is None and self.quantized is None:
             return super().forward(x)  # type: ignore[no-any-return]
         return self._narrow(x)
 
-    def _product(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, scale: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        multiply = self.multiply or F.linear
-        if scale is None:
-            return multiply(x, weight, bias)
-        y = multiply(x, weight.to(x.dtype), None) * scale.to(x.dtype)
-        return y if bias is None else y + bias
+    def _product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return (self.multiply or F.linear)(x, weight, bias)
 
     def _of_rows(self, x: torch.Tensor, rows: RowGroups) -> torch.Tensor:
         """Project a batch whose rows use different numbers of units."""
@@ -134,18 +145,13 @@ class _Opening(Projection):
     """Keeps the first rows: [B, T, D] -> [B, T, stacked * K]."""
 
     def _narrow(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        weights = self._stored().chunk(self.stacked)
-        biases, scales = (
-            (None,) * self.stacked if vector is None else vector.chunk(self.stacked)
-            for vector in (self.bias, self.scale)
-        )
-        rows = self.width.span(weights[0].shape[0])
-        parts = [
-            self._product(
-                x_BTD, weight[rows], None if bias is None else bias[rows], None if scale is None else scale[rows]
-            )
-            for weight, bias, scale in zip(weights, biases, scales, strict=True)
-        ]
+        size = self._stored().shape[0] // self.stacked
+        span = self.width.span(size)
+        parts = []
+        for first in range(0, size * self.stacked, size):
+            rows = slice(first + span.start, first + span.stop)
+            weight = self._part(rows, slice(None), x_BTD.dtype)
+            parts.append(self._product(x_BTD, weight, None if self.bias is None else self.bias[rows]))
         return parts[0] if self.stacked == 1 else torch.cat(parts, dim=-1)
 
     def _of_rows(self, x_BTD: torch.Tensor, rows: RowGroups) -> torch.Tensor:
@@ -165,15 +171,12 @@ class _Closing(Projection):
         if (mask := self.width.mask) is not None:
             parts = x_BTK.view(*x_BTK.shape[:-1], mask.shape[-1], x_BTK.shape[-1] // mask.shape[-1])
             x_BTK = (parts * mask[..., None].to(x_BTK.dtype)).flatten(-2)
-        matrix = self._stored()
         if not self.width.kept:
             return self._nothing(x_BTK)
-        columns = matrix[:, self.width.span(matrix.shape[1])]
+        columns = self._part(slice(None), self.width.span(self.inputs), x_BTK.dtype)
         if (sums_ND := self.width.sums) is not None:
-            if self.scale is not None:
-                return sums_ND.add_(self._product(x_BTK.flatten(0, -2), columns, None, self.scale))
             return torch.addmm(sums_ND, x_BTK.flatten(0, -2), columns.t(), out=sums_ND)
-        return self._product(x_BTK, columns, None if self.width.first else self.bias, self.scale)
+        return self._product(x_BTK, columns, None if self.width.first else self.bias)
 
     def _nothing(self, x_BTK: torch.Tensor) -> torch.Tensor:
         """What no unit adds: zeros, also instead of the bias, for sub-layers without a module that could be skipped."""

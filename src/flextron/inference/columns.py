@@ -9,7 +9,7 @@ Shapes: M rows (tokens), O outputs, K inputs, P parts of the inputs, S strips of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,12 +17,10 @@ from llvmlite import ir
 from numba import prange, types
 from numba.extending import intrinsic
 
+from flextron.inference import vectors
 from flextron.inference.memory import kernel, load
+from flextron.inference.vectors import LANES, TOKENS, add_tile
 
-LANES = 16
-"""Outputs that one instruction, or two, compute."""
-_TOKENS = 4
-"""Rows of x whose sums with LANES outputs fill a processor's registers."""
 _COLUMNS = 4
 """Columns that are added to the sums of one row at once."""
 _BLOCK = 32
@@ -34,68 +32,6 @@ _AHEAD = 4096
 
 Range = tuple[int, int]
 """First, and one after the last."""
-_int, _float = ir.IntType(64), ir.FloatType()
-_floats = ir.VectorType(_float, LANES)
-_LOOSE = ("contract", "reassoc", "nsz")
-
-
-def _whole(value: int) -> Any:
-    return ir.Constant(_int, value)
-
-
-def _at(builder: Any, address: Any, offset: Any, kind: Any) -> Any:
-    return builder.inttoptr(builder.add(address, offset), kind.as_pointer())
-
-
-def _everywhere(builder: Any, value: Any) -> Any:
-    """A vector whose numbers are all `value`."""
-    first = builder.insert_element(ir.Constant(_floats, ir.Undefined), value, ir.Constant(ir.IntType(32), 0))
-    lanes = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
-    return builder.shuffle_vector(first, first, lanes)
-
-
-def _added(builder: Any, total: Any, one: Any, other: Any) -> Any:
-    return builder.fadd(total, builder.fmul(one, other, flags=_LOOSE), flags=_LOOSE)
-
-
-def _read(builder: Any, address: Any, offset: Any, kind: Any) -> Any:
-    """LANES stored numbers as float32."""
-    stored = {types.float32: _float, types.uint16: ir.IntType(16), types.int8: ir.IntType(8)}[kind]
-    values = builder.load(_at(builder, address, offset, ir.VectorType(stored, LANES)))
-    values.align = kind.bitwidth // 8
-    if kind == types.int8:
-        return builder.sitofp(values, _floats)
-    if kind == types.uint16:
-        bits = builder.zext(values, ir.VectorType(ir.IntType(32), LANES))
-        return builder.bitcast(builder.shl(bits, ir.Constant(bits.type, [16] * LANES)), _floats)
-    return values
-
-
-def _read_floats(builder: Any, address: Any, offset: Any) -> Any:
-    return _read(builder, address, offset, types.float32)
-
-
-def _write(builder: Any, values: Any, address: Any, offset: Any) -> None:
-    builder.store(values, _at(builder, address, offset, _floats)).align = 4
-
-
-def _loop(builder: Any, count: Any, sums: Sequence[Any], body: Callable[[Any, Sequence[Any]], Sequence[Any]]) -> Any:
-    """Run `body(index, sums)` for each index below `count`, which is at least 1; return the last sums."""
-    before, block, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
-    builder.branch(block)
-    builder.position_at_end(block)
-    index = builder.phi(_int)
-    index.add_incoming(_whole(0), before)
-    running = [builder.phi(each.type) for each in sums]
-    results = body(index, running)
-    following = builder.add(index, _whole(1))
-    index.add_incoming(following, block)
-    for phi, first, result in zip(running, sums, results, strict=True):
-        phi.add_incoming(first, before)
-        phi.add_incoming(result, block)
-    builder.cbranch(builder.icmp_signed("<", following, count), block, after)
-    builder.position_at_end(after)
-    return results
 
 
 @intrinsic
@@ -115,23 +51,24 @@ def _add_columns(_context: Any, w: Any, column: Any, strips: Any, x: Any, y: Any
         flags = [ir.Constant(ir.IntType(32), value) for value in (0, 3, 1)]  # to read, keep near, data
         kind = ir.FunctionType(ir.VoidType(), [byte, *(flag.type for flag in flags)])
         fetch = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
-        factors = [_everywhere(builder, builder.load(_at(builder, x, _whole(4 * k), _float))) for k in range(_COLUMNS)]
+        places = [vectors.at(builder, x, vectors.whole(4 * k), vectors.FLOAT) for k in range(_COLUMNS)]
+        factors = [vectors.everywhere(builder, builder.load(place)) for place in places]
 
         def body(strip: Any, _: Sequence[Any]) -> Sequence[Any]:
-            offset = builder.mul(strip, _whole(4 * LANES))
-            total = _read_floats(builder, y, offset)
-            place = builder.mul(strip, _whole(LANES * size))
-            further = builder.add(ahead, builder.mul(place, _whole(_COLUMNS)))
+            offset = builder.mul(strip, vectors.whole(4 * LANES))
+            total = vectors.read_floats(builder, y, offset)
+            place = builder.mul(strip, vectors.whole(LANES * size))
+            further = builder.add(ahead, builder.mul(place, vectors.whole(_COLUMNS)))
             for line in range(0, _COLUMNS * LANES * size, 64):
-                address = builder.add(builder.add(w, further), _whole(line))
+                address = builder.add(builder.add(w, further), vectors.whole(line))
                 builder.call(fetch, [builder.inttoptr(address, byte), *flags])
             for k, factor in enumerate(factors):
-                of_column = builder.add(place, builder.mul(column, _whole(k)))
-                total = _added(builder, total, _read(builder, w, of_column, like.dtype), factor)
-            _write(builder, total, y, offset)
+                of_column = builder.add(place, builder.mul(column, vectors.whole(k)))
+                total = vectors.added(builder, total, vectors.read(builder, w, of_column, like.dtype), factor)
+            vectors.write(builder, total, y, offset)
             return []
 
-        _loop(builder, strips, [], body)
+        vectors.loop(builder, strips, [], body)
         return context.get_dummy_value()
 
     return types.void(*([types.int64] * 6), like), generate
@@ -143,37 +80,10 @@ def _widen(_context: Any, to: Any, source: Any, like: Any) -> Any:
 
     def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         to, source, _ = arguments
-        _write(builder, _read(builder, source, _whole(0), like.dtype), to, _whole(0))
+        vectors.write(builder, vectors.read(builder, source, vectors.whole(0), like.dtype), to, vectors.whole(0))
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, like), generate
-
-
-@intrinsic
-def _add_tile(_context: Any, w: Any, columns: Any, x: Any, row_of_x: Any, y: Any, row_of_y: Any) -> Any:
-    """Add x[_TOKENS, columns] w[columns, LANES] to y[_TOKENS, LANES]; addresses, and bytes from one row to the next."""
-
-    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        w, columns, x, row_of_x, y, row_of_y = arguments
-
-        def body(k: Any, sums: Sequence[Any]) -> Sequence[Any]:
-            weights = _read_floats(builder, w, builder.mul(k, _whole(4 * LANES)))
-            offset = builder.mul(k, _whole(4))
-            results = []
-            for token, total in enumerate(sums):
-                of_row = builder.add(offset, builder.mul(row_of_x, _whole(token)))
-                factor = _everywhere(builder, builder.load(_at(builder, x, of_row, _float)))
-                results.append(_added(builder, total, weights, factor))
-            return results
-
-        zero = ir.Constant(_floats, [0.0] * LANES)
-        for token, total in enumerate(_loop(builder, columns, [zero] * _TOKENS, body)):
-            offset = builder.mul(row_of_y, _whole(token))
-            old = _read_floats(builder, y, offset)
-            _write(builder, builder.fadd(old, total, flags=_LOOSE), y, offset)
-        return context.get_dummy_value()
-
-    return types.void(*([types.int64] * 6)), generate
 
 
 @kernel()
@@ -199,7 +109,7 @@ def _few(w_KO: np.ndarray, columns: Range, outputs: Range, x_MK: np.ndarray, y_M
 
 @kernel()
 def _many(w_KO: np.ndarray, columns: Range, outputs: Range, x_MK: np.ndarray, y_MO: np.ndarray) -> None:
-    """Do the same for a multiple of _TOKENS rows. Columns are widened once for all of them."""
+    """Do the same for a multiple of TOKENS rows. Columns are widened once for all of them."""
     size, all_outputs, inputs = w_KO.itemsize, w_KO.shape[1], x_MK.shape[1]
     first, last = columns
     widened_SKO = np.empty((_STRIPS, _BLOCK, LANES), np.float32)
@@ -216,8 +126,8 @@ def _many(w_KO: np.ndarray, columns: Range, outputs: Range, x_MK: np.ndarray, y_
                     value = load(w_KO[k + i, start + o]) if o < count else np.float32(0)
                     widened_SKO[o // LANES, i, o % LANES] = value
             for s in range(strips):
-                for m in range(0, len(x_MK), _TOKENS):
-                    _add_tile(
+                for m in range(0, len(x_MK), TOKENS):
+                    add_tile(
                         widened_SKO.ctypes.data + 4 * LANES * s * _BLOCK,
                         taken,
                         x_MK.ctypes.data + 4 * (m * inputs + k),
@@ -252,7 +162,7 @@ def product_of_columns(w_KO: np.ndarray, x_MK: np.ndarray, sums_PMO: np.ndarray,
         for m in range(len(x_MK)):
             for o in range(start, (stop + LANES - 1) // LANES * LANES):
                 sums_MO[m, o] = 0
-        if len(x_MK) < _TOKENS:
+        if len(x_MK) < TOKENS:
             _few(w_KO, (first, last), (start, stop), x_MK, sums_MO)
         else:
             _many(w_KO, (first, last), (start, stop), x_MK, sums_MO)

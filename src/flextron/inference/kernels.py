@@ -7,7 +7,8 @@ A call from Python costs 20 to 50 microseconds, as long as reading the weights o
 layers in one call, and is given addresses instead of hundreds of arrays.
 
 Shapes: M rows (tokens), L layers, D model, O outputs, K inputs, U neurons, G KV groups, S head size, R rotated numbers
-of a head, T tokens, P pages. Weights are float32, bfloat16 as the bits of uint16, or int8 with a scale for each row.
+of a head, T tokens, P pages. Weights are float32, bfloat16 as the bits of uint16, int8 with a scale for each row, or 4
+bits in strips of 32 outputs as uint8, of which `strips` knows.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ import numpy as np
 from numba import carray, prange, types
 from numba.extending import overload
 
+from flextron.elastic.quantized import STRIP
 from flextron.inference.columns import product_of_columns
 from flextron.inference.memory import kernel, load, pointer, store
+from flextron.inference.strips import BYTES, outputs_of_strip, product_of_strips
 
-BLOCK = 32
+BLOCK = STRIP
 """Rows of a matrix that a thread takes at once."""
 _FLOATS = np.empty(0, np.float32)
+_BITS = np.empty(0, np.uint16)
 
 
 def _as_floats(w_OK, first, last, inputs):
@@ -92,15 +96,39 @@ def _rows(w_OK: np.ndarray, first: int, last: int, x_MK: np.ndarray, y_OM: np.nd
                 y_OM[first + other, m + 2], y_OM[first + other, m + 3] = b2, b3
 
 
+def _weighted(weight, scale, first, last, x_MK, y_OM):
+    """Some outputs of a projection without its bias; `first` is a multiple of BLOCK, and `last` at most BLOCK more."""
+    raise NotImplementedError
+
+
+@overload(_weighted)
+def _overload_weighted(weight, scale, first, last, x_MK, y_OM):
+    if weight.dtype == types.uint8:
+
+        def of_strip(weight, scale, first, last, x_MK, y_OM):
+            y_Mo = np.empty((len(x_MK), BLOCK), np.float32)
+            outputs_of_strip(weight, scale, first // BLOCK, x_MK, y_Mo)
+            for o in range(first, last):
+                for m in range(len(x_MK)):
+                    y_OM[o, m] = y_Mo[m, o - first]
+
+        return of_strip
+
+    def of_rows(weight, scale, first, last, x_MK, y_OM):
+        _rows(weight, first, last, x_MK, y_OM)
+        if len(scale):
+            for o in range(first, last):
+                for m in range(len(x_MK)):
+                    y_OM[o, m] *= scale[o]
+
+    return of_rows
+
+
 @kernel()
 def _outputs(matrix: tuple[np.ndarray, ...], first: int, last: int, x_MK: np.ndarray, y_OM: np.ndarray) -> None:
-    """Some outputs of a projection: its rows times x, their scales, and the bias."""
-    weight_OK, scale_O, bias_O = matrix
-    _rows(weight_OK, first, last, x_MK, y_OM)
-    if len(scale_O):
-        for o in range(first, last):
-            for m in range(len(x_MK)):
-                y_OM[o, m] *= scale_O[o]
+    """Some outputs of a projection: its weights times x, and the bias."""
+    weight, scale, bias_O = matrix
+    _weighted(weight, scale, first, last, x_MK, y_OM)
     if len(bias_O):
         for o in range(first, last):
             for m in range(len(x_MK)):
@@ -166,6 +194,31 @@ def _activation(kind: int, x: Any) -> Any:
     return np.float32(0.5) * x * (1 + math.erf(x * np.float32(0.7071067812)))
 
 
+def _closed(weight, scale, x_MK, sums_PMD, pieces):
+    """The outputs of a closing projection without its bias, in the first of the P sums."""
+    raise NotImplementedError
+
+
+@overload(_closed)
+def _overload_closed(weight, scale, x_MK, sums_PMD, pieces):
+    if weight.dtype == types.uint8:
+        return lambda weight, scale, x_MK, sums_PMD, pieces: product_of_strips(weight, scale, x_MK, sums_PMD[0])  # noqa: ARG005
+
+    def by_columns(weight, scale, x_MK, sums_PMD, pieces):
+        product_of_columns(weight, x_MK, sums_PMD, pieces)
+        outputs = weight.shape[1]
+        for m in range(len(x_MK)):
+            total_D = sums_PMD[0, m]
+            for p in range(1, len(sums_PMD)):
+                for d in range(outputs):
+                    total_D[d] += sums_PMD[p, m, d]
+            if len(scale):
+                for d in range(outputs):
+                    total_D[d] *= scale[d]
+
+    return by_columns
+
+
 @kernel()
 def _close(
     h_MD: np.ndarray,
@@ -177,18 +230,12 @@ def _close(
     pieces: int,
 ) -> None:
     """Add the outputs of a closing projection to the residual stream of the rows that use a unit of it."""
-    weight_KD, scale_D, bias_D = matrix
-    product_of_columns(weight_KD, x_MK, sums_PMD, pieces)
+    weight, scale, bias_D = matrix
+    _closed(weight, scale, x_MK, sums_PMD, pieces)
     for m in range(len(widths_M)):
         if not widths_M[m]:
             continue
         total_D = sums_PMD[0, m]
-        for p in range(1, len(sums_PMD)):
-            for d in range(h_MD.shape[1]):
-                total_D[d] += sums_PMD[p, m, d]
-        if len(scale_D):
-            for d in range(h_MD.shape[1]):
-                total_D[d] *= scale_D[d]
         if len(bias_D):
             for d in range(h_MD.shape[1]):
                 total_D[d] += bias_D[d]
@@ -344,16 +391,45 @@ def _vector(address: int, size: int) -> Any:
     return carray(pointer(address, _FLOATS), (size if address else 0,))
 
 
-@kernel()
-def _matrix(addresses: np.ndarray, outputs: int, inputs: int, like: np.ndarray) -> tuple[np.ndarray, ...]:
-    weight_OK = carray(pointer(addresses[0], like), (outputs, inputs))
-    return weight_OK, _vector(addresses[1], outputs), _vector(addresses[2], outputs)
+def _matrix(addresses, outputs, inputs, like):
+    """Weight, scales and bias of an opening projection."""
+    raise NotImplementedError
 
 
-@kernel()
-def _closing_matrix(addresses: np.ndarray, outputs: int, inputs: int, like: np.ndarray) -> tuple[np.ndarray, ...]:
-    weight_KO = carray(pointer(addresses[0], like), (inputs, outputs))
-    return weight_KO, _vector(addresses[1], outputs), _vector(addresses[2], outputs)
+def _closing_matrix(addresses, outputs, inputs, like):
+    """Weight, scales and bias of a closing projection."""
+    raise NotImplementedError
+
+
+def _strips(addresses, outputs, inputs, like):
+    strips, padded = (outputs + STRIP - 1) // STRIP, (inputs + 3) // 4 * 4
+    weight_SKb = carray(pointer(addresses[0], like), (strips, padded, BYTES))
+    scales_2SK = carray(pointer(addresses[1], _BITS), (2, strips, padded))
+    return weight_SKb, scales_2SK, _vector(addresses[2], outputs)
+
+
+@overload(_matrix)
+def _overload_matrix(addresses, outputs, inputs, like):
+    if like.dtype == types.uint8:
+        return _strips
+
+    def rows(addresses, outputs, inputs, like):
+        weight_OK = carray(pointer(addresses[0], like), (outputs, inputs))
+        return weight_OK, _vector(addresses[1], outputs), _vector(addresses[2], outputs)
+
+    return rows
+
+
+@overload(_closing_matrix)
+def _overload_closing_matrix(addresses, outputs, inputs, like):
+    if like.dtype == types.uint8:
+        return _strips
+
+    def columns(addresses, outputs, inputs, like):
+        weight_KO = carray(pointer(addresses[0], like), (inputs, outputs))
+        return weight_KO, _vector(addresses[1], outputs), _vector(addresses[2], outputs)
+
+    return columns
 
 
 @kernel()

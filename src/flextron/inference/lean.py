@@ -28,7 +28,7 @@ from transformers import AttentionInterface
 from flextron.elastic.loss import logits_of
 from flextron.elastic.model import ElasticLayer, ElasticModel, SubLayer
 from flextron.elastic.projections import ClosingLinear, OpeningLinear
-from flextron.elastic.quantized import OutputLinear
+from flextron.elastic.quantized import FourBits, OutputLinear
 from flextron.subnet import AXES
 
 _PARTS = 4
@@ -47,7 +47,7 @@ _NONE = np.empty(0, np.float32)
 _lock = threading.Lock()  # Numba's simplest pool of threads takes one caller at a time
 
 Matrix = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""Weight, scales of its rows, and bias; the last two may be empty."""
+"""Weight, scales, and bias; the last two may be empty."""
 Kind = tuple[float, int, float]
 """How an attention weighs: the scale of its scores, how many tokens back it sees or 0, the cap of its scores or 0."""
 
@@ -270,7 +270,7 @@ class _Room:
     """What one step of M rows is given, used again by the next; the rows beyond the tokens hold zeros."""
 
     def __init__(self, rows: int, size: int) -> None:
-        from flextron.inference.columns import LANES  # behind Numba, which takes a second to import
+        from flextron.inference.vectors import LANES  # behind Numba, which takes a second to import
 
         self.h, self.normed = np.zeros((rows, size), np.float32), np.zeros((rows, size), np.float32)
         self.sums = np.zeros((_PARTS, rows, -(-size // LANES) * LANES), np.float32)
@@ -440,27 +440,28 @@ def _rounded(rows: int) -> int:
 
 
 def _matrix(projection: Any) -> Matrix:
-    bias = projection.bias
-    scale = getattr(projection, "scale", None)
+    """The arrays of an opening projection, of a closing one in 4 bits, or of the output projection."""
+    held = getattr(projection, "quantized", None) or projection
+    scale, bias = getattr(held, "scale", None), projection.bias
     return (
-        _array(projection.weight.detach()),
-        _NONE if scale is None else scale.numpy(),
+        _array(held.weight.detach()),
+        _NONE if scale is None else _array(scale),
         _NONE if bias is None else bias.detach().float().numpy(),
     )
 
 
 def _matrices(sub: SubLayer) -> list[Matrix]:
-    for_columns: Any = sub.closes
-    _lay_out_by_columns(for_columns.weight)
-    weight, scale, bias = _matrix(for_columns)
-    return [*map(_matrix, sub.opens), (weight.T, scale, bias)]
+    if not isinstance(sub.closes.quantized, FourBits):
+        _lay_out_by_columns(sub.closes.quantized or sub.closes)
+    weight, scale, bias = _matrix(sub.closes)
+    return [*map(_matrix, sub.opens), (weight if weight.ndim == 3 else weight.T, scale, bias)]
 
 
-def _lay_out_by_columns(weight: nn.Parameter) -> None:
+def _lay_out_by_columns(holder: Any) -> None:
     """Let a matrix lie in memory column by column, where its first columns are one piece; its values stay."""
-    if not weight.t().is_contiguous():
+    if not holder.weight.t().is_contiguous():
         with torch.inference_mode(False), torch.no_grad():
-            weight.data = weight.data.t().contiguous().t()
+            holder.weight.data = holder.weight.data.t().contiguous().t()
 
 
 def _address(array: np.ndarray) -> int:

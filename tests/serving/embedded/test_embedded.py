@@ -68,11 +68,12 @@ class TestEveryFamily:
         assert torch.equal(tiny.logits_of(model, tiny.token_ids()), tiny.logits_of(plain, tiny.token_ids()))
 
 
+@pytest.mark.parametrize("bits", ["int8", "int4"])
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
-def test_int8_weights_serve_a_mixed_batch(model_type, running):
+def test_few_bits_serve_a_mixed_batch(model_type, bits, running):
     """By kernels (llama) and by torch's products (gpt2, and prompts)."""
     model = ElasticModel(tiny.plain_model(model_type))
-    quantize(model)
+    quantize(model, bits)
     expected = [alone(model, prompt, nested(model)[level], 8) for prompt, level in zip(prompts(), LEVELS, strict=True)]
     answers = run(running(model), [request(str(i), prompt, LEVELS[i]) for i, prompt in enumerate(prompts())])
     assert [answers.ids(str(i)) for i in range(6)] == expected

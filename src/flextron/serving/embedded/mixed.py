@@ -57,10 +57,11 @@ class MixedModel:
         self.model = model
         self.device = model.device
         self._mlps = [
-            _MixedMLP(layer.mlp, [level.neurons[i] for level in levels]) for i, layer in enumerate(model.layers)
+            _MixedMLP(layer.mlp, [level.neurons[i] for level in levels], self.device)
+            for i, layer in enumerate(model.layers)
         ]
         self._attentions = [
-            _MixedAttention(i, layer.attention, [level.kv_groups[i] for level in levels])
+            _MixedAttention(i, layer.attention, [level.kv_groups[i] for level in levels], self.device)
             for i, layer in enumerate(model.layers)
         ]
         self._neurons_LV = np.array([level.neurons for level in levels]).T
@@ -157,10 +158,10 @@ class MixedModel:
 class _MixedMLP:
     """The MLP of one layer."""
 
-    def __init__(self, sub: SubLayer, widths: Sequence[int]) -> None:
+    def __init__(self, sub: SubLayer, widths: Sequence[int], device: torch.device) -> None:
         self._sub = sub
         self._widths = widths
-        self._widths_of_level = torch.tensor(widths, device=sub.closes.weight.device)
+        self._widths_of_level = torch.tensor(widths, device=device)
         self._levels_N = self._widths_of_level
         self._same: int | None = None
 
@@ -179,13 +180,13 @@ class _MixedMLP:
 class _MixedAttention:
     """The attention of one layer; its keys and values may be wider than what it mixes."""
 
-    def __init__(self, layer: int, sub: SubLayer, groups: Sequence[int]) -> None:
+    def __init__(self, layer: int, sub: SubLayer, groups: Sequence[int], device: torch.device) -> None:
         self._layer = layer
         self._sub = sub
         self._groups = groups
         self._widest = [max(groups[: level + 1]) for level in range(len(groups))]
         heads = torch.arange(sub.width.full).repeat_interleave(sub.heads_per_unit)
-        self._uses = (heads < torch.tensor(groups)[:, None]).to(sub.closes.weight.device)  # [levels, U]
+        self._uses = (heads < torch.tensor(groups)[:, None]).to(device)  # [levels, U]
         self._keys = _separate_keys(sub)
         self._width_of_keys = Width(sub.width.full)
         self._paged: LayerBatch | None = None

@@ -38,7 +38,7 @@ PROMPT = "Once upon a time, in a land far away, there was a library with"
 WIDTHS = {"full": (1536, 3), "81% of the layers' weights": (1152, 3), "50%": (704, 2)}
 """Neurons and KV groups of every layer."""
 ENGINES = ("transformers", "flextron", "llama.cpp")
-_GGUF_TYPES = {"float32": "f32", "bfloat16": "bf16", "int8": "q8_0", "int4": "q4_0"}
+_GGUF_TYPES = {"float32": "f32", "bfloat16": "bf16", "int8": "q8_0", "int4": "q4_1"}
 _READ_BYTES = 2**30
 
 

@@ -334,6 +334,14 @@ class TestRefused:
             export_gguf(elastic("llama"), UNEVEN, tmp_path / "small.gguf")
         assert not list(tmp_path.iterdir())
 
+    def test_too_few_bits_name_the_way_out(self, tmp_path, monkeypatch):
+        """An untrained sub-network in few bits may predict other tokens, and nothing is wrong with the export."""
+        pytest.importorskip("xllamacpp")
+        monkeypatch.setattr(comparing, "_LEAST_AGREEMENT", 1.01)
+        with pytest.raises(ExportError, match=r"Q8_0 loses too much of this sub-network.*Take a finer type"):
+            export_gguf(wide(), wide().search_space.full, tmp_path / "small.gguf", quantize="q8_0")
+        assert not list(tmp_path.iterdir())
+
 
 def test_other_splits_have_their_names(tmp_path):
     model = wide()

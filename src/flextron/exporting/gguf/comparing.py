@@ -136,7 +136,13 @@ def _compare(
     if kind in _TOLERANCES:
         agrees = lost <= max(_TOLERANCES[kind], _TOLERANCES[_TYPES.get(model.dtype, "F32")])
     else:
-        agrees = check.agreement >= _LEAST_AGREEMENT
+        if check.agreement < _LEAST_AGREEMENT:
+            raise ExportError(
+                f"{kind} loses too much of this sub-network: {check}, and it should be at least {_LEAST_AGREEMENT:.0%} "
+                "of the next tokens. Nothing was kept. Take a finer type, such as --quantize q8_0, or a larger or "
+                "trained sub-network."
+            )
+        return check
     if not agrees:
         raise ExportError(
             f"the exported file computes something else: {check}, and the elastic model finds its next tokens up to "

@@ -47,10 +47,6 @@ def _add_columns(_context: Any, w: Any, column: Any, strips: Any, x: Any, y: Any
     def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         w, column, strips, x, y, ahead, _ = arguments
         size = like.dtype.bitwidth // 8
-        byte = ir.IntType(8).as_pointer()
-        flags = [ir.Constant(ir.IntType(32), value) for value in (0, 3, 1)]  # to read, keep near, data
-        kind = ir.FunctionType(ir.VoidType(), [byte, *(flag.type for flag in flags)])
-        fetch = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
         places = [vectors.at(builder, x, vectors.whole(4 * k), vectors.FLOAT) for k in range(_COLUMNS)]
         factors = [vectors.everywhere(builder, builder.load(place)) for place in places]
 
@@ -60,8 +56,7 @@ def _add_columns(_context: Any, w: Any, column: Any, strips: Any, x: Any, y: Any
             place = builder.mul(strip, vectors.whole(LANES * size))
             further = builder.add(ahead, builder.mul(place, vectors.whole(_COLUMNS)))
             for line in range(0, _COLUMNS * LANES * size, 64):
-                address = builder.add(builder.add(w, further), vectors.whole(line))
-                builder.call(fetch, [builder.inttoptr(address, byte), *flags])
+                vectors.fetch(builder, w, builder.add(further, vectors.whole(line)))
             for k, factor in enumerate(factors):
                 of_column = builder.add(place, builder.mul(column, vectors.whole(k)))
                 total = vectors.added(builder, total, vectors.read(builder, w, of_column, like.dtype), factor)

@@ -25,6 +25,8 @@ BYTES = STRIP // 2
 """Bytes of one input in a strip."""
 _AT_ONCE = 2
 """Inputs with sums of their own, so that additions do not wait for each other."""
+_AHEAD = 2048
+"""Bytes ahead of which memory is asked for."""
 _BLOCK = 32
 """Inputs that are widened to float32 at once, for many rows."""
 
@@ -51,6 +53,8 @@ def _adding(tokens: int) -> Any:
 
             def body(step: Any, sums: Sequence[Any]) -> Sequence[Any]:
                 results: list[Any] = []
+                line = builder.mul(step, whole(_AT_ONCE * BYTES))
+                vectors.fetch(builder, w, builder.add(line, whole(_AHEAD)))
                 for one in range(_AT_ONCE):
                     k = builder.add(builder.mul(step, whole(_AT_ONCE)), whole(one))
                     halves = _halves(builder, w, builder.mul(k, whole(BYTES)))

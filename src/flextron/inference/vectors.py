@@ -66,6 +66,15 @@ def write(builder: Any, values: Any, address: Any, offset: Any) -> None:
     builder.store(values, at(builder, address, offset, FLOATS)).align = 4
 
 
+def fetch(builder: Any, address: Any, offset: Any) -> None:
+    """Ask for a line of memory, so many bytes after an address; it need not exist."""
+    byte = ir.IntType(8)
+    flags = [ir.Constant(ir.IntType(32), value) for value in (0, 3, 1)]  # to read, keep near, data
+    kind = ir.FunctionType(ir.VoidType(), [byte.as_pointer(), *(flag.type for flag in flags)])
+    asking = builder.module.declare_intrinsic("llvm.prefetch", [byte.as_pointer()], kind)
+    builder.call(asking, [at(builder, address, offset, byte), *flags])
+
+
 def loop(builder: Any, count: Any, sums: Sequence[Any], body: Callable[[Any, Sequence[Any]], Sequence[Any]]) -> Any:
     """Run `body(index, sums)` for each index below `count`, which is at least 1; return the last sums."""
     before, block, after = builder.block, builder.append_basic_block(), builder.append_basic_block()

@@ -25,6 +25,7 @@ from flextron.elastic.shrinking import HEADS, small_config, small_copy
 from flextron.errors import CheckpointError, FlextronError, UnknownFamilyError
 from flextron.exporting.hf import export
 from flextron.exporting.trying import exports_of
+from flextron.generation import generate
 from flextron.inference.per_token import TokenWidths, use_token_widths
 from flextron.model import ElasticModel
 from flextron.ranking.curvature import estimate_sensitivity
@@ -180,6 +181,14 @@ class TestMixture:
         assert torch.equal(loaded.ranking.neurons, model.ranking.neurons)
         with loaded.use(subnet), model.use(subnet):
             tiny.assert_same_function(tiny.logits_of(loaded, blocks.tokens), tiny.logits_of(model, blocks.tokens))
+
+    @pytest.mark.parametrize("model_type", ["qwen3_moe", "glm4_moe"])
+    def test_decoding_is_left_to_transformers(self, model_type):
+        model = elastic(model_type, vocab_size=303)
+        model.tokenizer = tiny.tokenizer()
+        subnet = model.search_space.uniform(neurons=4)
+        texts = [generate(model, "The quick", subnet=subnet, max_new_tokens=5, fast=fast) for fast in (True, False)]
+        assert texts[0] == texts[1]
 
     def test_a_token_costs_as_many_operations_with_fewer_experts(self, model):
         flops = formula_table(model, "flops")

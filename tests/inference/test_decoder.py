@@ -45,6 +45,8 @@ SUPPORTED = {
     "qwen3": ("qwen3", {}),
     "smollm3, no rope in some layers": ("smollm3", {}),
     "granite": ("granite", {}),
+    "gemma2, norms before and after, caps": ("gemma2", {}),
+    "gemma3, two kinds of angles": ("gemma3_text", {}),
 }
 
 
@@ -175,12 +177,17 @@ def test_a_model_can_be_trained_after_decoding(llama, dtype):
     assert all(p.grad is not None for p in llama.lm.parameters())
 
 
-def test_angles_of_far_positions_are_those_of_the_model(llama):
-    angles, rotary = lean._Angles(llama.lm.model.rotary_emb), llama.lm.model.rotary_emb
+@pytest.mark.parametrize(("model_type", "kinds"), [("llama", [None]), ("gemma3_text", ["full", "sliding"])])
+def test_angles_of_far_positions_are_those_of_the_model(model_type, kinds):
+    lm = tiny.plain_model(model_type)
+    angles, rotary = lean._Angles(lm), lm.model.rotary_emb
+    types = [kind and f"{kind}_attention" for kind in kinds]
+    assert angles.kinds == types
     for positions in ([0, 7], [3, 300, 299], [1000]):
-        expected = (each[0] for each in rotary(torch.zeros(1), torch.tensor([positions])))
-        for found, wanted in zip(angles.of(positions), expected, strict=True):
-            torch.testing.assert_close(torch.from_numpy(found), wanted)
+        for which, kind in enumerate(types):
+            expected = rotary(torch.zeros(1), torch.tensor([positions]), *([kind] if kind else ()))
+            for found, wanted in zip(angles.of(positions), expected, strict=True):
+                torch.testing.assert_close(torch.from_numpy(found[which]), wanted[0])
 
 
 def test_greedy_tokens_are_those_of_transformers(model):
@@ -270,7 +277,7 @@ def test_errors_name_the_limit_and_the_way_out(llama):
     ("model_type", "changes"),
     [
         ("gpt2", {}),
-        ("gemma2", {}),
+        ("phi", {}),
         ("llama", rope("dynamic")),
     ],
 )

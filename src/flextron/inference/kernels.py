@@ -174,15 +174,22 @@ def _three_products(
 
 @kernel()
 def normalize(x_MD: np.ndarray, w_D: np.ndarray, epsilon: float, y_MD: np.ndarray) -> None:
-    """y = x / rms(x) * w, for each row."""
-    size = x_MD.shape[1]
+    """y = x / rms(x) * w, for each row; x itself where there is no w."""
+    if not len(w_D):
+        y_MD[:] = x_MD
+        return
     for m in range(len(x_MD)):
-        total = np.float32(0)
-        for d in range(size):
-            total += x_MD[m, d] * x_MD[m, d]
-        scale = np.float32(1 / math.sqrt(total / size + epsilon))
-        for d in range(size):
-            y_MD[m, d] = x_MD[m, d] * scale * w_D[d]
+        _normalize_one(x_MD[m], w_D, epsilon, y_MD[m])
+
+
+@kernel()
+def _normalize_one(x_D: np.ndarray, w_D: np.ndarray, epsilon: float, y_D: np.ndarray) -> None:
+    total = np.float32(0)
+    for d in range(len(w_D)):
+        total += x_D[d] * x_D[d]
+    scale = np.float32(1 / math.sqrt(total / len(w_D) + epsilon))
+    for d in range(len(w_D)):
+        y_D[d] = x_D[d] * scale * w_D[d]
 
 
 @kernel()
@@ -225,11 +232,15 @@ def _close(
     matrix: tuple[np.ndarray, ...],
     x_MK: np.ndarray,
     widths_M: np.ndarray,
+    norm: tuple[np.ndarray, float],
     factor: float,
     sums_PMD: np.ndarray,
     pieces: int,
 ) -> None:
-    """Add the outputs of a closing projection to the residual stream of the rows that use a unit of it."""
+    """Add the outputs of a closing projection, normalised where there is a norm after it, to the residual stream.
+
+    Only rows that use a unit of it change.
+    """
     weight, scale, bias_D = matrix
     _closed(weight, scale, x_MK, sums_PMD, pieces)
     for m in range(len(widths_M)):
@@ -239,6 +250,8 @@ def _close(
         if len(bias_D):
             for d in range(h_MD.shape[1]):
                 total_D[d] += bias_D[d]
+        if len(norm[0]):
+            _normalize_one(total_D, norm[0], norm[1], total_D)
         for d in range(h_MD.shape[1]):
             h_MD[m, d] += factor * total_D[d]
 
@@ -453,7 +466,7 @@ def _attention(
     count, width = h_MD.shape
     groups, all_rows = np.max(widths_M), full[layer, 1] * size
     rows, cached_rows = groups * heads * size, cached * size
-    matrix_of, none = matrices[layer], angles[0][:, :0]
+    matrix_of, kind_of_angles = matrices[layer], kinds[layer, 0]
     queries = _matrix(matrix_of[3], all_rows * heads, width, like)
     keys, values = _matrix(matrix_of[4], all_rows, width, like), _matrix(matrix_of[5], all_rows, width, like)
     queries_OM = opened[: rows * count].reshape(rows, count)
@@ -461,16 +474,19 @@ def _attention(
     keys_OM, values_OM = rest[:cached_rows], rest[cached_rows:]
     normalize(h_MD, _vector(norms[layer, 0], width), numbers[layer, 0], normed_MD)
     _three_products(queries, keys, values, normed_MD, queries_OM, keys_OM, values_OM)
-    turned = angles if kinds[layer, 0] else (none, none)
+    which = max(kind_of_angles, 0)
+    rotated = angles[0].shape[2] if kind_of_angles >= 0 else 0
+    turned = (angles[0][which, :, :rotated], angles[1][which, :, :rotated])
     _write(keys_OM, values_OM, (_vector(norms[layer, 3], size), numbers[layer, 3]), turned, slots_M, cache_T2GS)
     if groups:
         mixed_MO = hidden[: count * rows].reshape(count, rows)
         query_norm = (_vector(norms[layer, 2], size), numbers[layer, 2])
-        kind = (np.float32(numbers[layer, 5]), kinds[layer, 2], np.float32(numbers[layer, 6]))
+        kind = (np.float32(numbers[layer, 7]), kinds[layer, 2], np.float32(numbers[layer, 8]))
         row_texts = (tables_MP, page, positions_M)
         _attend(queries_OM, query_norm, turned, cache_T2GS, row_texts, widths_M, kind, scores, mixed_MO)
         closing = _closing_matrix(matrix_of[6], width, all_rows * heads, like)
-        _close(h_MD, closing, mixed_MO, widths_M, np.float32(numbers[layer, 4]), sums_PMD, pieces)
+        norm = (_vector(norms[layer, 4], width), numbers[layer, 4])
+        _close(h_MD, closing, mixed_MO, widths_M, norm, np.float32(numbers[layer, 6]), sums_PMD, pieces)
 
 
 @kernel()
@@ -493,7 +509,8 @@ def _mlp(
     normalize(h_MD, _vector(norms[layer, 1], width), numbers[layer, 1], normed_MD)
     _hidden(gate, up, normed_MD, widths_M, kinds[layer, 1], gate_UM, up_UM, hidden_MU)
     closing = _closing_matrix(matrix_of[2], width, units, like)
-    _close(h_MD, closing, hidden_MU, widths_M, np.float32(numbers[layer, 4]), sums_PMD, pieces)
+    norm = (_vector(norms[layer, 5], width), numbers[layer, 5])
+    _close(h_MD, closing, hidden_MU, widths_M, norm, np.float32(numbers[layer, 6]), sums_PMD, pieces)
 
 
 @kernel()
@@ -515,12 +532,12 @@ def layers(
     Args:
         model: what `lean.LeanStep` knows of the model: an array of the weights' type, then [L, ...] for each layer:
             [7, 3] addresses of weight, scales and bias of gate, up, down, queries, keys, values and output (down and
-            output, which close, lie column by column); [4]
-            addresses of the weights of norms (before attention, before MLP, of queries, of keys); [2] neurons and KV
-            groups; [3] whether it rotates, its activation, how many tokens back it sees or 0; [7] numbers: epsilons of
-            the four norms, factor of the residual, scale and cap of the scores.
+            output, which close, lie column by column); [6] addresses of the weights of norms (before attention, before
+            MLP, of queries, of keys, after attention, after MLP), 0 where there is none; [2] neurons and KV groups; [3]
+            which angles rotate it or -1, its activation, how many tokens back it sees or 0; [9] numbers: epsilons of
+            the six norms, factor of the residual, scale and cap of the scores.
         sizes: query heads of a group, and head size.
-        angles: cosines and sines, [M, R].
+        angles: cosines and sines, [A, M, R], for models with A kinds of them.
         texts: pages [M, P] of each row's text, tokens of a page, positions [M], slots [M].
         caches_L3: address, tokens and groups of each layer's cache; `cache_like` is of its type.
         neurons_LM, groups_LM: widths of each row.

@@ -27,7 +27,7 @@ from transformers import AttentionInterface
 
 from flextron.elastic.loss import logits_of
 from flextron.elastic.model import ElasticLayer, ElasticModel, SubLayer
-from flextron.elastic.projections import ClosingLinear, OpeningLinear
+from flextron.elastic.projections import ClosingLinear, OpeningLinear, Projection
 from flextron.elastic.quantized import FourBits, OutputLinear
 from flextron.subnet import AXES
 
@@ -37,8 +37,16 @@ MOST_TOKENS = 128
 """Up to so many tokens a step is lean; with more, torch's products are faster than the kernels'."""
 _RECORDING = "flextron_recording"
 _ACTIVATIONS = {"SiLUActivation": 0, "SiLU": 0, "GELUTanh": 1, "PytorchGELUTanh": 1, "GELUActivation": 2, "GELU": 2}
-_NAMES = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
-_FIXED_ROPE = ("default", "linear", "llama3", "yarn")
+_ROLES: dict[frozenset[str], tuple[str | None, ...]] = {
+    frozenset(role for role in roles if role): roles
+    for roles in (
+        ("input_layernorm", "post_attention_layernorm", None, None),
+        ("input_layernorm", "pre_feedforward_layernorm", "post_attention_layernorm", "post_feedforward_layernorm"),
+        (None, None, "post_attention_layernorm", "post_feedforward_layernorm"),
+    )
+}
+"""Norms of a layer before attention, before the MLP, after attention and after the MLP, by all their names."""
+_FIXED_ROPE = {"default", "linear", "llama3", "yarn"}
 """Rotary embeddings whose angles do not change with the length of the text."""
 _TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.2}
 """Of log-probabilities in nats, at most of the words, for the middle one of the tokens: rounding makes some tokens go
@@ -81,7 +89,7 @@ class _Norm:
 class _Weights:
     """What `kernels.layers` needs to know of a model; see there. It keeps alive what it holds the addresses of."""
 
-    def __init__(self, layers: Sequence[ElasticLayer], kinds: Sequence[Kind]) -> None:
+    def __init__(self, layers: Sequence[ElasticLayer], kinds: Sequence[Kind], angles: _Angles) -> None:
         matrices = [[matrix for sub in (layer.mlp, layer.attention) for matrix in _matrices(sub)] for layer in layers]
         norms = [[_Norm(module) for module in _norms(layer.module)] for layer in layers]
         self._alive = matrices, norms
@@ -92,8 +100,8 @@ class _Weights:
             np.array([[layer.mlp.width.full, layer.attention.width.full] for layer in layers], np.int64),
             np.array(
                 [
-                    [_rotates(layer), _activation(layer), window]
-                    for layer, (_, window, _) in zip(layers, kinds, strict=True)
+                    [angles.kind_of(index) if _rotates(layer) else -1, _activation(layer), window]
+                    for index, (layer, (_, window, _)) in enumerate(zip(layers, kinds, strict=True))
                 ],
                 np.int64,
             ),
@@ -106,9 +114,18 @@ class _Weights:
         )
 
 
-def _norms(layer: Any) -> tuple[Any, ...]:
+def _roles(layer: nn.Module) -> tuple[str | None, ...] | None:
+    """Names of a layer's norms by what they do; None if it has other parts, or they have other names."""
+    names = {name for name, _ in layer.named_children()}
+    return _ROLES.get(frozenset(names - {"self_attn", "mlp"})) if {"self_attn", "mlp"} <= names else None
+
+
+def _norms(layer: Any) -> list[Any]:
+    before_attention, before_mlp, after_attention, after_mlp = (
+        role and getattr(layer, role) for role in _roles(layer) or ()
+    )
     of_heads = (getattr(layer.self_attn, name, None) for name in ("q_norm", "k_norm"))
-    return layer.input_layernorm, layer.post_attention_layernorm, *of_heads
+    return [before_attention, before_mlp, *of_heads, after_attention, after_mlp]
 
 
 def _rotates(layer: ElasticLayer) -> bool:
@@ -140,7 +157,8 @@ class LeanStep:
         self._lm = lm
         self.dtype: torch.dtype = lm.dtype
         """Of the weights, and of keys and values."""
-        self._weights = _Weights(model.layers, kinds)
+        self._angles = _Angles(lm)
+        self._weights = _Weights(model.layers, kinds, self._angles)
         self._norm = _Norm(lm.model.norm)
         self._head = _matrix(lm.get_output_embeddings())
         self._factor = float(getattr(lm.model, "embedding_multiplier", 1.0))
@@ -150,7 +168,6 @@ class LeanStep:
         self._heads_per_group = first.attention.heads_per_unit
         attention = first.attention.closing_size + 2 * self.groups * self.head_size
         self._widest = max(attention, *(2 * layer.mlp.width.full for layer in model.layers))
-        self._angles = _Angles(lm.model.rotary_emb)
         self._rooms: dict[int, _Room] = {}
         self._memory = _Memory()
 
@@ -233,24 +250,33 @@ class LeanStep:
 
     def _room(self, rows: int) -> _Room:
         if rows not in self._rooms:
-            self._rooms[rows] = _Room(rows, self._lm.config.hidden_size)
+            self._rooms[rows] = _Room(rows, self._lm.config.hidden_size, len(self._angles.kinds))
         return self._rooms[rows]
 
 
 class _Angles:
     """Cosines and sines of the positions so far: asking the module for them takes 0.1 ms a step."""
 
-    def __init__(self, rotary: Any) -> None:
-        self._rotary = rotary
-        self._cos_TR = self._sin_TR = np.zeros((0, 0), np.float32)
+    def __init__(self, lm: Any) -> None:
+        self._rotary = lm.model.rotary_emb
+        types = lm.config.layer_types if isinstance(self._rotary.rope_type, dict) else [None]
+        self._types: list[str | None] = types
+        self.kinds = sorted(set(types), key=str)
+        """Types of layers with angles of their own; one, None, where all have the same."""
+        self._cos_ATR = self._sin_ATR = np.zeros((len(self.kinds), 0, 0), np.float32)
+
+    def kind_of(self, layer: int) -> int:
+        """Index in `kinds` of a layer's."""
+        return self.kinds.index(self._types[layer % len(self._types)])
 
     def of(self, positions: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Cosines and sines, each [N, R]."""
-        if max(positions) >= len(self._cos_TR):
+        """Cosines and sines, each [A, N, R]."""
+        if max(positions) >= self._cos_ATR.shape[1]:
             ids = torch.arange(max(256, 2 * max(positions)))
-            self._cos_TR, self._sin_TR = (each[0].float().numpy() for each in self._rotary(torch.zeros(1), ids[None]))
+            both = [self._rotary(torch.zeros(1), ids[None], *([kind] if kind else ())) for kind in self.kinds]
+            self._cos_ATR, self._sin_ATR = (torch.cat(each).float().numpy() for each in zip(*both, strict=True))
         chosen = list(positions)
-        return self._cos_TR[chosen], self._sin_TR[chosen]
+        return self._cos_ATR[:, chosen], self._sin_ATR[:, chosen]
 
 
 class _Memory:
@@ -269,21 +295,21 @@ class _Memory:
 class _Room:
     """What one step of M rows is given, used again by the next; the rows beyond the tokens hold zeros."""
 
-    def __init__(self, rows: int, size: int) -> None:
+    def __init__(self, rows: int, size: int, kinds_of_angles: int) -> None:
         from flextron.inference.vectors import LANES  # behind Numba, which takes a second to import
 
         self.h, self.normed = np.zeros((rows, size), np.float32), np.zeros((rows, size), np.float32)
         self.sums = np.zeros((_PARTS, rows, -(-size // LANES) * LANES), np.float32)
         self.positions, self.slots = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
-        self.cos = self.sin = np.zeros((rows, 0), np.float32)
+        self.cos = self.sin = np.zeros((kinds_of_angles, rows, 0), np.float32)
         self.tables, self.page = np.zeros((rows, 1), np.int64), 1
 
-    def fill(self, h_ND: torch.Tensor, cos_NR: np.ndarray, sin_NR: np.ndarray, places: Places) -> None:
+    def fill(self, h_ND: torch.Tensor, cos_ANR: np.ndarray, sin_ANR: np.ndarray, places: Places) -> None:
         rows, count = len(self.h), len(h_ND)
         self.h[:count], self.h[count:] = h_ND.numpy(), 0
-        if self.cos.shape[1] != cos_NR.shape[1]:
-            self.cos, self.sin = (np.zeros((rows, cos_NR.shape[1]), np.float32) for _ in range(2))
-        self.cos[:count], self.sin[:count] = cos_NR, sin_NR
+        if self.cos.shape[2] != cos_ANR.shape[2]:
+            self.cos, self.sin = (np.zeros((len(cos_ANR), rows, cos_ANR.shape[2]), np.float32) for _ in range(2))
+        self.cos[:, :count], self.sin[:, :count] = cos_ANR, sin_ANR
         self.positions[:count], self.positions[count:] = places.positions, 0
         self.slots[:count], self.slots[count:] = places.slots, -1
         self.page = places.page
@@ -310,13 +336,14 @@ def _has_the_parts(model: ElasticModel) -> bool:
         and lm.config._attn_implementation in ("sdpa", "eager")
         and lm.dtype in _TOLERANCES
         and {parameter.dtype for parameter in lm.parameters()} <= {lm.dtype, torch.int8}
+        and all(isinstance(projection, Projection) for layer in model.layers for projection in _projections_of(layer))
         and len({projection.weight.dtype for layer in model.layers for projection in _projections_of(layer)}) == 1
         and all(hasattr(inner, name) for name in ("embed_tokens", "norm", "rotary_emb"))
-        and getattr(inner.rotary_emb, "rope_type", None) in _FIXED_ROPE
+        and _ropes(inner.rotary_emb) <= _FIXED_ROPE
         and type(lm.get_output_embeddings()) in (nn.Linear, OutputLinear)
         and len({layer.attention.heads_per_unit for layer in model.layers}) == 1
         and all(
-            {name for name, _ in layer.module.named_children()} == set(_NAMES)
+            _roles(layer.module) is not None
             and len(layer.mlp.opens) == 2
             and len(layer.attention.opens) == 3
             and type(getattr(layer.module.get_submodule("mlp"), "act_fn", None)).__name__ in _ACTIVATIONS
@@ -324,6 +351,12 @@ def _has_the_parts(model: ElasticModel) -> bool:
             for layer in model.layers
         )
     )
+
+
+def _ropes(rotary: Any) -> set[str | None]:
+    """Kinds of rotary embeddings, one for each type of layer where they differ."""
+    kind = getattr(rotary, "rope_type", None)
+    return set(kind.values()) if isinstance(kind, dict) else {kind}
 
 
 def _projections_of(layer: ElasticLayer) -> Iterator[Any]:

@@ -23,77 +23,13 @@ from numba.extending import overload
 from flextron.elastic.quantized import STRIP
 from flextron.inference.columns import product_of_columns
 from flextron.inference.memory import kernel, load, pointer, store
+from flextron.inference.rows import product_of_rows
 from flextron.inference.strips import BYTES, outputs_of_strip, product_of_strips
 
 BLOCK = STRIP
 """Rows of a matrix that a thread takes at once."""
 _FLOATS = np.empty(0, np.float32)
 _BITS = np.empty(0, np.uint16)
-
-
-def _as_floats(w_OK, first, last, inputs):
-    """Some rows of a matrix as float32: views, or copies of numbers of other types."""
-    raise NotImplementedError
-
-
-@overload(_as_floats)
-def _overload_as_floats(w_OK, first, last, inputs):
-    if w_OK.dtype == types.float32:
-        return lambda w_OK, first, last, inputs: w_OK[first:last]  # noqa: ARG005 - a slice of columns has no unit stride
-
-    def copied(w_OK, first, last, inputs):
-        floats_OK = np.empty((last - first, inputs), np.float32)
-        for o in range(last - first):
-            for k in range(inputs):
-                floats_OK[o, k] = load(w_OK[first + o, k])
-        return floats_OK
-
-    return copied
-
-
-@kernel()
-def _rows(w_OK: np.ndarray, first: int, last: int, x_MK: np.ndarray, y_OM: np.ndarray) -> None:
-    """y = W x^T for some rows of W and the first columns; the number of rows of x is 1, 2 or a multiple of 4.
-
-    Two rows of W times four of x fill the registers, and the four stay in the nearest cache.
-    """
-    count, inputs = x_MK.shape
-    zero = np.float32(0)
-    if count == 1:
-        for o in range(first, last):
-            a = zero
-            for k in range(inputs):
-                a += load(w_OK[o, k]) * x_MK[0, k]
-            y_OM[o, 0] = a
-    elif count == 2:
-        for o in range(first, last):
-            a0, a1 = zero, zero
-            for k in range(inputs):
-                v = load(w_OK[o, k])
-                a0 += x_MK[0, k] * v
-                a1 += x_MK[1, k] * v
-            y_OM[o, 0], y_OM[o, 1] = a0, a1
-    else:
-        floats_OK = _as_floats(w_OK, first, last, inputs)
-        for m in range(0, count, 4):
-            for o in range(0, last - first, 2):
-                other = min(o + 1, last - first - 1)  # an odd row is computed twice
-                a0, a1, a2, a3 = zero, zero, zero, zero
-                b0, b1, b2, b3 = zero, zero, zero, zero
-                for k in range(inputs):
-                    v, u = floats_OK[o, k], floats_OK[other, k]
-                    a0 += x_MK[m, k] * v
-                    a1 += x_MK[m + 1, k] * v
-                    a2 += x_MK[m + 2, k] * v
-                    a3 += x_MK[m + 3, k] * v
-                    b0 += x_MK[m, k] * u
-                    b1 += x_MK[m + 1, k] * u
-                    b2 += x_MK[m + 2, k] * u
-                    b3 += x_MK[m + 3, k] * u
-                y_OM[first + o, m], y_OM[first + o, m + 1] = a0, a1
-                y_OM[first + o, m + 2], y_OM[first + o, m + 3] = a2, a3
-                y_OM[first + other, m], y_OM[first + other, m + 1] = b0, b1
-                y_OM[first + other, m + 2], y_OM[first + other, m + 3] = b2, b3
 
 
 def _weighted(weight, scale, first, last, x_MK, y_OM):
@@ -115,7 +51,7 @@ def _overload_weighted(weight, scale, first, last, x_MK, y_OM):
         return of_strip
 
     def of_rows(weight, scale, first, last, x_MK, y_OM):
-        _rows(weight, first, last, x_MK, y_OM)
+        product_of_rows(weight, first, last, x_MK, y_OM)
         if len(scale):
             for o in range(first, last):
                 for m in range(len(x_MK)):

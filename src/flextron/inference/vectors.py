@@ -66,6 +66,14 @@ def write(builder: Any, values: Any, address: Any, offset: Any) -> None:
     builder.store(values, at(builder, address, offset, FLOATS)).align = 4
 
 
+def store_sum(builder: Any, values: Any, address: Any, offset: Any) -> None:
+    """Store the sum of LANES numbers as one float32."""
+    kind = ir.FunctionType(FLOAT, [FLOAT, FLOATS])
+    adding = builder.module.declare_intrinsic(f"llvm.vector.reduce.fadd.v{LANES}f32", (), kind)
+    total = builder.call(adding, [ir.Constant(FLOAT, 0.0), values], fastmath=LOOSE)
+    builder.store(total, at(builder, address, offset, FLOAT)).align = 4
+
+
 def fetch(builder: Any, address: Any, offset: Any) -> None:
     """Ask for a line of memory, so many bytes after an address; it need not exist."""
     byte = ir.IntType(8)

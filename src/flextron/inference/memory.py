@@ -75,5 +75,9 @@ def _overload_store(values, place, value):
 
 
 def kernel(**options: Any) -> Any:
-    """A decorator of functions that Numba compiles, with loose sums, and keeps on disk."""
+    """A decorator of functions that Numba compiles, with loose sums, and keeps on disk.
+
+    What is kept is compiled anew when the function's own file changes, not when a file changes that it calls: then
+    delete `__pycache__/*.nb*` in this folder.
+    """
     return njit(fastmath={"reassoc", "contract", "arcp", "nsz"}, boundscheck=False, cache=True, nogil=True, **options)

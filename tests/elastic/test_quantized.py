@@ -112,6 +112,19 @@ def test_fast_decoding_reads_few_bits(bits, tied):
         torch.testing.assert_close(found, logits(floats, subnet, tokens)[0, 4:], rtol=1e-4, atol=1e-4)
 
 
+def test_embeddings_that_are_multiplied_are_quantised_too():
+    """Gemma's are multiplied by the root of the size, and are most of a small model's weights."""
+    quantised, floats = both("gemma3_text", "int8", tie_word_embeddings=True)
+    embedding, head = quantised.lm.get_input_embeddings(), quantised.lm.get_output_embeddings()
+    assert embedding.weight is head.weight
+    assert embedding.weight.dtype == torch.int8
+    torch.testing.assert_close(embedding.scale, head.scale * tiny.HIDDEN**0.5)
+    assert supports(quantised)
+    tokens = tiny.token_ids(1, TIME)
+    full = floats.search_space.full
+    torch.testing.assert_close(logits(quantised, full, tokens), logits(floats, full, tokens), rtol=1e-4, atol=1e-4)
+
+
 def test_bytes_are_those_that_are_held(models):
     quantised, floats = models
     for model in models:

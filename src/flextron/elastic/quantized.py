@@ -158,14 +158,20 @@ def quantize(model: ElasticModel, bits: Bits) -> None:
                 projection.weight = nn.Parameter(nothing, requires_grad=False)
     embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
     tied = head is not None and head.weight is embedding.weight
-    if type(head) is nn.Linear and (not tied or type(embedding) is nn.Embedding):
+    factor = _factor(embedding)
+    with_head, with_embedding = type(head) is nn.Linear, factor is not None
+    if tied and not (with_head and with_embedding):
+        with_head = with_embedding = False
+    if with_head:
         _quantize(head)
         head.__class__ = OutputLinear
+    if with_embedding:
         if tied:
             embedding.weight, embedding.scale = head.weight, head.scale
-            embedding.__class__ = _Embedding
-    if not tied and type(embedding) is nn.Embedding:
-        _quantize(embedding)
+        else:
+            _quantize(embedding)
+        if factor != 1:
+            embedding.scale = embedding.scale * factor
         embedding.__class__ = _Embedding
     model.quantized_to(bits, fingerprint)
     _give_back_memory()
@@ -175,6 +181,16 @@ def _give_back_memory() -> None:
     """Let glibc return to the system what it holds of freed weights, 360 MB for SmolLM2."""
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         trim(0)
+
+
+def _factor(embedding: nn.Module) -> float | None:
+    """What an embedding multiplies its weight by, as Gemma's does; None if it computes something else."""
+    if not isinstance(embedding, nn.Embedding):
+        return None
+    ids = torch.arange(embedding.num_embeddings // 2, embedding.num_embeddings)[:8]
+    rows, found = embedding.weight[ids].float(), embedding(ids).float()
+    factor = (found.norm() / rows.norm().clamp(min=_TINY)).item()
+    return factor if torch.allclose(found, rows * factor, rtol=1e-3, atol=1e-6) else None
 
 
 def _quantize(module: nn.Module) -> None:

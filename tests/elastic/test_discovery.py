@@ -26,6 +26,7 @@ from flextron.errors import CheckpointError, FlextronError, UnknownFamilyError
 from flextron.exporting.hf import export
 from flextron.exporting.trying import exports_of
 from flextron.generation import generate
+from flextron.inference.decoder import supports
 from flextron.inference.per_token import TokenWidths, use_token_widths
 from flextron.model import ElasticModel
 from flextron.ranking.curvature import estimate_sensitivity
@@ -148,6 +149,17 @@ class TestCoupled:
         for row, subnet in enumerate(rows):
             with model.use(subnet):
                 tiny.assert_same_function(together[row], model(tokens[row : row + 1], use_cache=False).logits[0])
+
+
+@pytest.mark.parametrize("model_type", ["starcoder2", "stablelm", "arcee"])
+def test_layers_that_look_like_those_of_a_family_decode_fast(model_type):
+    """LayerNorms, part of a head rotated, no gate, a squared relu."""
+    model = elastic(model_type, vocab_size=303)
+    model.tokenizer = tiny.tokenizer()
+    assert supports(model)
+    subnet = model.search_space.uniform(model.search_space.neurons[2], 1)
+    texts = [generate(model, "The quick", subnet=subnet, max_new_tokens=9, fast=fast) for fast in (True, False)]
+    assert texts[0] == texts[1]
 
 
 class TestMixture:

@@ -47,6 +47,7 @@ SUPPORTED = {
     "granite": ("granite", {}),
     "gemma2, norms before and after, caps": ("gemma2", {}),
     "gemma3, two kinds of angles": ("gemma3_text", {}),
+    "phi, side by side, no gate, LayerNorms": ("phi", {}),
 }
 
 
@@ -277,7 +278,7 @@ def test_errors_name_the_limit_and_the_way_out(llama):
     ("model_type", "changes"),
     [
         ("gpt2", {}),
-        ("phi", {}),
+        ("gpt_neox", {}),
         ("llama", rope("dynamic")),
     ],
 )

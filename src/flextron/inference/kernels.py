@@ -108,24 +108,37 @@ def _three_products(
             _outputs(values, first, min(len(values_OM), first + BLOCK), x_MD, values_OM)
 
 
+Norm = tuple[np.ndarray, np.ndarray, float]
+"""Weight, bias and epsilon. With a bias it is a LayerNorm, else an RMSNorm; without a weight it is none."""
+
+
 @kernel()
-def normalize(x_MD: np.ndarray, w_D: np.ndarray, epsilon: float, y_MD: np.ndarray) -> None:
-    """y = x / rms(x) * w, for each row; x itself where there is no w."""
-    if not len(w_D):
-        y_MD[:] = x_MD
-        return
+def _normalize(x_D: np.ndarray, norm: Norm, y_D: np.ndarray) -> None:
+    weight_D, bias_D, epsilon = norm
+    size = len(weight_D)
+    mean, total = np.float32(0), np.float32(0)
+    if len(bias_D):
+        for d in range(size):
+            mean += x_D[d]
+        mean /= np.float32(size)
+    for d in range(size):
+        apart = x_D[d] - mean
+        total += apart * apart
+    scale = np.float32(1 / math.sqrt(total / size + epsilon))
+    for d in range(size):
+        y_D[d] = (x_D[d] - mean) * scale * weight_D[d]
+    for d in range(len(bias_D)):
+        y_D[d] += bias_D[d]
+
+
+@kernel()
+def normalize(x_MD: np.ndarray, norm: Norm, y_MD: np.ndarray) -> None:
+    """y = norm(x) for each row; x itself where there is no norm."""
     for m in range(len(x_MD)):
-        _normalize_one(x_MD[m], w_D, epsilon, y_MD[m])
-
-
-@kernel()
-def _normalize_one(x_D: np.ndarray, w_D: np.ndarray, epsilon: float, y_D: np.ndarray) -> None:
-    total = np.float32(0)
-    for d in range(len(w_D)):
-        total += x_D[d] * x_D[d]
-    scale = np.float32(1 / math.sqrt(total / len(w_D) + epsilon))
-    for d in range(len(w_D)):
-        y_D[d] = x_D[d] * scale * w_D[d]
+        if len(norm[0]):
+            _normalize(x_MD[m], norm, y_MD[m])
+        else:
+            y_MD[m] = x_MD[m]
 
 
 @kernel()
@@ -134,6 +147,9 @@ def _activation(kind: int, x: Any) -> Any:
         return x / (np.float32(1) + math.exp(-x))
     if kind == 1:  # gelu by a tangent
         return np.float32(0.5) * x * (1 + math.tanh(np.float32(0.7978845608) * (x + np.float32(0.044715) * x * x * x)))
+    if kind >= 3:  # relu, and its square
+        positive = max(x, np.float32(0))
+        return positive if kind == 3 else positive * positive
     return np.float32(0.5) * x * (1 + math.erf(x * np.float32(0.7071067812)))
 
 
@@ -168,7 +184,7 @@ def _close(
     matrix: tuple[np.ndarray, ...],
     x_MK: np.ndarray,
     widths_M: np.ndarray,
-    norm: tuple[np.ndarray, float],
+    norm: Norm,
     factor: float,
     sums_PMD: np.ndarray,
     pieces: int,
@@ -187,7 +203,7 @@ def _close(
             for d in range(h_MD.shape[1]):
                 total_D[d] += bias_D[d]
         if len(norm[0]):
-            _normalize_one(total_D, norm[0], norm[1], total_D)
+            _normalize(total_D, norm, total_D)
         for d in range(h_MD.shape[1]):
             h_MD[m, d] += factor * total_D[d]
 
@@ -198,35 +214,34 @@ def _hidden(
     up: tuple[np.ndarray, ...],
     x_MD: np.ndarray,
     widths_M: np.ndarray,
-    activation: int,
+    kind: tuple[int, bool],
     gate_UM: np.ndarray,
     up_UM: np.ndarray,
     hidden_MU: np.ndarray,
 ) -> None:
-    """activation(gate(x)) * up(x), each row with its first neurons, and zeros for the others."""
+    """activation(gate(x)) * up(x), or activation(up(x)), each row with its first neurons, and zeros for the others."""
+    activation, gated = kind
     neurons = len(gate_UM)
     for block in prange((neurons + BLOCK - 1) // BLOCK):
         first, last = block * BLOCK, min(neurons, (block + 1) * BLOCK)
-        _outputs(gate, first, last, x_MD, gate_UM)
+        if gated:
+            _outputs(gate, first, last, x_MD, gate_UM)
         _outputs(up, first, last, x_MD, up_UM)
         for m in range(len(widths_M)):
             for u in range(first, min(last, widths_M[m])):
-                hidden_MU[m, u] = _activation(activation, gate_UM[u, m]) * up_UM[u, m]
+                if gated:
+                    hidden_MU[m, u] = _activation(activation, gate_UM[u, m]) * up_UM[u, m]
+                else:
+                    hidden_MU[m, u] = _activation(activation, up_UM[u, m])
             for u in range(max(first, widths_M[m]), last):
                 hidden_MU[m, u] = 0
 
 
 @kernel()
-def _head(x_S: np.ndarray, weight_S: np.ndarray, epsilon: float, cos_R: np.ndarray, sin_R: np.ndarray) -> None:
-    """Normalise a head, where there is a weight for it, and rotate it, where there are angles."""
-    size = len(x_S)
-    if len(weight_S):
-        total = np.float32(0)
-        for i in range(size):
-            total += x_S[i] * x_S[i]
-        scale = np.float32(1 / math.sqrt(total / size + epsilon))
-        for i in range(size):
-            x_S[i] *= scale * weight_S[i]
+def _head(x_S: np.ndarray, norm: Norm, cos_R: np.ndarray, sin_R: np.ndarray) -> None:
+    """Normalise a head, where there is a norm for it, and rotate its first numbers, where there are angles."""
+    if len(norm[0]):
+        _normalize(x_S, norm, x_S)
     half = len(cos_R) // 2
     for i in range(half):
         first, second = x_S[i], x_S[i + half]
@@ -238,7 +253,7 @@ def _head(x_S: np.ndarray, weight_S: np.ndarray, epsilon: float, cos_R: np.ndarr
 def _write(
     keys_OM: np.ndarray,
     values_OM: np.ndarray,
-    norm: tuple[np.ndarray, float],
+    norm: Norm,
     angles: tuple[np.ndarray, np.ndarray],
     slots_M: np.ndarray,
     cache_T2GS: np.ndarray,
@@ -252,7 +267,7 @@ def _write(
         for g in range(len(keys_OM) // size):
             for i in range(size):
                 head_S[i] = keys_OM[g * size + i, m]
-            _head(head_S, norm[0], norm[1], angles[0][m], angles[1][m])
+            _head(head_S, norm, angles[0][m], angles[1][m])
             for i in range(size):
                 store(cache_T2GS, (slots_M[m], 0, g, i), head_S[i])
                 store(cache_T2GS, (slots_M[m], 1, g, i), values_OM[g * size + i, m])
@@ -303,7 +318,7 @@ def _mix(
 @kernel(parallel=True)
 def _attend(
     queries_OM: np.ndarray,
-    norm: tuple[np.ndarray, float],
+    norm: Norm,
     angles: tuple[np.ndarray, np.ndarray],
     cache_T2GS: np.ndarray,
     texts: tuple[np.ndarray, int, np.ndarray],
@@ -328,7 +343,7 @@ def _attend(
             continue
         for i in range(size):
             query_S[i] = queries_OM[first + i, m]
-        _head(query_S, norm[0], norm[1], angles[0][m], angles[1][m])
+        _head(query_S, norm, angles[0][m], angles[1][m])
         end = positions_M[m] + 1
         start = max(0, end - window) if window else 0
         scores_T = scores[task * longest : (task + 1) * longest]
@@ -338,6 +353,11 @@ def _attend(
 @kernel()
 def _vector(address: int, size: int) -> Any:
     return carray(pointer(address, _FLOATS), (size if address else 0,))
+
+
+@kernel()
+def _norm(norms: np.ndarray, epsilons: np.ndarray, which: int, size: int) -> Norm:
+    return _vector(norms[which, 0], size), _vector(norms[which, 1], size), epsilons[which]
 
 
 def _matrix(addresses, outputs, inputs, like):
@@ -408,20 +428,21 @@ def _attention(
     queries_OM = opened[: rows * count].reshape(rows, count)
     rest = opened[rows * count : (rows + 2 * cached_rows) * count].reshape(2 * cached_rows, count)
     keys_OM, values_OM = rest[:cached_rows], rest[cached_rows:]
-    normalize(h_MD, _vector(norms[layer, 0], width), numbers[layer, 0], normed_MD)
+    norms_of, epsilons = norms[layer], numbers[layer]
+    normalize(h_MD, _norm(norms_of, epsilons, 0, width), normed_MD)
     _three_products(queries, keys, values, normed_MD, queries_OM, keys_OM, values_OM)
     which = max(kind_of_angles, 0)
     rotated = angles[0].shape[2] if kind_of_angles >= 0 else 0
     turned = (angles[0][which, :, :rotated], angles[1][which, :, :rotated])
-    _write(keys_OM, values_OM, (_vector(norms[layer, 3], size), numbers[layer, 3]), turned, slots_M, cache_T2GS)
+    _write(keys_OM, values_OM, _norm(norms_of, epsilons, 3, size), turned, slots_M, cache_T2GS)
     if groups:
         mixed_MO = hidden[: count * rows].reshape(count, rows)
-        query_norm = (_vector(norms[layer, 2], size), numbers[layer, 2])
+        query_norm = _norm(norms_of, epsilons, 2, size)
         kind = (np.float32(numbers[layer, 7]), kinds[layer, 2], np.float32(numbers[layer, 8]))
         row_texts = (tables_MP, page, positions_M)
         _attend(queries_OM, query_norm, turned, cache_T2GS, row_texts, widths_M, kind, scores, mixed_MO)
         closing = _closing_matrix(matrix_of[6], width, all_rows * heads, like)
-        norm = (_vector(norms[layer, 4], width), numbers[layer, 4])
+        norm = _norm(norms_of, epsilons, 4, width)
         _close(h_MD, closing, mixed_MO, widths_M, norm, np.float32(numbers[layer, 6]), sums_PMD, pieces)
 
 
@@ -432,8 +453,9 @@ def _mlp(
     layer: int,
     widths_M: np.ndarray,
     rooms: tuple[Any, ...],
+    is_normed: bool,
 ) -> None:
-    """h += mlp(norm(h)), each row with its first neurons."""
+    """h += mlp(norm(h)), each row with its first neurons. `is_normed`: `rooms` hold what to compute from already."""
     like, matrices, norms, full, kinds, numbers = model
     normed_MD, opened, hidden, _scores, sums_PMD, pieces = rooms
     count, width = h_MD.shape
@@ -442,10 +464,13 @@ def _mlp(
     gate_UM = opened[: neurons * count].reshape(neurons, count)
     up_UM = opened[neurons * count : 2 * neurons * count].reshape(neurons, count)
     hidden_MU = hidden[: count * neurons].reshape(count, neurons)
-    normalize(h_MD, _vector(norms[layer, 1], width), numbers[layer, 1], normed_MD)
-    _hidden(gate, up, normed_MD, widths_M, kinds[layer, 1], gate_UM, up_UM, hidden_MU)
+    norms_of, epsilons = norms[layer], numbers[layer]
+    if not is_normed:
+        normalize(h_MD, _norm(norms_of, epsilons, 1, width), normed_MD)
+    kind = (kinds[layer, 1], matrix_of[0, 0] != 0)
+    _hidden(gate, up, normed_MD, widths_M, kind, gate_UM, up_UM, hidden_MU)
     closing = _closing_matrix(matrix_of[2], width, units, like)
-    norm = (_vector(norms[layer, 5], width), numbers[layer, 5])
+    norm = _norm(norms_of, epsilons, 5, width)
     _close(h_MD, closing, hidden_MU, widths_M, norm, np.float32(numbers[layer, 6]), sums_PMD, pieces)
 
 
@@ -468,10 +493,11 @@ def layers(
     Args:
         model: what `lean.LeanStep` knows of the model: an array of the weights' type, then [L, ...] for each layer:
             [7, 3] addresses of weight, scales and bias of gate, up, down, queries, keys, values and output (down and
-            output, which close, lie column by column); [6] addresses of the weights of norms (before attention, before
-            MLP, of queries, of keys, after attention, after MLP), 0 where there is none; [2] neurons and KV groups; [3]
-            which angles rotate it or -1, its activation, how many tokens back it sees or 0; [9] numbers: epsilons of
-            the six norms, factor of the residual, scale and cap of the scores.
+            output, which close, lie column by column; no gate: 0); [6, 2] addresses of weight and bias of norms (before
+            attention, before MLP, of queries, of keys, after attention, after MLP), 0 where there is none; [2] neurons
+            and KV groups; [4] which angles rotate it or -1, its activation, how many tokens back it sees or 0, whether
+            the MLP reads what attention reads; [9] numbers: epsilons of the six norms, factor of the residual, scale
+            and cap of the scores.
         sizes: query heads of a group, and head size.
         angles: cosines and sines, [A, M, R], for models with A kinds of them.
         texts: pages [M, P] of each row's text, tokens of a page, positions [M], slots [M].
@@ -488,4 +514,4 @@ def layers(
             cache_T2GS = carray(pointer(address, cache_like), (tokens, 2, held, sizes[1]))
             _attention(h_MD, model, layer, sizes, angles, texts, cache_T2GS, groups_LM[layer], cached, rooms)
         if np.max(neurons_LM[layer]):
-            _mlp(h_MD, model, layer, neurons_LM[layer], rooms)
+            _mlp(h_MD, model, layer, neurons_LM[layer], rooms, cached > 0 and model[4][layer, 3] > 0)

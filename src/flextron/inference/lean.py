@@ -11,6 +11,7 @@ Shapes: M rows (tokens, rounded up to 1, 2, 4 or a multiple of 8), L layers, D m
 
 from __future__ import annotations
 
+import copy
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -36,13 +37,21 @@ _PARTS = 4
 MOST_TOKENS = 128
 """Up to so many tokens a step is lean; with more, torch's products are faster than the kernels'."""
 _RECORDING = "flextron_recording"
-_ACTIVATIONS = {"SiLUActivation": 0, "SiLU": 0, "GELUTanh": 1, "PytorchGELUTanh": 1, "GELUActivation": 2, "GELU": 2}
+_ACTIVATIONS = {
+    **dict.fromkeys(("SiLUActivation", "SiLU"), 0),
+    **dict.fromkeys(("GELUTanh", "PytorchGELUTanh", "NewGELUActivation"), 1),
+    **dict.fromkeys(("GELUActivation", "GELU"), 2),
+    "ReLU": 3,
+    "ReLUSquaredActivation": 4,
+}
+"""By class: silu, gelu by a tangent, gelu, relu, its square."""
 _ROLES: dict[frozenset[str], tuple[str | None, ...]] = {
     frozenset(role for role in roles if role): roles
     for roles in (
         ("input_layernorm", "post_attention_layernorm", None, None),
         ("input_layernorm", "pre_feedforward_layernorm", "post_attention_layernorm", "post_feedforward_layernorm"),
         (None, None, "post_attention_layernorm", "post_feedforward_layernorm"),
+        ("input_layernorm", "input_layernorm", None, None),  # side by side
     )
 }
 """Norms of a layer before attention, before the MLP, after attention and after the MLP, by all their names."""
@@ -56,6 +65,7 @@ _lock = threading.Lock()  # Numba's simplest pool of threads takes one caller at
 
 Matrix = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Weight, scales, and bias; the last two may be empty."""
+_NO_GATE: Matrix = (_NONE, _NONE, _NONE)
 Kind = tuple[float, int, float]
 """How an attention weighs: the scale of its scores, how many tokens back it sees or 0, the cap of its scores or 0."""
 
@@ -75,15 +85,25 @@ class Places:
 
 
 class _Norm:
-    """An RMSNorm, or nothing. What it multiplies by is asked of the module: some add 1 to their weight."""
+    """An RMSNorm, a LayerNorm, or nothing. What it computes is asked of the module: some add 1 to their weight."""
 
     def __init__(self, module: Any) -> None:
-        self.weight, self.epsilon = _NONE, 0.0
+        self.weight, self.bias, self.epsilon = _NONE, _NONE, 0.0
         if module is not None:
             epsilon = getattr(module, "variance_epsilon", None)
             self.epsilon = float(module.eps if epsilon is None else epsilon)
-            ones = torch.ones_like(module.weight, dtype=torch.float32)
-            self.weight = module(ones).detach().float().mul((1 + self.epsilon) ** 0.5).numpy()
+            asked = copy.deepcopy(module).float()
+            signs_D = torch.ones_like(asked.weight)  # their mean is 0, and that of their squares 1
+            signs_D[1::2] = -1
+            one_D, other_D = asked(signs_D), asked(-signs_D)
+            self.weight = ((one_D - other_D) / 2 * signs_D * (1 + self.epsilon) ** 0.5).detach().numpy()
+            if torch.allclose(asked(signs_D + 1), one_D, atol=1e-5):
+                self.bias = ((one_D + other_D) / 2).detach().numpy()
+
+    @property
+    def of_kernel(self) -> tuple[np.ndarray, np.ndarray, float]:
+        """Weight, bias and epsilon, as `kernels.normalize` takes them."""
+        return self.weight, self.bias, self.epsilon
 
 
 class _Weights:
@@ -94,13 +114,18 @@ class _Weights:
         norms = [[_Norm(module) for module in _norms(layer.module)] for layer in layers]
         self._alive = matrices, norms
         self.of_kernel = (
-            matrices[0][0][0][:0],
+            matrices[0][1][0][:0],
             np.array([[[_address(part) for part in matrix] for matrix in row] for row in matrices], np.int64),
-            np.array([[_address(norm.weight) for norm in row] for row in norms], np.int64),
+            np.array([[(_address(norm.weight), _address(norm.bias)) for norm in row] for row in norms], np.int64),
             np.array([[layer.mlp.width.full, layer.attention.width.full] for layer in layers], np.int64),
             np.array(
                 [
-                    [angles.kind_of(index) if _rotates(layer) else -1, _activation(layer), window]
+                    [
+                        angles.kind_of(index) if _rotates(layer) else -1,
+                        _ACTIVATIONS[_activation(layer)],
+                        window,
+                        _is_side_by_side(layer),
+                    ]
                     for index, (layer, (_, window, _)) in enumerate(zip(layers, kinds, strict=True))
                 ],
                 np.int64,
@@ -116,25 +141,39 @@ class _Weights:
 
 def _roles(layer: nn.Module) -> tuple[str | None, ...] | None:
     """Names of a layer's norms by what they do; None if it has other parts, or they have other names."""
-    names = {name for name, _ in layer.named_children()}
+    names = {name for name, module in layer.named_children() if not isinstance(module, nn.Dropout)}
     return _ROLES.get(frozenset(names - {"self_attn", "mlp"})) if {"self_attn", "mlp"} <= names else None
+
+
+def _is_side_by_side(layer: ElasticLayer) -> bool:
+    """Whether the MLP reads what the attention reads."""
+    before_attention, before_mlp, *_ = _roles(layer.module) or (None, "")
+    return before_attention is not None and before_attention == before_mlp
 
 
 def _norms(layer: Any) -> list[Any]:
     before_attention, before_mlp, after_attention, after_mlp = (
         role and getattr(layer, role) for role in _roles(layer) or ()
     )
-    of_heads = (getattr(layer.self_attn, name, None) for name in ("q_norm", "k_norm"))
+    of_heads = (
+        getattr(layer.self_attn, f"{which}_norm", None) or getattr(layer.self_attn, f"{which}_layernorm", None)
+        for which in "qk"
+    )
     return [before_attention, before_mlp, *of_heads, after_attention, after_mlp]
+
+
+def _last_norm(lm: Any) -> Any:
+    return getattr(lm.model, "norm", None) or getattr(lm.model, "final_layernorm", None)
 
 
 def _rotates(layer: ElasticLayer) -> bool:
     return bool(getattr(layer.module.self_attn, "use_rope", True))
 
 
-def _activation(layer: ElasticLayer) -> int:
-    module: Any = layer.module
-    return _ACTIVATIONS[type(module.mlp.act_fn).__name__]
+def _activation(layer: ElasticLayer) -> str:
+    """Class of an MLP's activation, of those that the kernels know; empty if there is none."""
+    kinds = (type(module).__name__ for module in layer.module.get_submodule("mlp").children())
+    return next((kind for kind in kinds if kind in _ACTIVATIONS), "")
 
 
 def _residual_factor(layer: ElasticLayer) -> float:
@@ -159,7 +198,7 @@ class LeanStep:
         """Of the weights, and of keys and values."""
         self._angles = _Angles(lm)
         self._weights = _Weights(model.layers, kinds, self._angles)
-        self._norm = _Norm(lm.model.norm)
+        self._norm = _Norm(_last_norm(lm))
         self._head = _matrix(lm.get_output_embeddings())
         self._factor = float(getattr(lm.model, "embedding_multiplier", 1.0))
         first = model.layers[0]
@@ -237,7 +276,7 @@ class LeanStep:
             )
             chosen_MD = np.zeros((_rounded(len(wanted)), room.h.shape[1]), np.float32)
             chosen_MD[: len(wanted)] = room.h[list(wanted)]
-            kernels.normalize(chosen_MD, self._norm.weight, self._norm.epsilon, chosen_MD)
+            kernels.normalize(chosen_MD, self._norm.of_kernel, chosen_MD)
             return logits_of(self._lm, torch.from_numpy(chosen_MD), self._product)[: len(wanted)]
 
     def _product(self, x_MD: torch.Tensor) -> torch.Tensor:
@@ -338,15 +377,16 @@ def _has_the_parts(model: ElasticModel) -> bool:
         and {parameter.dtype for parameter in lm.parameters()} <= {lm.dtype, torch.int8}
         and all(isinstance(projection, Projection) for layer in model.layers for projection in _projections_of(layer))
         and len({projection.weight.dtype for layer in model.layers for projection in _projections_of(layer)}) == 1
-        and all(hasattr(inner, name) for name in ("embed_tokens", "norm", "rotary_emb"))
+        and all(hasattr(inner, name) for name in ("embed_tokens", "rotary_emb"))
+        and _last_norm(lm) is not None
         and _ropes(inner.rotary_emb) <= _FIXED_ROPE
         and type(lm.get_output_embeddings()) in (nn.Linear, OutputLinear)
         and len({layer.attention.heads_per_unit for layer in model.layers}) == 1
         and all(
             _roles(layer.module) is not None
-            and len(layer.mlp.opens) == 2
+            and len(layer.mlp.opens) in (1, 2)
             and len(layer.attention.opens) == 3
-            and type(getattr(layer.module.get_submodule("mlp"), "act_fn", None)).__name__ in _ACTIVATIONS
+            and _activation(layer)
             and all(_is_plain(layer.module, path, p) for sub in layer.subs.values() for path, p in _projections(sub))
             for layer in model.layers
         )
@@ -413,7 +453,7 @@ def _in_float32(lm: Any) -> Iterator[None]:
             parameter.data = kept.pop(parameter, parameter.data)
 
     with ExitStack() as hooks:
-        for module in (lm.model.embed_tokens, *lm.model.layers, lm.model.norm, lm.get_output_embeddings()):
+        for module in (lm.model.embed_tokens, *lm.model.layers, _last_norm(lm), lm.get_output_embeddings()):
             hooks.callback(module.register_forward_pre_hook(widen).remove)
             hooks.callback(module.register_forward_hook(narrow, always_call=True).remove)
         yield
@@ -487,7 +527,8 @@ def _matrices(sub: SubLayer) -> list[Matrix]:
     if not isinstance(sub.closes.quantized, FourBits):
         _lay_out_by_columns(sub.closes.quantized or sub.closes)
     weight, scale, bias = _matrix(sub.closes)
-    return [*map(_matrix, sub.opens), (weight if weight.ndim == 3 else weight.T, scale, bias)]
+    opens = [_matrix(projection) for projection in sub.opens]
+    return [*([_NO_GATE] if len(opens) == 1 else []), *opens, (weight if weight.ndim == 3 else weight.T, scale, bias)]
 
 
 def _lay_out_by_columns(holder: Any) -> None:

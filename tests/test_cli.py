@@ -212,7 +212,7 @@ def test_lines_of_help_fit_the_terminal(monkeypatch, capsys):
         (["train", "m", "o", "--warmup", "x"], "--warmup is 'x'; it must be a number."),
         (["train", "m", "o", "--visits", "1", "2"], "--visits needs 4 values."),
         (["route", "m", "--out"], "--out needs a value."),
-        (["route", "m", "--budget", "1x", "--dtype", "int4"], "--dtype is 'int4'; it must be one of 'auto', "),
+        (["route", "m", "--budget", "1x", "--dtype", "int3"], "--dtype is 'int3'; it must be one of 'auto', "),
         (["train"], "flextron train needs MODEL and OUT."),
         (["rank", "--out", "o", "--text", "t"], "flextron rank needs MODEL."),
         (["train", "m", "o", "--tokens", "5"], "--tokens is 5; it must be at least 512."),
@@ -846,7 +846,7 @@ def test_wrong_places_and_tasks_are_told_before_torch_is_imported(checkpoint, tm
 
 
 @pytest.mark.parametrize(
-    "options", [["--device", device] for device in ("meta", "tpu", "cuda:99", "")] + [["--dtype", "int4"]], ids=str
+    "options", [["--device", device] for device in ("meta", "tpu", "cuda:99", "")] + [["--dtype", "int3"]], ids=str
 )
 def test_devices_that_are_not_there_are_one_line(checkpoint, options, capsys):
     try:

@@ -56,12 +56,12 @@ def _held(model: ElasticModel, metric: str) -> CostTable:
 
     space = model.search_space
     elastic = sum(size(sub.parameters()) for _, _, sub in model.sub_layers())
-    around = size([*model.lm.parameters(), *(_scales(model) if metric == "weights" else ())])
+    whole = size([*model.lm.parameters(), *(_scales(model) if metric == "weights" else ())])
     return CostTable(
         space,
         metric,
         "bytes" if metric == "weights" else metric,
-        around - elastic,
+        whole - elastic,
         tuple(row(layer.mlp, space.neurons) for layer in model.layers),
         tuple(row(layer.attention, space.kv_groups) for layer in model.layers),
         {"formula": metric, **({"dtype": model.weights_type} if metric == "weights" else {})},

@@ -360,45 +360,29 @@ def _norm(norms: np.ndarray, epsilons: np.ndarray, which: int, size: int) -> Nor
     return _vector(norms[which, 0], size), _vector(norms[which, 1], size), epsilons[which]
 
 
-def _matrix(addresses, outputs, inputs, like):
-    """Weight, scales and bias of an opening projection."""
+def _matrix(addresses, outputs, inputs, like, by_columns):
+    """Weight, scales and bias of a projection."""
     raise NotImplementedError
-
-
-def _closing_matrix(addresses, outputs, inputs, like):
-    """Weight, scales and bias of a closing projection."""
-    raise NotImplementedError
-
-
-def _strips(addresses, outputs, inputs, like):
-    strips, padded = (outputs + STRIP - 1) // STRIP, (inputs + 3) // 4 * 4
-    weight_SKb = carray(pointer(addresses[0], like), (strips, padded, BYTES))
-    scales_2SK = carray(pointer(addresses[1], _BITS), (2, strips, padded))
-    return weight_SKb, scales_2SK, _vector(addresses[2], outputs)
 
 
 @overload(_matrix)
-def _overload_matrix(addresses, outputs, inputs, like):
+def _overload_matrix(addresses, outputs, inputs, like, by_columns):
     if like.dtype == types.uint8:
-        return _strips
 
-    def rows(addresses, outputs, inputs, like):
-        weight_OK = carray(pointer(addresses[0], like), (outputs, inputs))
-        return weight_OK, _vector(addresses[1], outputs), _vector(addresses[2], outputs)
+        def strips(addresses, outputs, inputs, like, by_columns):
+            count, padded = (outputs + STRIP - 1) // STRIP, (inputs + 3) // 4 * 4
+            weight_SKb = carray(pointer(addresses[0], like), (count, padded, BYTES))
+            scales_2SK = carray(pointer(addresses[1], _BITS), (2, count, padded))
+            return weight_SKb, scales_2SK, _vector(addresses[2], outputs)
 
-    return rows
+        return strips
 
+    def plain(addresses, outputs, inputs, like, by_columns):
+        shape = (inputs, outputs) if by_columns else (outputs, inputs)
+        weight = carray(pointer(addresses[0], like), shape)
+        return weight, _vector(addresses[1], outputs), _vector(addresses[2], outputs)
 
-@overload(_closing_matrix)
-def _overload_closing_matrix(addresses, outputs, inputs, like):
-    if like.dtype == types.uint8:
-        return _strips
-
-    def columns(addresses, outputs, inputs, like):
-        weight_KO = carray(pointer(addresses[0], like), (inputs, outputs))
-        return weight_KO, _vector(addresses[1], outputs), _vector(addresses[2], outputs)
-
-    return columns
+    return plain
 
 
 @kernel()
@@ -423,8 +407,11 @@ def _attention(
     groups, all_rows = np.max(widths_M), full[layer, 1] * size
     rows, cached_rows = groups * heads * size, cached * size
     matrix_of, kind_of_angles = matrices[layer], kinds[layer, 0]
-    queries = _matrix(matrix_of[3], all_rows * heads, width, like)
-    keys, values = _matrix(matrix_of[4], all_rows, width, like), _matrix(matrix_of[5], all_rows, width, like)
+    queries = _matrix(matrix_of[3], all_rows * heads, width, like, False)
+    keys, values = (
+        _matrix(matrix_of[4], all_rows, width, like, False),
+        _matrix(matrix_of[5], all_rows, width, like, False),
+    )
     queries_OM = opened[: rows * count].reshape(rows, count)
     rest = opened[rows * count : (rows + 2 * cached_rows) * count].reshape(2 * cached_rows, count)
     keys_OM, values_OM = rest[:cached_rows], rest[cached_rows:]
@@ -441,7 +428,7 @@ def _attention(
         kind = (np.float32(numbers[layer, 7]), kinds[layer, 2], np.float32(numbers[layer, 8]))
         row_texts = (tables_MP, page, positions_M)
         _attend(queries_OM, query_norm, turned, cache_T2GS, row_texts, widths_M, kind, scores, mixed_MO)
-        closing = _closing_matrix(matrix_of[6], width, all_rows * heads, like)
+        closing = _matrix(matrix_of[6], width, all_rows * heads, like, True)
         norm = _norm(norms_of, epsilons, 4, width)
         _close(h_MD, closing, mixed_MO, widths_M, norm, np.float32(numbers[layer, 6]), sums_PMD, pieces)
 
@@ -460,7 +447,7 @@ def _mlp(
     normed_MD, opened, hidden, _scores, sums_PMD, pieces = rooms
     count, width = h_MD.shape
     neurons, units, matrix_of = np.max(widths_M), full[layer, 0], matrices[layer]
-    gate, up = _matrix(matrix_of[0], units, width, like), _matrix(matrix_of[1], units, width, like)
+    gate, up = _matrix(matrix_of[0], units, width, like, False), _matrix(matrix_of[1], units, width, like, False)
     gate_UM = opened[: neurons * count].reshape(neurons, count)
     up_UM = opened[neurons * count : 2 * neurons * count].reshape(neurons, count)
     hidden_MU = hidden[: count * neurons].reshape(count, neurons)
@@ -469,7 +456,7 @@ def _mlp(
         normalize(h_MD, _norm(norms_of, epsilons, 1, width), normed_MD)
     kind = (kinds[layer, 1], matrix_of[0, 0] != 0)
     _hidden(gate, up, normed_MD, widths_M, kind, gate_UM, up_UM, hidden_MU)
-    closing = _closing_matrix(matrix_of[2], width, units, like)
+    closing = _matrix(matrix_of[2], width, units, like, True)
     norm = _norm(norms_of, epsilons, 5, width)
     _close(h_MD, closing, hidden_MU, widths_M, norm, np.float32(numbers[layer, 6]), sums_PMD, pieces)
 

@@ -217,7 +217,7 @@ class LeanStep:
             return None
         try:
             if model.lm not in _kinds_of:
-                with _told("preparing fast decoding; at its first use on a machine this compiles for some 20 seconds"):
+                with _told("preparing fast decoding; at its first use on a machine this compiles for some 25 seconds"):
                     _kinds_of[model.lm] = _kinds_if_equal(model)
             kinds = _kinds_of[model.lm]
         except (RuntimeError, TypeError, AttributeError, IndexError):  # its modules do not fit together as Llama's do

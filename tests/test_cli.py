@@ -125,7 +125,7 @@ def test_help_is_instant():
 
 def test_commands_stand_in_the_order_of_the_data():
     expected = "quickstart inspect rank train measure-latency train-router route evaluate generate serve bench-serve"
-    assert list(COMMANDS) == [*expected.split(), "export", "pack", "env"]
+    assert list(COMMANDS) == [*expected.split(), "export", "pack", "quantize", "env"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

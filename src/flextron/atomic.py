@@ -123,7 +123,7 @@ def tell_dropped(folder: Path, option: str) -> None:
 
 
 _MODEL_FILES = re.compile(
-    r"(generation_)?config\.json|(model|ranking).*\.safetensors(\.index\.json)?|(flextron|rank)\.json|tokenizer.*|vocab\.json|"
+    r"(generation_)?config\.json|(model|ranking|quantized).*\.safetensors(\.index\.json)?|(flextron|rank)\.json|tokenizer.*|vocab\.json|"
     r"merges\.txt|special_tokens_map\.json|added_tokens\.json|chat_template.*|README\.md|modeling_flextron\.py|\.lock"
 )
 """Names of files that make up a saved or an exported model."""

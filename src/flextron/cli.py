@@ -31,6 +31,7 @@ from flextron.commands import (
     inspect,
     measure_latency,
     pack,
+    quantize,
     quickstart,
     rank,
     route,
@@ -48,6 +49,7 @@ from flextron.config import (
     InspectConfig,
     MeasureLatencyConfig,
     PackConfig,
+    QuantizeConfig,
     QuickstartConfig,
     RankConfig,
     RouteConfig,
@@ -83,6 +85,7 @@ _RUN: dict[type, Callable[[Any], None]] = {
     BenchServeConfig: bench_serve.run,
     ExportConfig: export.run,
     PackConfig: pack.run,
+    QuantizeConfig: quantize.run,
     QuickstartConfig: quickstart.run,
     EnvConfig: env.run,
 }

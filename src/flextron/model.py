@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,15 +12,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flextron.choosing.routing import route, route_tokens
 from flextron.elastic import model as elastic
+from flextron.elastic import quantized_files
 from flextron.elastic.checkpoint import Ranking
 from flextron.elastic.discovery import check_coverage, family_for
 from flextron.elastic.families import FAMILIES, Family
 from flextron.elastic.model import cast, move
 from flextron.elastic.pack import FILE as PACK_FILE
 from flextron.elastic.pack import Pack, find_pack
-from flextron.elastic.quantized import is_quantized, quantize
+from flextron.elastic.quantized import check_on_cpu, is_quantized, quantize
 from flextron.elastic.smollm2 import named
 from flextron.environment import as_dtype
+from flextron.errors import CheckpointError
 from flextron.subnet import SearchSpace, Subnet
 
 if TYPE_CHECKING:
@@ -101,11 +103,23 @@ class ElasticModel(elastic.ElasticModel):
             UnknownFamilyError: the architecture has no entry, and discovery finds nothing that holds.
             FlextronError: the device does not exist; or int8 or int4 is asked for, and it is not a CPU.
         """
+        path = named(path)
+        about = quantized_files.metadata_of(path)
+        if about is not None:
+            held = about["quantization"]
+            if dtype not in ("auto", held) or pack is not None or kwargs:
+                raise CheckpointError(f"{path} holds {held} weights, which load as {held} or auto only.")
+            check_on_cpu(device, held)
+            return quantized_files.load(path, about, cls)
         if is_quantized(dtype):
-            model = cls.from_pretrained(path, pack=pack, dtype="float32", device=device, **kwargs)
+            check_on_cpu(device, dtype)
+            if pack is None and not kwargs:
+                lean = quantized_files.quantize_while_loading(path, dtype, cls)
+                if lean is not None:
+                    return lean
+            model = cls.from_pretrained(path, pack=pack, dtype="float32", **kwargs)
             quantize(model, dtype)
             return model
-        path = named(path)
         if pack is None and not (Path(path) / PACK_FILE).is_file():
             return super().from_pretrained(path, dtype=dtype, device=device, **kwargs)
         folder = find_pack(path if pack is None else pack)
@@ -116,6 +130,25 @@ class ElasticModel(elastic.ElasticModel):
         move(model.lm, device)
         model.folder = folder
         return model
+
+    def save_pretrained(
+        self, folder: str | Path, *, overwrite: bool = False, beside: Mapping[str, str] | None = None
+    ) -> None:
+        """Write a folder that `from_pretrained` loads as this elastic model, and transformers as the full model.
+
+        Of quantised weights, the folder holds the bits, and transformers refuses it.
+
+        Args:
+            overwrite: replace the folder, if it is a checkpoint.
+            beside: further text files by name, written with it.
+
+        Raises:
+            CheckpointError: the folder exists and `overwrite` is false, or it cannot be written (then nothing is left).
+        """
+        if is_quantized(self.weights_type):
+            quantized_files.save(folder, self, self.weights_type, overwrite=overwrite, beside=beside or {})
+        else:
+            super().save_pretrained(folder, overwrite=overwrite, beside=beside)
 
     @contextmanager
     def use(

@@ -17,6 +17,8 @@ from flextron.exporting.gguf.file import export_gguf
 from flextron.inference import per_token
 from flextron.inference.decoder import Decoder, supports
 from flextron.inference.per_token import TokenWidths, use_token_widths
+from flextron.ranking.curvature import estimate_sensitivity
+from flextron.ranking.importance import rank
 from flextron.subnet import AXES, Subnet
 
 TYPES = ("llama", "qwen3", "gemma2", "gpt2", "gpt_neox", "phi")
@@ -158,8 +160,9 @@ def test_what_changes_weights_refuses_few_bits(bits, tmp_path):
     quantize(model, bits)
     with pytest.raises(FlextronError, match="quantised, for running only"):
         model.layers[0].mlp.closes.matrix()
-    with pytest.raises(CheckpointError, match=f"cannot save {bits} weights"):
-        model.save_pretrained(tmp_path / "out")
+    for change, verb in ((rank, "rank"), (estimate_sensitivity, "estimate sensitivities of")):
+        with pytest.raises(CheckpointError, match=f"cannot {verb} {bits} weights"):
+            change(model, None)
     for export, name in ((hf.export, "out"), (export_gguf, "out.gguf")):
         with pytest.raises(FlextronError, match=f"cannot export {bits} weights"):
             export(model, model.search_space.full, tmp_path / name)

@@ -80,6 +80,17 @@ class TestContract:
             with model.use(subnet):
                 assert_same_function(mixed[row : row + 1], logits_of(model, tokens[row : row + 1]))
 
+    def test_a_subnetwork_chosen_inside_is_run_by_all_tokens(self, model, tokens):
+        """So a full model that teaches is the full model, whatever its student's tokens use."""
+        full = model.search_space.full
+        expected = logits_of(model, tokens)
+        widths = random_widths(model)
+        routed = run(model, tokens, widths)
+        with use_token_widths(model, widths):
+            with model.use(full):
+                assert torch.equal(logits_of(model, tokens), expected)
+            assert torch.equal(logits_of(model, tokens), routed)
+
     def test_fewer_query_heads_equal_a_model_without_them(self, plain, model, tokens):
         layers, _, groups, heads = sizes(model)
         if heads == 1:

@@ -13,7 +13,7 @@ from flextron.inference.strips import product_of_strips
 def test_products_are_those_of_numpy(outputs, inputs, rows):
     """Also where sizes are no multiple of a strip, and for odd numbers of inputs."""
     draw = np.random.default_rng(0)
-    held = FourBits(torch.from_numpy(draw.standard_normal((outputs, inputs)).astype(np.float32)))
+    held = FourBits.of(torch.from_numpy(draw.standard_normal((outputs, inputs)).astype(np.float32)))
     values = held.floats(slice(None), slice(None)).double().numpy()
     scale = held.scale.view(torch.uint16).numpy()
     for taken in {inputs, (inputs + 1) // 2, 1}:
@@ -26,7 +26,7 @@ def test_products_are_those_of_numpy(outputs, inputs, rows):
 
 
 def test_floats_are_any_rows_and_columns():
-    held = FourBits(torch.randn(70, 45))
+    held = FourBits.of(torch.randn(70, 45))
     whole = held.floats(slice(None), slice(None))
     assert whole.shape == (70, 45)
     for rows, columns in ((slice(0, 33), slice(0, 7)), (slice(31, 65), slice(5, 45)), (slice(0, 0), slice(None))):
@@ -34,4 +34,4 @@ def test_floats_are_any_rows_and_columns():
 
 
 def test_a_matrix_of_zeros_stays_one():
-    assert not FourBits(torch.zeros(32, 4)).floats(slice(None), slice(None)).any()
+    assert not FourBits.of(torch.zeros(32, 4)).floats(slice(None), slice(None)).any()

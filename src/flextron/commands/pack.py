@@ -2,18 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from flextron.commands import shared
 from flextron.config import PackConfig
-
-if TYPE_CHECKING:
-    from flextron.data.blocks import TokenBlocks
-    from flextron.evaluation import Evaluation
-    from flextron.model import ElasticModel
-
-SHARES = ("full", "90%", "80%", "60%", "50%")
-"""Sub-networks whose loss is compared."""
 
 
 def run(config: PackConfig) -> None:
@@ -37,6 +27,7 @@ def _pack(config: PackConfig) -> None:
     accuracy = {} if config.results is None else {"accuracy": accuracy_table(config.results)}
     shared.folder_of(str(config.trained))
     trained = ElasticModel.from_pretrained(config.trained)
+    trained.check_float("pack")
     blocks = load_blocks(trained.tokenizer, config.text, tokens=config.tokens, block_tokens=trained.fitting(512))
     inputs = load_blocks(
         trained.tokenizer,
@@ -44,35 +35,17 @@ def _pack(config: PackConfig) -> None:
         tokens=config.calibration_tokens,
         block_tokens=trained.fitting(512),
     )
-    before = _losses(trained, blocks)
+    before = shared.losses(trained, blocks)
     base = ElasticModel.from_pretrained(config.base, dtype="float32")
     base.folder = trained.folder  # for the sensitivities
     size = int(config.megabytes * 1e6)
     about = training_of(config.trained) | accuracy
     pack = make_pack(trained, base, inputs, base_name=config.base, max_bytes=size, about=about, show=True)
-    lost = _losses(base, blocks)
-    table = _table(before, lost, f"{lost[0].tokens} tokens of {text_name(config.text)}")
+    lost = shared.losses(base, blocks)
+    table = shared.loss_table({"trained": before, "pack": lost}, f"{lost[0].tokens} tokens of {text_name(config.text)}")
     save_pack(pack, config.out, trained, pack_card(pack, table), overwrite=config.overwrite)
     print(table)
     written = sum(file.stat().st_size for file in config.out.rglob("*") if file.is_file())
     print(
         f"wrote {config.out}, {written / 1e6:.1f} MB. Use it as MODEL, such as: flextron generate {config.out} PROMPT"
     )
-
-
-def _losses(model: ElasticModel, blocks: TokenBlocks) -> list[Evaluation]:
-    from flextron.choosing.choice import choose
-    from flextron.evaluation import evaluate
-
-    return evaluate(model, [choose(model, share, model.folder) for share in SHARES], blocks, show=True)
-
-
-def _table(before: list[Evaluation], after: list[Evaluation], text: str) -> str:
-    """What the pack loses, as a Markdown table."""
-    rows = [
-        f"| {share} | {trained.nats_per_token:.4f} | {packed.nats_per_token:.4f} | "
-        f"{packed.nats_per_token - trained.nats_per_token:+.4f} |"
-        for share, trained, packed in zip(SHARES, before, after, strict=True)
-    ]
-    head = ["| share of the layers' weights | trained, nats/token | pack | difference |", "|---|---:|---:|---:|"]
-    return "\n".join([*head, *rows, "", f"Measured on {text}."])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +14,15 @@ from flextron.errors import CheckpointError
 
 if TYPE_CHECKING:
     from flextron.choosing.routing import Routed
+    from flextron.data.blocks import TokenBlocks
+    from flextron.evaluation import Evaluation
     from flextron.model import ElasticModel
     from flextron.routers.token.batch import TokenRouting
     from flextron.subnet import Subnet
 
 
-def load(config: Any) -> ElasticModel:
-    """The model that a config names, in its type and on its device."""
+def load(config: Any, dtype: str | None = None) -> ElasticModel:
+    """The model that a config names, in its type, or in `dtype`, and on its device."""
     import warnings
 
     from flextron.elastic.checkpoint import quiet_transformers
@@ -31,7 +33,9 @@ def load(config: Any) -> ElasticModel:
     print(f"loading {config.model}", file=sys.stderr)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", CoverageWarning)
-        model = ElasticModel.from_pretrained(config.model, dtype=config.dtype, device=config.device)
+        model = ElasticModel.from_pretrained(
+            config.model, dtype=dtype or config.dtype, device=getattr(config, "device", "cpu")
+        )
     for warning in caught:
         if issubclass(warning.category, CoverageWarning):
             note(str(warning.message))
@@ -124,3 +128,30 @@ def routed(
     from flextron.choosing.routing import route
 
     return route(model, budget, config.model, any_device=config.any_device, warn=note, **how)
+
+
+SHARES = ("full", "90%", "80%", "60%", "50%")
+"""Sub-networks whose loss is compared, before and after a model is packed or quantised."""
+
+
+def losses(model: ElasticModel, blocks: TokenBlocks) -> list[Evaluation]:
+    """The losses of SHARES; of a model without sensitivities, that of the full model alone."""
+    from flextron.choosing.choice import choose
+    from flextron.evaluation import evaluate
+    from flextron.ranking.sensitivity import Sensitivity
+
+    known = model.folder is not None and Sensitivity.is_in(model.folder)
+    subnets = [choose(model, share, model.folder) for share in (SHARES if known else SHARES[:1])]
+    return evaluate(model, subnets, blocks, show=True)
+
+
+def loss_table(losses: Mapping[str, list[Evaluation]], text: str) -> str:
+    """The losses before and after, each by its name, and what is lost, as a Markdown table."""
+    (name, before), (other, after) = losses.items()
+    rows = [
+        f"| {share} | {old.nats_per_token:.4f} | {new.nats_per_token:.4f} | "
+        f"{new.nats_per_token - old.nats_per_token:+.4f} |"
+        for share, old, new in zip(SHARES, before, after, strict=False)
+    ]
+    head = [f"| share of the layers' weights | {name}, nats/token | {other} | difference |", "|---|---:|---:|---:|"]
+    return "\n".join([*head, *rows, "", f"Measured on {text}."])

@@ -11,6 +11,7 @@ from flextron.config.generate import GenerateConfig
 from flextron.config.inspect import InspectConfig
 from flextron.config.measure_latency import MeasureLatencyConfig
 from flextron.config.pack import PackConfig
+from flextron.config.quantize import QuantizeConfig
 from flextron.config.quickstart import QuickstartConfig
 from flextron.config.rank import RankConfig
 from flextron.config.route import RouteConfig
@@ -32,6 +33,7 @@ COMMANDS: dict[str, type] = {
     "bench-serve": BenchServeConfig,
     "export": ExportConfig,
     "pack": PackConfig,
+    "quantize": QuantizeConfig,
     "env": EnvConfig,
 }
 
@@ -49,6 +51,7 @@ __all__ = [
     "OptimizerOptions",
     "PackConfig",
     "Phase",
+    "QuantizeConfig",
     "QuickstartConfig",
     "RankConfig",
     "RouteConfig",

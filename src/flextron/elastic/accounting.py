@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 
 from flextron.errors import CheckpointError
 
+QUANT_METHOD = "flextron"
+"""What the config.json of a folder with weights that flextron quantised says (`elastic.quantized_files`)."""
 _HARMLESS = re.compile(r"(rotary_emb\.inv_freq|\.attn\.(masked_)?bias|\.attention\.(masked_)?bias)$")
 """Rotary tables and attention masks, which old checkpoints hold and models compute by themselves."""
 
@@ -68,6 +70,11 @@ def check_unquantised(path: str | Path, config: Any) -> None:
     if record:
         fields = record if isinstance(record, dict) else record.to_dict()
         bits = [f"{n} bits" for n, key in ((4, "load_in_4bit"), (8, "load_in_8bit")) if fields.get(key)]
+        if fields.get("quant_method") == QUANT_METHOD:
+            raise CheckpointError(
+                f"{path} holds weights that `flextron quantize` rounded to few bits, for running only. Name the "
+                "checkpoint that they were made from."
+            )
         method = " ".join([str(getattr(fields.get("quant_method"), "value", fields.get("quant_method"))), *bits])
         raise CheckpointError(
             f"{path} is quantised ({method}): its units cannot be left out one by one. Load the checkpoint that it was "

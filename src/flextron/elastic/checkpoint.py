@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from flextron.atomic import new_folder
 from flextron.elastic import per_layer
 from flextron.elastic.accounting import (
+    QUANT_METHOD,
     check_accounted,
     check_finite,
     check_shards_inside,
@@ -32,6 +33,7 @@ from flextron.elastic.sizes import one_reading
 from flextron.elastic.source import (
     COPY_AGAIN,
     METADATA_FILE,
+    QUANTIZED_FILE,
     RANKING_FILE,
     VERSION,
     clear_metadata,
@@ -171,22 +173,31 @@ def save(
     overwrite: bool = False,
     weights: Mapping[str, torch.Tensor] | None = None,
     beside: Mapping[str, str] | None = None,
+    quantized: Mapping[str, torch.Tensor] | None = None,
+    about: Mapping[str, str] | None = None,
 ) -> None:
     """Write the whole folder or nothing. transformers loads it as the plain full model.
 
     `weights`, by name, replace the model's own, if the model holds shards only. `beside` are further text files by
-    name.
+    name. `quantized` are tensors in place of weights, which only flextron loads (`elastic.quantized_files`), and
+    `about` is what flextron.json says of them.
 
     Raises:
         CheckpointError: the folder exists and `overwrite` is false, the disk is full, or a write fails.
     """
-    stored = list(checkpoint.lm.parameters() if weights is None else weights.values())
+    stored = list((quantized or weights or dict(checkpoint.lm.named_parameters())).values())
     needs_bytes = sum(weight.nbytes for weight in stored)
     with new_folder(folder, overwrite=overwrite, needs_bytes=needs_bytes) as partial:
         for name, text in (beside or {}).items():
             (partial / name).write_text(text, encoding="utf8")
-        checkpoint.lm.save_pretrained(partial, state_dict=weights, max_shard_size=LARGEST_FILE)
-        _set_dtype(partial / "config.json", stored[0].dtype)  # transformers writes the dtype of the shards
+        if quantized is None:
+            checkpoint.lm.save_pretrained(partial, state_dict=weights, max_shard_size=LARGEST_FILE)
+            _set_in_config(partial, dtype=dtype_name(stored[0].dtype))  # transformers writes the dtype of the shards
+        else:
+            checkpoint.lm.config.save_pretrained(partial)
+            checkpoint.lm.generation_config.save_pretrained(partial)
+            save_file(dict(quantized), partial / QUANTIZED_FILE)
+            _set_in_config(partial, dtype="float32", quantization_config={"quant_method": QUANT_METHOD})
         add_old_names(partial / "config.json")
         save_tokenizer(checkpoint.tokenizer, partial)
         if checkpoint.ranking is not None:
@@ -194,14 +205,15 @@ def save(
         metadata = {
             "version": VERSION,
             "search_space": None if checkpoint.search_space is None else asdict(checkpoint.search_space),
+            **(about or {}),
             "files": sorted(file.name for file in partial.iterdir()),
         }
         (partial / METADATA_FILE).write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf8")
 
 
-def _set_dtype(file: Path, dtype: torch.dtype) -> None:
-    config = json.loads(file.read_text(encoding="utf8"))
-    config["dtype"] = dtype_name(dtype)
+def _set_in_config(folder: Path, **values: Any) -> None:
+    file = folder / "config.json"
+    config = {**json.loads(file.read_text(encoding="utf8")), **values}
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf8")
 
 

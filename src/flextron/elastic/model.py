@@ -229,7 +229,8 @@ class ElasticModel:
     def use(self, subnet: Subnet) -> Iterator[ElasticModel]:
         """Run as `subnet` inside the block, then as before. Nothing is copied: weights are shared views.
 
-        In training, call `backward` inside the block too: gradient checkpointing runs the forward pass again there.
+        Tokens that were routed are not inside the block: all of them run as `subnet`. In training, call `backward`
+        inside the block too: gradient checkpointing runs the forward pass again there.
 
         Raises:
             SubnetError: `subnet` is not in the search space of this model.
@@ -238,11 +239,17 @@ class ElasticModel:
         self.search_space.check(subnet)
         with self.holder.held():
             before = self._subnet
+            widths = [sub.width for _, _, sub in self.sub_layers()]
+            runs = [width.run for width in widths]
             try:  # Ctrl-C may come while widths are set
+                for width in widths:
+                    width.run = None
                 self._choose(subnet)
                 yield self
             finally:
                 self._choose(before)
+                for width, run in zip(widths, runs, strict=True):
+                    width.run = run
 
     @property
     def least_units(self) -> int:
@@ -325,8 +332,8 @@ class ElasticModel:
         """
         if self._quantization is not None:
             raise CheckpointError(
-                f"cannot {verb} {self._quantization} weights: they are for running only, and made in a second when a "
-                f"model is loaded. Load the model in a float type, and {verb} that."
+                f"cannot {verb} {self._quantization} weights: they are for running only. Take the model that they were "
+                "made from, in a float type."
             )
 
     def quantized_to(self, name: str, fingerprint: str) -> None:

@@ -15,14 +15,17 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeGuard, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from flextron.elastic.model import ElasticModel
+from flextron.elastic.model import ElasticModel, projections_of
 from flextron.elastic.projections import Projection
+from flextron.environment import default_device
 from flextron.errors import FlextronError
 
 Bits = Literal["int8", "int4"]
@@ -33,17 +36,40 @@ _STEPS = 127
 _FITS = 3
 """How often scales and lowest values are fitted to rounded weights. None loses 0.0061 of random weights' squares, one
 0.0056, three 0.0053, five the same."""
+_ROWS = 4096
 _TINY = torch.finfo(torch.float32).tiny
 
 
+@dataclass(frozen=True)
 class EightBits:
     """A matrix in 8 bits."""
 
-    def __init__(self, matrix_OK: torch.Tensor) -> None:
-        self.scale = matrix_OK.float().abs().amax(1).div(_STEPS).clamp(min=_TINY)
-        """[O], float32."""
-        self.weight = (matrix_OK.float() / self.scale[:, None]).round_().to(torch.int8)
-        """[O, K]."""
+    weight: torch.Tensor
+    """[O, K]."""
+    scale: torch.Tensor
+    """[O], float32."""
+
+    @classmethod
+    def of(cls, matrix_OK: torch.Tensor) -> EightBits:
+        """Round a matrix."""
+        lowest_O, highest_O = matrix_OK.aminmax(dim=1)
+        scale_O = torch.maximum(highest_O, -lowest_O).float().div_(_STEPS).clamp_(min=_TINY)
+        rounded_OK = torch.empty(matrix_OK.shape, dtype=torch.int8)
+        for first in range(0, len(scale_O), _ROWS):  # no second copy of a large matrix in float
+            rows = slice(first, first + _ROWS)
+            rounded_OK[rows] = (matrix_OK[rows].float() / scale_O[rows, None]).round_().to(torch.int8)
+        return cls(rounded_OK, scale_O)
+
+    @classmethod
+    def stored(cls, weight: torch.Tensor, scale: torch.Tensor, shape: torch.Size) -> EightBits:
+        """The matrix of this shape that a file holds.
+
+        Raises:
+            ValueError: it is of another shape or type.
+        """
+        _check(weight, shape, torch.int8)
+        _check(scale, shape[:1], torch.float32)
+        return cls(weight, scale)
 
     @property
     def nbytes(self) -> int:
@@ -55,20 +81,38 @@ class EightBits:
         return self.weight[rows, columns].float().mul_(self.scale[rows, None])
 
 
+@dataclass(frozen=True)
 class FourBits:
     """A matrix in 4 bits; zeros fill the last strip, and inputs up to a multiple of 4."""
 
-    def __init__(self, matrix_OK: torch.Tensor) -> None:
-        self.shape = matrix_OK.shape
-        outputs, inputs = self.shape
-        padded_OK = F.pad(matrix_OK.float(), (0, -inputs % 4, 0, -outputs % STRIP))
+    weight: torch.Tensor
+    """[S, K, 16] bytes."""
+    scale: torch.Tensor
+    """Scales and lowest values, [2, S, K], bfloat16."""
+    shape: torch.Size
+    """O and K."""
+
+    @classmethod
+    def of(cls, matrix_OK: torch.Tensor) -> FourBits:
+        """Round a matrix."""
+        padded_OK = F.pad(matrix_OK.float(), (0, -matrix_OK.shape[1] % 4, 0, -matrix_OK.shape[0] % STRIP))
         strips_SKo = padded_OK.view(-1, STRIP, padded_OK.shape[1]).transpose(1, 2).contiguous()
-        self.scale = _fitted(strips_SKo)
-        """Scales and lowest values, [2, S, K], bfloat16."""
-        steps_SKo = _steps(strips_SKo, *self.scale.float()).to(torch.uint8)
+        scale_2SK = _fitted(strips_SKo)
+        steps_SKo = _steps(strips_SKo, *scale_2SK.float()).to(torch.uint8)
         low, high = steps_SKo.chunk(2, dim=-1)
-        self.weight = low | high << 4
-        """[S, K, 16] bytes."""
+        return cls(low | high << 4, scale_2SK, matrix_OK.shape)
+
+    @classmethod
+    def stored(cls, weight: torch.Tensor, scale: torch.Tensor, shape: torch.Size) -> FourBits:
+        """The matrix of this shape that a file holds.
+
+        Raises:
+            ValueError: it is of another shape or type.
+        """
+        strips, inputs = -(-shape[0] // STRIP), -(-shape[1] // 4) * 4
+        _check(weight, (strips, inputs, STRIP // 2), torch.uint8)
+        _check(scale, (2, strips, inputs), torch.bfloat16)
+        return cls(weight, scale, shape)
 
     @property
     def nbytes(self) -> int:
@@ -88,6 +132,13 @@ class FourBits:
         values_OK = values_SKo.transpose(1, 2).flatten(0, 1)
         start = strips.start * STRIP
         return values_OK[first - start : last - start]
+
+
+def _check(tensor: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
+    if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
+        raise ValueError(f"it is {list(tensor.shape)} of {tensor.dtype}, not {list(shape)} of {dtype}")
+    if dtype.is_floating_point and not bool(tensor.float().sum().isfinite()):
+        raise ValueError("it has values that are no numbers")
 
 
 def _steps(strips_SKo: torch.Tensor, scale_SK: torch.Tensor, lowest_SK: torch.Tensor) -> torch.Tensor:
@@ -131,9 +182,23 @@ class OutputLinear(nn.Linear):
         return y if self.bias is None else y + self.bias
 
 
+KINDS: dict[str, type[EightBits] | type[FourBits]] = {"int8": EightBits, "int4": FourBits}
+
+
 def is_quantized(dtype: Any) -> TypeGuard[Bits]:
     """Whether a type is one of ours, which torch does not know."""
     return dtype in get_args(Bits)
+
+
+def check_on_cpu(device: str | torch.device, bits: str) -> None:
+    """Pass if a device, or "auto", is a CPU.
+
+    Raises:
+        FlextronError: it is not.
+    """
+    found = torch.device(default_device() if device == "auto" else device)
+    if found.type != "cpu":
+        raise FlextronError(f"{bits} weights run on a CPU, not on {found}. Pass device cpu.")
 
 
 @torch.no_grad()
@@ -145,39 +210,48 @@ def quantize(model: ElasticModel, bits: Bits) -> None:
     Raises:
         FlextronError: the model is not on a CPU.
     """
-    if model.device.type != "cpu":
-        raise FlextronError(f"{bits} weights run on a CPU, and this model is on {model.device}. Pass device cpu.")
+    check_on_cpu(model.device, bits)
     fingerprint = model.fingerprint()
+    for projection in projections_of(model).values():
+        hold(projection, KINDS[bits].of(projection.matrix()))
+    quantize_embeddings(model)
+    model.quantized_to(bits, fingerprint)
+    give_back_memory()
+
+
+def hold(projection: Projection, quantized: EightBits | FourBits) -> None:
+    """Let a projection hold numbers in few bits in place of its weight."""
+    projection.quantized = quantized
+    nothing = torch.empty(projection.weight.shape, dtype=torch.int8, device="meta")
+    projection.weight = nn.Parameter(nothing, requires_grad=False)
+
+
+def quantize_embeddings(model: ElasticModel) -> None:
+    """Let embeddings and output projection hold 8 bits, if they compute nothing but products and a factor."""
     lm: Any = model.lm
-    kind = EightBits if bits == "int8" else FourBits
-    for _, _, sub in model.sub_layers():
-        for projection in (*sub.opens, sub.closes):
-            if isinstance(projection, Projection):
-                projection.quantized = kind(projection.matrix())
-                nothing = torch.empty_like(projection.weight, dtype=torch.int8, device="meta")
-                projection.weight = nn.Parameter(nothing, requires_grad=False)
     embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
     tied = head is not None and head.weight is embedding.weight
     factor = _factor(embedding)
-    with_head, with_embedding = type(head) is nn.Linear, factor is not None
-    if tied and not (with_head and with_embedding):
-        with_head = with_embedding = False
+    with_head = type(head) is nn.Linear
+    if tied and not (with_head and factor is not None):
+        return
     if with_head:
-        _quantize(head)
-        head.__class__ = OutputLinear
-    if with_embedding:
+        put(head, EightBits.of(head.weight))
+    if factor is not None:
+        held = EightBits.of(embedding.weight) if not tied else EightBits(head.weight, head.scale)
+        put(embedding, held if factor == 1 else replace(held, scale=held.scale * factor))
         if tied:
-            embedding.weight, embedding.scale = head.weight, head.scale
-        else:
-            _quantize(embedding)
-        if factor != 1:
-            embedding.scale = embedding.scale * factor
-        embedding.__class__ = _Embedding
-    model.quantized_to(bits, fingerprint)
-    _give_back_memory()
+            embedding.weight = head.weight
 
 
-def _give_back_memory() -> None:
+def put(module: nn.Module, held: EightBits) -> None:
+    """Let an Embedding or a Linear hold its weight in 8 bits."""
+    module.weight = nn.Parameter(held.weight, requires_grad=False)
+    module.scale = held.scale
+    module.__class__ = _Embedding if isinstance(module, nn.Embedding) else OutputLinear
+
+
+def give_back_memory() -> None:
     """Let glibc return to the system what it holds of freed weights, 360 MB for SmolLM2."""
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         trim(0)
@@ -191,10 +265,3 @@ def _factor(embedding: nn.Module) -> float | None:
     rows, found = embedding.weight[ids].float(), embedding(ids).float()
     factor = (found.norm() / rows.norm().clamp(min=_TINY)).item()
     return factor if torch.allclose(found, rows * factor, rtol=1e-3, atol=1e-6) else None
-
-
-def _quantize(module: nn.Module) -> None:
-    """Let a module that is no projection hold its weight in 8 bits."""
-    held = EightBits(module.get_parameter("weight"))
-    module.weight = nn.Parameter(held.weight, requires_grad=False)
-    module.scale = held.scale

@@ -30,13 +30,14 @@ _FILES = ["*.json", "*.txt", "*.jinja", "tokenizer*", "model*.safetensors", "ran
 _RANKING = frozenset(checkpoint.ORDERS)
 
 
-def skeleton(path: str) -> ElasticModel:
+def skeleton(path: str, kind: type[ElasticModel] = ElasticModel) -> ElasticModel:
     """Return the elastic model of a checkpoint without its weights: parameters are on the meta device, buffers real.
 
     It has no tokenizer and no ranking. `Stored` tells where its weights lie.
 
     Args:
         path: a folder, hub id, GGUF file or pack; of a pack, the base is read.
+        kind: class of the model.
 
     Raises:
         CheckpointError: the checkpoint does not exist, or its config cannot be read.
@@ -50,6 +51,8 @@ def skeleton(path: str) -> ElasticModel:
     except Exception as error:  # transformers raises many types for damaged files
         raise CheckpointError(f"cannot read the config of {path}: {first_line(error)}") from error
     config = text_options(config).get("config", config)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config  # its modules are those of the model in float
     family = family_for(config)
     dtype = config.dtype or _first_dtype(source) or torch.float32
     try:
@@ -65,7 +68,7 @@ def skeleton(path: str) -> ElasticModel:
             search_space: SearchSpace | None = pack.search_space
         else:
             search_space = None if gguf else checkpoint.load_metadata(source, {})[0]
-        return ElasticModel(lm.eval(), search_space=search_space, family=family)
+        return kind(lm.eval(), search_space=search_space, family=family)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"cannot make {path} elastic: {error}") from error
 
@@ -148,7 +151,29 @@ class Stored:
         check_config(folder)
         check_unquantised(path, AutoConfig.from_pretrained(folder, trust_remote_code=False))
         stored = cls(folder)
-        return stored if stored.files.keys() - _RANKING else None
+        return stored if stored.weights else None
+
+    @property
+    def weights(self) -> set[str]:
+        """Names of all tensors but those of a ranking."""
+        return self.files.keys() - _RANKING
+
+    def skeleton(self, path: str | Path, kind: type[ElasticModel] = ElasticModel) -> ElasticModel:
+        """Return the model of these weights without them, with its tokenizer and its ranking.
+
+        Args:
+            path: where they come from, which may be a hub repository.
+            kind: class of the model.
+
+        Raises:
+            CheckpointError, UnknownFamilyError: as `skeleton`.
+        """
+        source = str(self.folder)
+        model = skeleton(source, kind)
+        model.tokenizer = checkpoint.load_tokenizer(source, {"trust_remote_code": False})
+        model.ranking = checkpoint.load_metadata(source, {})[1]
+        model.folder = Path(path) if Path(path).is_dir() else None
+        return model
 
     def fits(self, lm: PreTrainedModel) -> bool:
         """Whether each weight of the model is in one file, under the name that the model gives it.

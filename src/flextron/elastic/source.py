@@ -16,6 +16,8 @@ from flextron.subnet import SearchSpace
 VERSION = 1
 METADATA_FILE = "flextron.json"
 RANKING_FILE = "ranking.safetensors"
+QUANTIZED_FILE = "quantized.safetensors"
+"""Weights in few bits, under a name that transformers does not take for weights that it can load."""
 PACK = "pack.json"
 """The file in a folder that is a pack (`elastic.pack`) and no checkpoint."""
 
@@ -49,7 +51,14 @@ class _Files(TypedDict, total=False):
     files: tuple[str, ...]
 
 
-class Metadata(_Files):
+class _Quantized(_Files, total=False):
+    quantization: str
+    """Type of the weights, if they are quantised (`elastic.quantized_files`)."""
+    fingerprint: str
+    """Of the weights before."""
+
+
+class Metadata(_Quantized):
     """What METADATA_FILE holds besides its version."""
 
     search_space: SearchSpace | None

@@ -56,7 +56,11 @@ def estimate_sensitivity(model: ElasticModel, blocks: TokenBlocks, *, show: bool
 
     The loss is the divergence from the full model's own predictions: of so few tokens, those of the text are noise.
     Mixtures of experts are measured, because tokens meet other experts when one is left out.
+
+    Raises:
+        CheckpointError: the weights are quantised, so that there is no backward pass.
     """
+    model.check_float("estimate sensitivities of")
     if model.family.mlp.holds_experts:
         return measure_sensitivity(model, blocks, show=show)
     space = model.search_space

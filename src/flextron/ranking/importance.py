@@ -49,7 +49,9 @@ def rank(model: ElasticModel, blocks: TokenBlocks, *, score: Score = "reconstruc
 
     Raises:
         ValueError: an unknown score.
+        CheckpointError: the weights are quantised.
     """
+    model.check_float("rank")
     orders = measure_importance(model, blocks, score=score, show=show)
     ranking = Ranking(
         neurons=torch.stack([order.neurons for order in orders]),

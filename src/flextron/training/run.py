@@ -117,6 +117,7 @@ class TrainingRun:
         device = device_of(config, accelerator)
         self.shards = 1 if config.replicate else processes
         self.model = open_model(config.model, device, shards=self.shards)
+        self.model.check_float("train")
         self.device = torch.device(device) if self.model.is_empty else self.model.device
         self.saved_dtype = self.model.dtype
         model = self.model.fingerprint()

@@ -30,11 +30,11 @@ from torch.distributed.tensor import DTensor
 
 from flextron.atomic import clear_errors
 from flextron.config import TrainConfig
-from flextron.elastic import checkpoint, model
+from flextron.elastic import model
 from flextron.elastic.accounting import damaged
 from flextron.elastic.adapters import is_of_adapter, name_below
 from flextron.elastic.discovery import family_for
-from flextron.elastic.skeleton import Stored, skeleton, weights_of
+from flextron.elastic.skeleton import Stored, weights_of
 from flextron.elastic.source import first_line
 from flextron.errors import CheckpointError, FlextronError
 from flextron.model import ElasticModel
@@ -85,13 +85,10 @@ def open_model(path: str, device: Any, *, shards: int) -> model.ElasticModel:
         FlextronError: as `ElasticModel.from_pretrained`.
     """
     stored = Stored.of(path) if shards > 1 else None
-    found = None if stored is None else skeleton(str(stored.folder))
+    found = None if stored is None else stored.skeleton(path)
     if stored is None or found is None or not stored.fits(found.lm):
         return ElasticModel.from_pretrained(path, device=device)
     stored.check(found.lm)
-    found.tokenizer = checkpoint.load_tokenizer(str(stored.folder), {"trust_remote_code": False})
-    found.ranking = checkpoint.load_metadata(str(stored.folder), {})[1]
-    found.folder = Path(path) if Path(path).is_dir() else None
     stored.fingerprint(found)
     return found
 

@@ -109,6 +109,7 @@ def load(path: str | Path, about: Metadata, kind: type[Model]) -> Model:
     if left := sorted(tensors.keys() - state.keys()):
         raise CheckpointError(f"{path} holds {left[0]}, for which the model has no place. {COPY_AGAIN}.")
     _fill(model, tensors)
+    give_back_memory()
     model.quantized_to(bits, about["fingerprint"])
     return model
 

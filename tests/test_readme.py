@@ -25,7 +25,7 @@ VERBS = {
     "docs/routing.md": ["measure-latency", "train-router", "route", "evaluate"],
     "docs/per_token.md": ["train-router", "evaluate", "generate"],
     "docs/evaluate.md": ["evaluate", "evaluate"],
-    "docs/generate.md": ["generate", "generate", "generate"],
+    "docs/generate.md": ["generate", "generate", "quantize", "generate", "generate"],
     "docs/deploy.md": ["export", "export", "measure-latency", "export"],
 }
 """The commands of each page."""
@@ -38,6 +38,7 @@ SIZES = {
     "train-router": "--evaluations 160 --tokens 256 --token-tokens 6144",
     "evaluate": "--tokens 128 --block-tokens 64",
     "generate": "--max-new-tokens 8",
+    "quantize": "--tokens 512",
 }
 
 

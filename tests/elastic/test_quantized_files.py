@@ -98,6 +98,45 @@ def test_decoding_lays_weights_out_otherwise_and_saves_the_same(folders, tmp_pat
     assert torch.equal(logits(ElasticModel.from_pretrained(tmp_path / "again")), before)
 
 
+def _config(folder, **changes):
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def _cut(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-500])
+
+
+FAULTS = {
+    "unknown type": lambda folder: _config(folder, model_type="nonsense"),
+    "remote code": lambda folder: _config(folder, model_type="nonsense", auto_map={"AutoConfig": "x.Y"}),
+    "other sizes": lambda folder: _config(folder, intermediate_size=72),
+    "cut off": _cut,
+    "of another kind": lambda folder: _config(folder, quantization_config={"quant_method": "gptq", "bits": 4}),
+    "no weights": lambda folder: (folder / "model.safetensors").unlink(),
+    "tokenizer": lambda folder: (folder / "tokenizer.json").write_text("{"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_told_as_for_floats(fault, tmp_path):
+    FAULTS[fault](saved(tmp_path / "float"))
+    told = []
+    for dtype in ("float32", "int8"):
+        with pytest.raises(CheckpointError) as error:
+            ElasticModel.from_pretrained(tmp_path / "float", dtype=dtype)
+        told.append(str(error.value))
+    assert told[0] == told[1]
+
+
+def test_files_that_are_no_weights_of_the_model_do_not_matter(tmp_path):
+    """Some repositories hold the weights a second time, in the names of another library."""
+    saved(tmp_path / "float")
+    save_file({"layers.0.w1": torch.zeros(3)}, tmp_path / "float" / "consolidated.safetensors")
+    assert ElasticModel.from_pretrained(tmp_path / "float", dtype="int8").weights_type == "int8"
+
+
 class TestDamage:
     @pytest.fixture
     def folder(self, folders, tmp_path):
@@ -147,6 +186,12 @@ class TestDamage:
         record = json.loads(file.read_text())
         file.write_text(json.dumps({**record, "quantization": "int3"}))
         with pytest.raises(CheckpointError, match="holds int3 weights; this flextron reads int8, int4"):
+            ElasticModel.from_pretrained(folder)
+
+    @pytest.mark.parametrize("file", ["tokenizer.json", QUANTIZED_FILE])
+    def test_that_other_libraries_find(self, folder, file):
+        (folder / file).write_text("{")
+        with pytest.raises(CheckpointError, match="cannot load"):
             ElasticModel.from_pretrained(folder)
 
     def test_a_file_that_is_missing(self, folder):

@@ -32,7 +32,7 @@ from flextron.elastic.quantized import (
 from flextron.elastic.skeleton import Stored, weights_of
 from flextron.elastic.source import COPY_AGAIN, METADATA_FILE, Metadata, read_metadata, source_of
 from flextron.elastic.stored import check_config
-from flextron.errors import CheckpointError
+from flextron.errors import CheckpointError, FlextronError
 
 Model = TypeVar("Model", bound=ElasticModel)
 
@@ -119,19 +119,23 @@ def quantize_while_loading(path: str | Path, bits: Bits, kind: type[Model]) -> M
     """Load a float checkpoint and quantise one weight after the other, so that never all of them are held in float.
 
     Returns:
-        None if its files hold weights under other names than the model does.
+        None if it is not to be read so: it is a pack or a GGUF file, its files hold other names than the model, or
+        something is wrong. `ElasticModel.from_pretrained` in float loads it, or says what is wrong.
 
     Raises:
-        CheckpointError: as `ElasticModel.from_pretrained`.
+        CheckpointError: a weight is no number.
     """
-    stored = Stored.of(str(path))
-    if stored is None:
+    try:
+        stored = Stored.of(str(path))
+        if stored is None:
+            return None
+        model = cast(Model, stored.skeleton(path, kind))
+        if not stored.fits(model.lm):
+            return None
+        stored.check(model.lm)
+        fingerprint = stored.fingerprint(model)
+    except FlextronError:
         return None
-    model = cast(Model, stored.skeleton(path, kind))
-    if not stored.fits(model.lm):
-        return None
-    stored.check(model.lm)
-    fingerprint = stored.fingerprint(model)
     projections = {f"{name}.weight": projection for name, projection in projections_of(model).items()}
     state = {}
     for name, weight in weights_of(model.lm).items():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from flextron.elastic.pack import Pack
 from flextron.elastic.smollm2 import named
 from flextron.elastic.source import PACK, first_line, source_of
 from flextron.elastic.stored import check_config
-from flextron.errors import CheckpointError
+from flextron.errors import CheckpointError, FlextronError
 from flextron.subnet import SearchSpace
 
 _FILES = ["*.json", "*.txt", "*.jinja", "tokenizer*", "model*.safetensors", "ranking.safetensors"]
@@ -148,8 +150,9 @@ class Stored:
         except Exception as error:  # of the network, the hub, the disk
             raise CheckpointError(f"cannot load {path}: {first_line(error)}") from error
         check_shards_inside(str(folder))
-        check_config(folder)
-        check_unquantised(path, AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        with _clear_errors(path):
+            check_config(folder)
+            check_unquantised(path, AutoConfig.from_pretrained(folder, trust_remote_code=False))
         stored = cls(folder)
         return stored if stored.weights else None
 
@@ -170,8 +173,12 @@ class Stored:
         """
         source = str(self.folder)
         model = skeleton(source, kind)
-        model.tokenizer = checkpoint.load_tokenizer(source, {"trust_remote_code": False})
-        model.ranking = checkpoint.load_metadata(source, {})[1]
+        with _clear_errors(path):
+            model.tokenizer = checkpoint.load_tokenizer(source, {"trust_remote_code": False})
+            model.ranking = checkpoint.load_metadata(source, {})[1]
+            if model.ranking is not None:
+                heads = model.layers[0].attention.heads_per_unit
+                model.ranking.check(**model.search_space.sizes, query_heads=heads)
         model.folder = Path(path) if Path(path).is_dir() else None
         return model
 
@@ -210,6 +217,17 @@ class Stored:
         """Return the fingerprint that the model has with these weights."""
         names = {id(weight): name for name, weight in model.lm.named_parameters()}
         return model.fingerprint(lambda weight: self.read(names[id(weight)]))
+
+
+@contextmanager
+def _clear_errors(path: str | Path) -> Iterator[None]:
+    """Turn the errors of many types that damaged files make transformers raise into CheckpointErrors."""
+    try:
+        yield
+    except FlextronError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"cannot load {path}: {first_line(error)}") from error
 
 
 def weights_of(lm: PreTrainedModel) -> dict[str, torch.Tensor]:

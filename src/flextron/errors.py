@@ -12,6 +12,11 @@ FlextronError
 └── ExportError           the target format cannot express a sub-network
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 LONGEST = 480
 """Characters of a message. Of a longer one the middle is left out, because the way out stands at its end."""
 
@@ -58,3 +63,23 @@ class TrainingError(FlextronError):
 
 class ExportError(FlextronError):
     """A sub-network cannot be exported to the requested format."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its type if there is no message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
+def raised_as(kind: type[FlextronError], doing: str) -> Iterator[None]:
+    """Turn what libraries raise for damaged files, errors of many types, into a `kind` that says what failed.
+
+    Args:
+        doing: what the block does, such as "cannot load out/elastic".
+    """
+    try:
+        yield
+    except FlextronError:
+        raise
+    except Exception as error:
+        raise kind(f"{doing}: {first_line(error)}") from error

@@ -107,8 +107,11 @@ class ElasticModel(elastic.ElasticModel):
         about = quantized_files.metadata_of(path)
         if about is not None:
             held = about["quantization"]
-            if dtype not in ("auto", held) or pack is not None or kwargs:
+            if dtype not in ("auto", held):
                 raise CheckpointError(f"{path} holds {held} weights, which load as {held} or auto only.")
+            if pack is not None or kwargs:
+                options = ", ".join([*(["pack"] if pack is not None else []), *kwargs])
+                raise CheckpointError(f"{path} holds {held} weights, which load without options such as {options}.")
             check_on_cpu(device, held)
             return quantized_files.load(path, about, cls)
         if is_quantized(dtype):

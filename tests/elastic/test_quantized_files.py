@@ -1,6 +1,5 @@
 """Weights in few bits in files: what is loaded computes what was saved, and no second copy in float is held."""
 
-import copy
 import json
 import shutil
 
@@ -11,8 +10,9 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from flextron import ElasticModel
+from flextron import model as public
 from flextron.cli import main
-from flextron.elastic import quantized, quantized_files
+from flextron.elastic import quantized_files
 from flextron.elastic.quantized import quantize
 from flextron.elastic.source import QUANTIZED_FILE
 from flextron.errors import CheckpointError
@@ -68,12 +68,14 @@ def file_size(folder):
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize(
+    "model_type", [name for name in TYPES if name != "gpt_neox"]
+)  # whose files name a head otherwise
 def test_one_weight_after_the_other_gives_what_all_at_once_give(model_type, bits, tmp_path, monkeypatch):
     saved(tmp_path / "float", model_type)
     whole = ElasticModel.from_pretrained(tmp_path / "float")
     quantize(whole, bits)
-    monkeypatch.setattr(quantized, "quantize", None)
+    monkeypatch.setattr(public, "quantize", None)
     lean = ElasticModel.from_pretrained(tmp_path / "float", dtype=bits)
     assert torch.equal(logits(lean), logits(whole))
     assert lean.fingerprint() == whole.fingerprint()
@@ -176,9 +178,18 @@ class TestDamage:
         with pytest.raises(CheckpointError, match=f"it lacks '{name}.weight'"):
             ElasticModel.from_pretrained(folder)
 
+    @pytest.mark.parametrize("tied", [False, True])
+    @pytest.mark.parametrize("name", ["model.embed_tokens", "lm_head"])
+    def test_of_a_scale_of_embeddings(self, name, tied, tmp_path):
+        saved(tmp_path / "float", tie_word_embeddings=tied)
+        ElasticModel.from_pretrained(tmp_path / "float", dtype="int8").save_pretrained(tmp_path / "few")
+        self.change(tmp_path / "few", **{f"{name}.scale": None})
+        with pytest.raises(CheckpointError, match=f"it lacks '{name}.scale'" if tied else f"is damaged: {name}.weight"):
+            ElasticModel.from_pretrained(tmp_path / "few")
+
     def test_of_a_norm(self, folder):
         self.change(folder, **{"model.norm.weight": torch.full((tiny.HIDDEN,), torch.inf)})
-        with pytest.raises(CheckpointError, match=r"model\.norm\.weight: it is of another size, or has values"):
+        with pytest.raises(CheckpointError, match=r"model\.norm\.weight: it is of another size or type, or has values"):
             ElasticModel.from_pretrained(folder)
 
     def test_of_flextron_json(self, folder):
@@ -206,13 +217,15 @@ def test_nothing_takes_the_bits_for_numbers(folders):
         AutoModelForCausalLM.from_pretrained(folders[1])
 
 
-def test_it_loads_in_its_own_type_only(folders, capsys):
+def test_it_loads_in_its_own_type_only(folders):
     _, few = folders
     held = ElasticModel.from_pretrained(few).weights_type
     assert ElasticModel.from_pretrained(few, dtype=held).weights_type == held
     for other in ("float32", *set(BITS) - {held}):
         with pytest.raises(CheckpointError, match=f"holds {held} weights, which load as {held} or auto only"):
             ElasticModel.from_pretrained(few, dtype=other)
+    with pytest.raises(CheckpointError, match="which load without options such as search_space"):
+        ElasticModel.from_pretrained(few, search_space=None)
 
 
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
@@ -244,8 +257,3 @@ def test_the_verb_keeps_what_was_measured(bits, tmp_path, capsys):
     assert main(["quantize", str(tmp_path / "copy"), str(out), "--dtype", bits, "--overwrite", "--tokens", "0"]) == 0
     assert not (out / "routers").exists()
     assert main(["generate", str(out), "a b", "--max-new-tokens", "3"]) == 0
-
-
-def test_copies_of_a_quantised_model_are_of_their_own(folders):
-    model = ElasticModel.from_pretrained(folders[1])
-    assert torch.equal(logits(copy.deepcopy(model)), logits(model))

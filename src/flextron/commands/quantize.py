@@ -39,7 +39,6 @@ def _compared(config: QuantizeConfig) -> ElasticModel:
     from flextron.elastic.quantized import quantize
 
     model = shared.load(config, dtype="float32")
-    model.check_float("quantise")
     blocks = load_blocks(model.tokenizer, config.text, tokens=config.tokens, block_tokens=model.fitting(512))
     before = shared.losses(model, blocks)
     quantize(model, config.dtype)

@@ -33,9 +33,7 @@ def load(config: Any, dtype: str | None = None) -> ElasticModel:
     print(f"loading {config.model}", file=sys.stderr)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", CoverageWarning)
-        model = ElasticModel.from_pretrained(
-            config.model, dtype=dtype or config.dtype, device=getattr(config, "device", "cpu")
-        )
+        model = ElasticModel.from_pretrained(config.model, dtype=dtype or config.dtype, device=config.device)
     for warning in caught:
         if issubclass(warning.category, CoverageWarning):
             note(str(warning.message))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from flextron.config.fields import ModelArgument, OutArgument, check_at_least
 
@@ -30,6 +30,8 @@ class QuantizeConfig:
     """Number of tokens of it. 0 compares nothing, and then never all weights are held in float at once."""
     overwrite: bool = False
     """Replace OUT if it is a checkpoint."""
+
+    device: ClassVar[str] = "cpu"
 
     def __post_init__(self) -> None:
         if self.tokens:

@@ -6,7 +6,6 @@ import glob
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module, resources
 from itertools import chain
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flextron.data.blocks import ENDINGS, PIECE, SAMPLES, Piece, in_pieces, pieces
-from flextron.errors import FlextronError
+from flextron.errors import FlextronError, raised_as
 
 _DATASET = "datasets:"
 _TEXT_FILE = re.compile(r"\.((jsonl|txt|md)(\.xz|\.gz|\.bz2)?|parquet)$")
@@ -118,7 +117,7 @@ def _strings(values: Iterable[Any], name: str) -> Iterator[Piece]:
 
 def _parquet(file: Path) -> Iterator[Any]:
     parquet = _extra("pyarrow.parquet", file)
-    with _clear_errors(file):
+    with raised_as(FlextronError, f"cannot read {file}"):
         about = parquet.read_metadata(file)
         schema = about.schema.to_arrow_schema()
         _check_column(schema.names, file)
@@ -136,7 +135,7 @@ def _parquet(file: Path) -> Iterator[Any]:
 
 def _rows(path: str, name: str, config: str | None, split: str) -> Iterator[Any]:
     datasets = _extra("datasets", path)
-    with _clear_errors(path):
+    with raised_as(FlextronError, f"cannot read {path}"):
         for row in datasets.load_dataset(name, config, split=split, streaming=True):
             _check_column(row, path)
             yield row["text"]
@@ -152,15 +151,3 @@ def _extra(module: str, path: str | Path) -> Any:
         return import_module(module)
     except ImportError as error:
         raise FlextronError(f'cannot read {path}: {error}. Run: pip install "flextron[data]"') from None
-
-
-@contextmanager
-def _clear_errors(path: str | Path) -> Iterator[None]:
-    """Turn the many kinds of errors of pyarrow and datasets into a FlextronError of one line."""
-    try:
-        yield
-    except FlextronError:
-        raise
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise FlextronError(f"cannot read {path}: {reason}") from None

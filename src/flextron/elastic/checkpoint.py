@@ -37,13 +37,12 @@ from flextron.elastic.source import (
     RANKING_FILE,
     VERSION,
     clear_metadata,
-    first_line,
     read_metadata,
     source_of,
 )
 from flextron.elastic.stored import check_config
 from flextron.environment import dtype_name
-from flextron.errors import CheckpointError, FlextronError
+from flextron.errors import CheckpointError, raised_as
 from flextron.records import check_version
 from flextron.subnet import AXES, SearchSpace
 
@@ -120,7 +119,7 @@ def _load(path: str | Path, dtype: str | torch.dtype, kwargs: Mapping[str, Any])
     check_shards_inside(source)
     hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
     read = {"trust_remote_code": False, **kwargs, **gguf}  # or transformers would ask, and take a "y" for True
-    try:
+    with raised_as(CheckpointError, f"cannot load {path}"):
         if gguf and "config" not in read:
             read["config"] = complete_config(Path(path))
         elif Path(source).is_dir() and not gguf:
@@ -135,10 +134,6 @@ def _load(path: str | Path, dtype: str | torch.dtype, kwargs: Mapping[str, Any])
             **{**read, **composite},
         )
         tokenizer = load_tokenizer(source, {"trust_remote_code": False, **gguf, **hub})
-    except FlextronError:
-        raise
-    except Exception as error:  # damaged files make transformers raise errors of many types
-        raise CheckpointError(f"cannot load {path}: {first_line(error)}") from error
     if composite:
         info["unexpected_keys"] = [key for key in info["unexpected_keys"] if is_of_text(key)]
         lm._weight_conversions = None  # or saving would give the weights their multimodal names back

@@ -30,8 +30,7 @@ from flextron.elastic.model import ElasticModel
 from flextron.elastic.per_layer import PREFIX
 from flextron.elastic.projections import is_projection
 from flextron.elastic.shrinking import HEADS, HIDDEN, quiet, small_config, small_copy
-from flextron.elastic.source import first_line
-from flextron.errors import UnknownFamilyError
+from flextron.errors import UnknownFamilyError, first_line
 
 LEAST_NARROWING = 0.25
 """Share of the layers' weights that must lie in units of axes that narrow."""

@@ -15,8 +15,7 @@ from flextron.elastic.discovery import Coverage, coverage_of, found_for
 from flextron.elastic.families import FAMILIES, Family
 from flextron.elastic.model import ElasticModel, SubLayer
 from flextron.elastic.shrinking import small_copy
-from flextron.elastic.source import first_line
-from flextron.errors import UnknownFamilyError
+from flextron.errors import UnknownFamilyError, first_line
 from flextron.subnet import Subnet
 
 _TOLERANCES = {torch.float16: 0.05, torch.bfloat16: 0.1}  # relative to the largest logit

@@ -239,16 +239,15 @@ class ElasticModel:
         self.search_space.check(subnet)
         with self.holder.held():
             before = self._subnet
-            widths = [sub.width for _, _, sub in self.sub_layers()]
-            runs = [width.run for width in widths]
+            routed = [(sub.width, sub.width.run) for _, _, sub in self.sub_layers() if sub.width.run is not None]
             try:  # Ctrl-C may come while widths are set
-                for width in widths:
+                for width, _ in routed:
                     width.run = None
                 self._choose(subnet)
                 yield self
             finally:
                 self._choose(before)
-                for width, run in zip(widths, runs, strict=True):
+                for width, run in routed:
                     width.run = run
 
     @property

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from flextron.elastic import checkpoint
-from flextron.elastic.accounting import damaged
+from flextron.elastic.accounting import are_tied, damaged
 from flextron.elastic.checkpoint import Checkpoint
 from flextron.elastic.model import ElasticModel, projections_of
 from flextron.elastic.quantized import (
@@ -86,22 +86,27 @@ def load(path: str | Path, about: Metadata, kind: type[Model]) -> Model:
     stored = Stored(Path(path))
     model = cast(Model, stored.skeleton(path, kind))
     tensors = {name: stored.read(name) for name in stored.weights}
-    state = {name: weight.shape for name, weight in weights_of(model.lm).items()}
+    state, around = weights_of(model.lm), _around(model.lm)
     name = ""
     try:
         for name, projection in projections_of(model).items():
             del state[f"{name}.weight"]
             shape = projection.matrix().shape
             hold(projection, KINDS[bits].stored(tensors.pop(f"{name}.weight"), tensors.pop(f"{name}.scale"), shape))
-        tied = None
-        for name, module in _around(model.lm).items():
-            if (scale := tensors.pop(f"{name}.scale", None)) is not None:
-                shape = module.get_parameter("weight").shape
-                tied = tensors.pop(f"{name}.weight") if state.pop(f"{name}.weight", None) else tied
-                put(module, EightBits.stored(cast(torch.Tensor, tied), scale, shape))
-        for name, shape in state.items():
-            if tensors[name].shape != shape or not bool(tensors[name].sum().isfinite()):
-                raise ValueError("it is of another size, or has values that are no numbers")
+        quantized = [name for name in around if f"{name}.scale" in tensors]
+        if quantized and are_tied(model.lm):
+            quantized = list(around)  # both, or the file lacks a scale
+        weight = torch.empty(0)
+        for name in quantized:
+            if state.pop(f"{name}.weight", None) is not None:
+                weight = tensors.pop(f"{name}.weight")  # and that of the next one, if they are tied
+            shape = around[name].get_parameter("weight").shape
+            put(around[name], EightBits.stored(weight, tensors.pop(f"{name}.scale"), shape))
+        for name, wanted in state.items():
+            found = tensors[name]
+            of_kind = found.shape == wanted.shape and found.is_floating_point() == wanted.is_floating_point()
+            if not (of_kind and bool(found.sum().isfinite())):
+                raise ValueError("it is of another size or type, or has values that are no numbers")
     except KeyError as error:
         raise CheckpointError(f"{path} is incomplete: it lacks {error}. {COPY_AGAIN}.") from None
     except ValueError as error:

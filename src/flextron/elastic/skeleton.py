@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +20,9 @@ from flextron.elastic.discovery import family_for
 from flextron.elastic.model import ElasticModel
 from flextron.elastic.pack import Pack
 from flextron.elastic.smollm2 import named
-from flextron.elastic.source import PACK, first_line, source_of
+from flextron.elastic.source import PACK, source_of
 from flextron.elastic.stored import check_config
-from flextron.errors import CheckpointError, FlextronError
+from flextron.errors import CheckpointError, first_line, raised_as
 from flextron.subnet import SearchSpace
 
 _FILES = ["*.json", "*.txt", "*.jinja", "tokenizer*", "model*.safetensors", "ranking.safetensors"]
@@ -48,10 +46,8 @@ def skeleton(path: str, kind: type[ElasticModel] = ElasticModel) -> ElasticModel
     per_layer.register()
     pack = Pack.load(Path(named(path))) if _is_pack(path) else None
     source, gguf = source_of(named(path if pack is None else pack.base))
-    try:
+    with raised_as(CheckpointError, f"cannot read the config of {path}"):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **gguf)
-    except Exception as error:  # transformers raises many types for damaged files
-        raise CheckpointError(f"cannot read the config of {path}: {first_line(error)}") from error
     config = text_options(config).get("config", config)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config  # its modules are those of the model in float
@@ -145,12 +141,9 @@ class Stored:
         source, gguf = source_of(named(path))
         if gguf:
             return None
-        try:
+        with raised_as(CheckpointError, f"cannot load {path}"):
             folder = Path(source) if Path(source).is_dir() else Path(snapshot_download(source, allow_patterns=_FILES))
-        except Exception as error:  # of the network, the hub, the disk
-            raise CheckpointError(f"cannot load {path}: {first_line(error)}") from error
-        check_shards_inside(str(folder))
-        with _clear_errors(path):
+            check_shards_inside(str(folder))
             check_config(folder)
             check_unquantised(path, AutoConfig.from_pretrained(folder, trust_remote_code=False))
         stored = cls(folder)
@@ -173,7 +166,7 @@ class Stored:
         """
         source = str(self.folder)
         model = skeleton(source, kind)
-        with _clear_errors(path):
+        with raised_as(CheckpointError, f"cannot load {path}"):
             model.tokenizer = checkpoint.load_tokenizer(source, {"trust_remote_code": False})
             model.ranking = checkpoint.load_metadata(source, {})[1]
             if model.ranking is not None:
@@ -217,17 +210,6 @@ class Stored:
         """Return the fingerprint that the model has with these weights."""
         names = {id(weight): name for name, weight in model.lm.named_parameters()}
         return model.fingerprint(lambda weight: self.read(names[id(weight)]))
-
-
-@contextmanager
-def _clear_errors(path: str | Path) -> Iterator[None]:
-    """Turn the errors of many types that damaged files make transformers raise into CheckpointErrors."""
-    try:
-        yield
-    except FlextronError:
-        raise
-    except Exception as error:
-        raise CheckpointError(f"cannot load {path}: {first_line(error)}") from error
 
 
 def weights_of(lm: PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 
 from flextron.atomic import lost
 from flextron.elastic.sizes import check_folder, check_gguf
-from flextron.errors import CheckpointError, FlextronError
+from flextron.errors import CheckpointError, FlextronError, first_line
 from flextron.records import checked, read_record
 from flextron.subnet import SearchSpace
 
@@ -130,8 +130,3 @@ def clear_metadata(file: Path, other: type[Exception] = ValueError) -> Iterator[
     except (OSError, ValueError, KeyError, TypeError, other) as error:
         way_out = "Install the flextron that wrote it, or rank the original again."
         raise CheckpointError(f"cannot read {file}: {first_line(error).rstrip('.')}. {way_out}") from error
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or the name of its type if there is no message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

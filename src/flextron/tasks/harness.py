@@ -21,7 +21,7 @@ from typing import Any, TypedDict
 from flextron.atomic import reserved
 from flextron.data.blocks import require_tokenizer
 from flextron.elastic.model import ElasticModel
-from flextron.errors import FlextronError
+from flextron.errors import FlextronError, first_line
 from flextron.records import Journal, RecordError, checked
 from flextron.routers.token.batch import TokenRouting
 from flextron.subnet import Subnet
@@ -144,7 +144,7 @@ def _load_one(manager: Any, wish: str, folder: Path | None, limit: int | None) -
     except FlextronError:
         raise
     except Exception as error:  # lm-eval and datasets raise many kinds
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        reason = first_line(error)
         hint = f" With no Hugging Face hub in reach, pass --task-data DIR or set {DATA} (docs/tasks.md)."
         raise FlextronError(f"cannot load the task {name}: {reason}." + ("" if folder else hint)) from None
     for task in found.values():

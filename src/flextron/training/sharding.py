@@ -35,8 +35,7 @@ from flextron.elastic.accounting import damaged
 from flextron.elastic.adapters import is_of_adapter, name_below
 from flextron.elastic.discovery import family_for
 from flextron.elastic.skeleton import Stored, weights_of
-from flextron.elastic.source import first_line
-from flextron.errors import CheckpointError, FlextronError
+from flextron.errors import CheckpointError, FlextronError, first_line
 from flextron.model import ElasticModel
 from flextron.training.distillation import Distiller
 

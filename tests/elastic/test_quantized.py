@@ -102,7 +102,7 @@ def test_every_token_may_have_its_own_widths(models, few_tokens, monkeypatch):
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("bits", BITS)
-def test_fast_decoding_reads_few_bits(bits, tied):
+def test_fast_decoding_reads_few_bits(bits, tied, tmp_path):
     quantised, floats = both("llama", bits, tie_word_embeddings=tied)
     assert supports(quantised)
     assert type(quantised.lm.get_output_embeddings()) is OutputLinear
@@ -112,6 +112,11 @@ def test_fast_decoding_reads_few_bits(bits, tied):
         decoder.prefill(tokens[:, :4])
         found = torch.stack([decoder.step(token) for token in tokens[0, 4:].tolist()])
         torch.testing.assert_close(found, logits(floats, subnet, tokens)[0, 4:], rtol=1e-4, atol=1e-4)
+    quantised.save_pretrained(tmp_path / "saved")  # decoding lays closing matrices out by columns
+    again = ElasticModel.from_pretrained(tmp_path / "saved")
+    for (_, _, sub), (_, _, other) in zip(quantised.sub_layers(), again.sub_layers(), strict=True):
+        assert torch.equal(sub.closes.quantized.weight, other.closes.quantized.weight)
+        assert torch.equal(sub.closes.quantized.scale, other.closes.quantized.scale)
 
 
 def test_embeddings_that_are_multiplied_are_quantised_too():

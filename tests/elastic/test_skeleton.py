@@ -61,6 +61,15 @@ def test_a_weight_in_two_files_does_not_fit(folder):
     assert not in_shards(str(folder), skeleton(str(folder)).lm)
 
 
+def test_another_copy_in_the_folder_is_not_the_models(folder):
+    """Mistral's repositories hold one under its own names, in consolidated.safetensors; transformers ignores it."""
+    save_file({"layers.0.attention.wq.weight": torch.zeros(2, 2)}, folder / "consolidated.safetensors")
+    stored, empty = Stored.of(str(folder)), skeleton(str(folder))
+    stored.check(empty.lm)
+    assert stored.fits(empty.lm)
+    assert stored.weights == load_file(folder / "model.safetensors").keys()
+
+
 def test_wrong_sizes_and_weights_without_a_place_are_named(folder):
     changed(folder, lambda weights: weights.update({"model.extra": torch.zeros(3)}))
     with pytest.raises(CheckpointError, match=r"no place for, such as model\.extra"):

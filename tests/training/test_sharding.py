@@ -10,8 +10,23 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from training_worker import OPTIONS, STEPS, make_checkpoint, make_text, records, run, steps_of, stopped_in, wait_for
+from training_worker import (
+    OPTIONS,
+    STEPS,
+    make_checkpoint,
+    make_mixture,
+    make_packed,
+    make_text,
+    records,
+    run,
+    steps_of,
+    stopped_in,
+    wait_for,
+)
 
+import tiny
+from flextron.elastic.skeleton import Stored, skeleton
+from flextron.model import ElasticModel
 from flextron.training.snapshot import latest_snapshot
 from folders import names
 
@@ -24,8 +39,12 @@ def one(tmp_path_factory) -> Path:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("sharding")
     make_checkpoint(folder / "model")
+    ElasticModel(tiny.plain_model("llama", vocab_size=300), tiny.tokenizer()).save_pretrained(folder / "unranked model")
     make_checkpoint(folder / "bf16 model", dtype=torch.bfloat16)
     make_checkpoint(folder / "tied model", tie_word_embeddings=True)
+    make_checkpoint(folder / "renamed model", "gpt_neox")  # its files name the output projection otherwise
+    make_mixture(folder / "mixture model")
+    make_packed(folder / "pack model", folder / "unranked model", folder / "model")
     make_checkpoint(folder / "damaged model")
     weights = load_file(folder / "damaged model" / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][-1, -1] = torch.nan  # in the second process's shard
@@ -89,12 +108,12 @@ def assert_close_runs(found: Path, expected: Path, within: float = 1e-4) -> None
     assert names(found) == names(expected)
     mine, others = (json.loads((folder / "generation_config.json").read_text()) for folder in (found, expected))
     assert mine == others
-    assert mine["eos_token_id"] == [1, 2]
 
 
 class TestTwoProcesses:
     def test_train_as_one(self, two):
         assert_close_runs(two / "two", run_one(two, "one"))
+        assert json.loads((two / "two" / "generation_config.json").read_text())["eos_token_id"] == [1, 2]
 
     def test_with_a_trained_head_and_activations_computed_twice(self, two):
         options = {"train_embeddings": True, "text_weight": 0.5}
@@ -120,6 +139,16 @@ class TestTwoProcesses:
     def test_adapters_with_another_teacher(self, two):
         options = {"lora_rank": 2, "teacher": two / "tied model"}
         assert_close_runs(two / "taught", run_one(two, "one taught", **options))
+
+    @pytest.mark.parametrize(("name", "options"), [("renamed", {}), ("mixture", {"smallest": "50%"})])
+    def test_from_files_with_other_names_for_the_weights(self, two, name, options):
+        """The first process reads them and sends the other one its shards."""
+        found = skeleton(str(two / f"{name} model"))
+        assert not Stored.of(str(two / f"{name} model")).fits(found.lm)
+        assert_close_runs(two / name, run_one(two, f"one {name}", f"{name} model", **options))
+
+    def test_the_changes_of_a_pack(self, two):
+        assert_close_runs(two / "pack", run_one(two, "one pack", "pack model", train_pack=True))
 
     def test_with_the_whole_model_in_each(self, two):
         options = {"train_embeddings": True, "text_weight": 0.5}

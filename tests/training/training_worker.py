@@ -11,12 +11,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from transformers import AutoConfig
 
 import tiny
 from flextron import cli
+from flextron.elastic.model import projections_of
 from flextron.elastic.permutation import permute
+from flextron.elastic.shrinking import small_copy
 from flextron.errors import FlextronError
+from flextron.exporting.pack import make_pack, save_pack
 from flextron.model import ElasticModel
+from flextron.ranking.importance import rank
 from flextron.ranking.sensitivity import measure_sensitivity
 from flextron.training import run as training
 
@@ -35,6 +40,29 @@ def make_checkpoint(folder: Path, model_type: str = "llama", dtype: torch.dtype 
     model.lm.generation_config.eos_token_id = [1, 2]  # which the config does not say
     model.save_pretrained(folder)
     sensitivity.save(folder)
+    return folder
+
+
+def make_mixture(folder: Path) -> Path:
+    """A tiny ranked mixture of experts. Its files hold the experts one by one, the model holds them together."""
+    model = ElasticModel(small_copy(AutoConfig.for_model("mixtral"), vocab_size=300), tiny.tokenizer())
+    rank(model, tiny.blocks(4, vocab=300))
+    model.save_pretrained(folder)
+    measure_sensitivity(model, tiny.blocks(2, vocab=300)).save(folder)
+    return folder
+
+
+@torch.no_grad()
+def make_packed(folder: Path, base: Path, trained: Path) -> Path:
+    """A pack of a checkpoint made from `trained` by changes of rank 2."""
+    model, draw = ElasticModel.from_pretrained(trained), torch.Generator().manual_seed(1)
+    for projection in projections_of(model).values():
+        rows, columns = projection.matrix().shape
+        change = torch.randn(rows, 2, generator=draw) @ torch.randn(2, columns, generator=draw)
+        projection.matrix().add_(0.02 * change)
+    blocks = tiny.blocks(8, 32, vocab=300)
+    pack = make_pack(model, ElasticModel.from_pretrained(base), blocks, base_name=str(base))
+    save_pack(pack, folder, model, "# A pack")
     return folder
 
 
@@ -146,6 +174,9 @@ def main(folder: Path) -> None:
     go("bf16", folder / "bf16 model", **{**OPTIONS, "precision": "bf16"})
     go("adapters", **OPTIONS, lora_rank=2)
     go("bf16 adapters", folder / "bf16 model", **{**OPTIONS, "precision": "bf16"}, lora_rank=2)
+    go("renamed", folder / "renamed model", **OPTIONS)
+    go("mixture", folder / "mixture model", **{**OPTIONS, "smallest": "50%"})
+    go("pack", folder / "pack model", **OPTIONS, train_pack=True)
     go("taught", **OPTIONS, lora_rank=2, teacher=folder / "tied model")
     go("replicated", **OPTIONS, replicate=True, train_embeddings=True, text_weight=0.5)
     with stopped_in(3):

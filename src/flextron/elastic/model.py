@@ -296,6 +296,10 @@ class ElasticModel:
             self._fingerprint = found
         return found
 
+    def fingerprint_is(self, fingerprint: str) -> None:
+        """Note the fingerprint of weights that are not here."""
+        self._fingerprint = fingerprint
+
     @property
     def is_empty(self) -> bool:
         """Whether this is a model without weights (`elastic.skeleton`), before a training run fills it."""
@@ -337,7 +341,8 @@ class ElasticModel:
 
     def quantized_to(self, name: str, fingerprint: str) -> None:
         """Note that the weights are of another type now; what was measured for them before still belongs to them."""
-        self._quantization, self._fingerprint = name, fingerprint
+        self._quantization = name
+        self.fingerprint_is(fingerprint)
 
     @property
     def positions(self) -> int | None:

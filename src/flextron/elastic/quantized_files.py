@@ -30,7 +30,7 @@ from flextron.elastic.quantized import (
     quantize_embeddings,
 )
 from flextron.elastic.skeleton import Stored, weights_of
-from flextron.elastic.source import COPY_AGAIN, METADATA_FILE, Metadata, read_metadata, source_of
+from flextron.elastic.source import COPY_AGAIN, METADATA_FILE, QUANTIZED_FILE, Metadata, read_metadata, source_of
 from flextron.elastic.stored import check_config
 from flextron.errors import CheckpointError, FlextronError
 
@@ -83,7 +83,7 @@ def load(path: str | Path, about: Metadata, kind: type[Model]) -> Model:
         raise CheckpointError(f"{path} holds {bits} weights; this flextron reads {', '.join(KINDS)}.")
     source_of(path)
     check_config(Path(path))
-    stored = Stored(Path(path))
+    stored = Stored(Path(path), {QUANTIZED_FILE})
     model = cast(Model, stored.skeleton(path, kind))
     tensors = {name: stored.read(name) for name in stored.weights}
     state, around = weights_of(model.lm), _around(model.lm)

@@ -11,7 +11,7 @@ from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.utils import GENERATION_CONFIG_NAME, cached_file
+from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from flextron.elastic import checkpoint, per_layer
 from flextron.elastic.accounting import check_accounted, check_shards_inside, check_unquantised
@@ -44,7 +44,7 @@ def skeleton(path: str, kind: type[ElasticModel] = ElasticModel) -> ElasticModel
         UnknownFamilyError: the architecture has no spec.
     """
     per_layer.register()
-    pack = Pack.load(Path(named(path))) if _is_pack(path) else None
+    pack = Pack.load(Path(named(path))) if is_pack(path) else None
     source, gguf = source_of(named(path if pack is None else pack.base))
     with raised_as(CheckpointError, f"cannot read the config of {path}"):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **gguf)
@@ -71,7 +71,8 @@ def skeleton(path: str, kind: type[ElasticModel] = ElasticModel) -> ElasticModel
         raise CheckpointError(f"cannot make {path} elastic: {error}") from error
 
 
-def _is_pack(path: str) -> bool:
+def is_pack(path: str) -> bool:
+    """Whether a path is a pack, or the name of one that comes with flextron."""
     return (Path(named(path)) / PACK).is_file()
 
 
@@ -92,13 +93,13 @@ def in_shards(path: str, lm: PreTrainedModel) -> bool:
     Raises:
         CheckpointError: a file cannot be read, or the weights are quantised.
     """
-    if _is_pack(path):
+    if is_pack(path):
         return False
     source, gguf = source_of(named(path))
     if gguf:
         return False
     if not Path(source).is_dir():
-        index = cached_file(source, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
+        index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
         names = None if index is None else json.loads(Path(index).read_text(encoding="utf8"))["weight_map"].keys()
         return names is None or weights_of(lm).keys() <= names
     stored = Stored.of(source)
@@ -108,24 +109,31 @@ def in_shards(path: str, lm: PreTrainedModel) -> bool:
 class Stored:
     """The weights in the safetensors files of a folder, which are read one by one, under the names of a model."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, of_model: set[str] | None = None) -> None:
         """Read the headers of all safetensors files in a folder.
+
+        Args:
+            of_model: names of the files that hold the model. The default is those that transformers reads.
 
         Raises:
             CheckpointError: a file cannot be read.
         """
         self.folder = folder
         self.files: dict[str, Path] = {}
-        """The file of each tensor."""
+        """The file of each tensor of the model. Other files of the folder, such as another copy, are left out."""
         self.shapes: dict[str, list[int]] = {}
         self.doubles: set[str] = set()
-        """Tensors that several files hold."""
+        """Tensors that several files of the folder hold."""
+        seen: set[str] = set()
+        of_model = _files_of_model(folder) if of_model is None else of_model
         for file in sorted(folder.glob("*.safetensors")):
             try:
                 with safe_open(file, framework="pt") as opened:
                     for name in opened.keys():  # noqa: SIM118 - not a dict
-                        self.doubles |= {name} & self.files.keys()
-                        self.files[name], self.shapes[name] = file, opened.get_slice(name).get_shape()
+                        self.doubles |= {name} & seen
+                        seen.add(name)
+                        if file.name in of_model:
+                            self.files[name], self.shapes[name] = file, opened.get_slice(name).get_shape()
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"cannot load {folder}: {file.name}: {first_line(error)}") from error
 
@@ -136,7 +144,7 @@ class Stored:
         Raises:
             CheckpointError: a file cannot be read, or the weights are quantised.
         """
-        if _is_pack(path):
+        if is_pack(path):
             return None
         source, gguf = source_of(named(path))
         if gguf:
@@ -175,6 +183,11 @@ class Stored:
         model.folder = Path(path) if Path(path).is_dir() else None
         return model
 
+    @property
+    def usable(self) -> set[str]:
+        """Names of the model's tensors that only one file of the folder holds."""
+        return self.files.keys() - self.doubles
+
     def fits(self, lm: PreTrainedModel) -> bool:
         """Whether each weight of the model is in one file, under the name that the model gives it.
 
@@ -182,7 +195,7 @@ class Stored:
         """
         wanted = weights_of(lm).keys()
         tied = lm.state_dict().keys() - wanted  # of which files may hold another tensor
-        return wanted <= self.files.keys() and not (self.doubles & wanted) and not (self.files.keys() & tied)
+        return wanted <= self.usable and not (self.files.keys() & tied)
 
     def check(self, lm: PreTrainedModel) -> None:
         """Pass if every weight has its place in the model, of the right size.
@@ -210,6 +223,16 @@ class Stored:
         """Return the fingerprint that the model has with these weights."""
         names = {id(weight): name for name, weight in model.lm.named_parameters()}
         return model.fingerprint(lambda weight: self.read(names[id(weight)]))
+
+
+def _files_of_model(folder: Path) -> set[str]:
+    """Names of the safetensors files that hold a folder's model: those that transformers reads, or else all."""
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if (folder / SAFE_WEIGHTS_NAME).is_file():
+        return {SAFE_WEIGHTS_NAME}
+    if index.is_file():
+        return set(json.loads(index.read_text(encoding="utf8"))["weight_map"].values())
+    return {file.name for file in folder.glob("*.safetensors")}
 
 
 def weights_of(lm: PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -18,7 +18,7 @@ from flextron.elastic import checkpoint
 from flextron.elastic.loss import CHUNK_TOKENS, CHUNK_TOKENS_OF_A_GPU
 from flextron.elastic.model import ElasticLayer, ElasticModel, SubLayer, projections_of
 from flextron.elastic.pack import changes_of
-from flextron.elastic.skeleton import in_shards, skeleton
+from flextron.elastic.skeleton import in_shards, is_pack, skeleton
 from flextron.elastic.source import source_of
 from flextron.environment import arithmetic_dtype, default_device, dtype_name
 from flextron.ranking.sensitivity import Sensitivity
@@ -48,7 +48,9 @@ class TrainEstimate:
     memory: dict[str, int]
     """Bytes by part. Weights, gradients, optimizer states and teacher are exact; the rest are rough estimates."""
     loading_bytes: int
-    """Bytes of weights and teacher that each process loads before it keeps its shard; 0 if it reads its shard only."""
+    """Bytes that the first process loads into the host's memory to send shards of them; 0 if each reads its own.
+
+    Of a pack, every process loads them."""
     visit_compute: float
     """Mean compute of a visit, as a fraction of the full model's (see `training_flops`)."""
     step_compute: float
@@ -92,7 +94,8 @@ class TrainEstimate:
             f"  {'total, about':<34}{_gigabytes(self.total_bytes)}",
         ]
         if self.processes > 1 and self.loading_bytes:
-            lines.append(f"  {'while loading, before sharding':<34}{_gigabytes(self.loading_bytes)}")
+            where = "in each, while loading" if is_pack(self.config.model) else "first process, while loading"
+            lines.append(f"  {where:<34}{_gigabytes(self.loading_bytes)}")
         most = self.config.watch.keep_last + 1  # the oldest is deleted after the newest is written
         lines.append(f"disk     up to {most} checkpoints of {_gigabytes(self.checkpoint_bytes).strip()}")
         return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
@@ -220,11 +223,15 @@ def _memory(
 
 
 def _loading(model: ElasticModel, teacher: ElasticModel | None, config: TrainConfig, arithmetic: torch.dtype) -> int:
-    """Return what a process loads beside its shard: nothing, where files hold weights by the model's names."""
+    """Return what the first process loads beside its shard: nothing, where files hold weights by the model's names.
+
+    It loads model and teacher one after the other. Of a pack, every process loads all that it trains.
+    """
+    if is_pack(config.model):
+        return _weights(model, config) + _teacher_weights(teacher, arithmetic)
     paths = {config.model: model, **({} if teacher is None else {config.optimizer.teacher or config.model: teacher})}
-    if all(in_shards(path, each.lm) for path, each in paths.items()):
-        return 0
-    return _weights(model, config) + _teacher_weights(teacher, arithmetic)
+    whole = [_parameters(each) * each.dtype.itemsize for path, each in paths.items() if not in_shards(path, each.lm)]
+    return max(whole, default=0)
 
 
 def _weights(model: ElasticModel, config: TrainConfig) -> int:
@@ -367,8 +374,6 @@ def _warnings(estimate: TrainEstimate) -> Iterator[str]:
             f"one process needs about {_gigabytes(estimate.total_bytes).strip()}, more than {limit}. "
             f"Pass {checkpointing}{adapters}a lower --blocks-per-visit, or start more processes."
         )
-    if estimate.processes > 1 and estimate.loading_bytes > GPU_BYTES:
-        yield f"loading takes {_gigabytes(estimate.loading_bytes).strip()} in every process, more than {limit}."
     if estimate.positions is not None and block > estimate.positions:
         yield f"blocks have {block} tokens, but the model supports {estimate.positions}. Pass a lower --block-tokens."
 

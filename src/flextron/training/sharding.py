@@ -3,7 +3,8 @@
 Start them with torchrun or `accelerate launch`. In a single process, these functions return their values unchanged.
 
 A large model fits into no single process. So it is built without weights (`elastic.skeleton`), sharded, and then filled
-from safetensors, from which each process reads its own shards only. It is saved tensor by tensor. With `--replicate`
+from safetensors, from which each process reads its own shards only. Where the files hold weights under other names, the
+first process reads them all and sends the others their shards. The model is saved tensor by tensor. With `--replicate`
 each process has the whole model instead, and only gradients travel.
 """
 
@@ -26,7 +27,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from flextron.atomic import clear_errors
 from flextron.config import TrainConfig
@@ -34,7 +35,7 @@ from flextron.elastic import model
 from flextron.elastic.accounting import damaged
 from flextron.elastic.adapters import is_of_adapter, name_below
 from flextron.elastic.discovery import family_for
-from flextron.elastic.skeleton import Stored, weights_of
+from flextron.elastic.skeleton import Stored, is_pack, skeleton, weights_of
 from flextron.errors import CheckpointError, FlextronError, first_line
 from flextron.model import ElasticModel
 from flextron.training.distillation import Distiller
@@ -77,18 +78,50 @@ def is_sharded(module: nn.Module) -> bool:
 def open_model(path: str, device: Any, *, shards: int) -> model.ElasticModel:
     """Return the model to train, on `device`; if it is to be split into shards, one without weights, for `fill`.
 
-    If the files hold weights under other names than the model, such as those of many experts one by one, every process
-    loads the whole model.
+    A pack is loaded whole by every process.
 
     Raises:
         FlextronError: as `ElasticModel.from_pretrained`.
     """
-    stored = Stored.of(path) if shards > 1 else None
-    found = None if stored is None else stored.skeleton(path)
-    if stored is None or found is None or not stored.fits(found.lm):
+    if shards == 1 or is_pack(path):
         return ElasticModel.from_pretrained(path, device=device)
-    stored.check(found.lm)
-    stored.fingerprint(found)
+    stored = Stored.of(path)
+    if stored is not None:
+        found = stored.skeleton(path)
+        if stored.fits(found.lm):
+            stored.check(found.lm)
+            stored.fingerprint(found)
+            return found
+    return _read_by_the_first(path)
+
+
+def _read_by_the_first(path: str) -> model.ElasticModel:
+    """Return a model without weights whose files hold them under other names, or as GGUF.
+
+    The first process loads the whole model here, to check it and to know it, and once more in `fill`.
+    """
+
+    def read() -> dict[str, Any]:
+        whole = ElasticModel.from_pretrained(path, device="cpu")
+        return {
+            "fingerprint": whole.fingerprint(),
+            "tokenizer": whole.tokenizer,
+            "ranking": whole.ranking,
+            "folder": whole.folder,
+            "weights": {name: (weight.shape, weight.dtype) for name, weight in weights_of(whole.lm).items()},
+        }
+
+    known, found = on_first(read), skeleton(path)
+    weights = weights_of(found.lm)
+    if {name: shape for name, (shape, _) in known["weights"].items()} != {n: w.shape for n, w in weights.items()}:
+        raise CheckpointError(
+            f"{path} holds other weights than its config tells, so its shards cannot be sent to several processes. "
+            "Save it once more with transformers' save_pretrained."
+        )
+    for name, weight in weights.items():
+        weight.data = weight.data.to(known["weights"][name][1])
+    found.tokenizer, found.ranking, found.folder = known["tokenizer"], known["ranking"], known["folder"]
+    found.fingerprint_is(known["fingerprint"])
     return found
 
 
@@ -115,7 +148,9 @@ def _shard_layers(lm: Any, options: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def fill(distiller: Distiller, sources: dict[str, str], device: torch.device) -> None:
-    """Read the weights of a sharded student and teacher that have none yet; each process reads its own shards.
+    """Read the weights of a sharded student and teacher that have none yet.
+
+    Each process reads its own shards, or gets them from the first process, where the files have other names.
 
     Args:
         sources: the folder or hub id of "student" and "teacher".
@@ -132,15 +167,36 @@ def fill(distiller: Distiller, sources: dict[str, str], device: torch.device) ->
     for name in empty:
         lms[name].tie_weights()
         weights = {name_below(key): w for key, w in weights_of(lms[name]).items() if not is_of_adapter(key)}
-        try:
-            folder = cast(Stored, Stored.of(sources[name])).folder
-            load(dict(weights), storage_reader=HuggingFaceStorageReader(str(folder)))
-        except (Exception, CheckpointException) as error:  # the latter is a BaseException
-            raise CheckpointError(f"cannot load {sources[name]}: {first_line(error)}") from error
+        stored = Stored.of(sources[name])
+        if stored is not None and weights.keys() <= stored.usable:
+            _read_shards(weights, stored.folder, sources[name])
+        else:
+            _send_shards(weights, sources[name], device)
         for key, weight in weights.items():
             local = weight.to_local() if isinstance(weight, DTensor) else weight
             if total(local.sum(dtype=torch.float64).isfinite().logical_not().float()):
                 raise damaged(sources[name], key)
+
+
+def _read_shards(weights: dict[str, torch.Tensor], folder: Path, source: str) -> None:
+    """Read this process's shards of weights."""
+    try:
+        load(dict(weights), storage_reader=HuggingFaceStorageReader(str(folder)))
+    except (Exception, CheckpointException) as error:  # the latter is a BaseException
+        raise CheckpointError(f"cannot load {source}: {first_line(error)}") from error
+
+
+def _send_shards(weights: dict[str, torch.Tensor], source: str, device: torch.device) -> None:
+    """Load the model in the first process, and send each process its shards, one weight after another."""
+    is_first = dist.get_rank() == 0
+    whole = weights_of(ElasticModel.from_pretrained(source, device="cpu").lm) if is_first else {}
+    for name, weight in weights.items():
+        sent = whole.pop(name).to(weight) if is_first else torch.empty(weight.shape, dtype=weight.dtype, device=device)
+        if isinstance(weight, DTensor):
+            sent = distribute_tensor(sent, weight.device_mesh, weight.placements)
+        else:
+            dist.broadcast(sent, src=0)
+        weight.copy_(sent)
 
 
 @torch.no_grad()

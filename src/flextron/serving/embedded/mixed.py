@@ -67,12 +67,15 @@ class MixedModel:
         self._neurons_LV = np.array([level.neurons for level in levels]).T
         self._groups_LV = np.array([level.kv_groups for level in levels]).T
         self._lean: LeanStep | None = None
+        self.few_tokens = 0
+        """Up to so many tokens a step runs by compiled kernels; 0 for models that they do not take."""
 
     @contextmanager
     def prepared(self) -> Iterator[None]:
         """Hold the model inside the block, with the attention over pages; then all is as before."""
         register()
         self._lean = LeanStep.of(self.model)
+        self.few_tokens = 0 if self._lean is None else MOST_TOKENS
         config, attention_before = self.model.lm.config, self.model.lm.config._attn_implementation
         runs = [(mlp.run, attention.run) for mlp, attention in zip(self._mlps, self._attentions, strict=True)]
         with self.model.use(self.model.subnet), running(self.model, runs):  # `use` restores the widths
@@ -87,11 +90,6 @@ class MixedModel:
                 config._attn_implementation = attention_before
                 for attention in self._attentions:
                     attention.join_keys()
-
-    @property
-    def few_tokens(self) -> int:
-        """Up to so many tokens a step runs by compiled kernels; 0 for models that they do not take."""
-        return 0 if self._lean is None else MOST_TOKENS
 
     @property
     def _is_cpu_float32(self) -> bool:
@@ -119,7 +117,7 @@ class MixedModel:
             levels: the level of each row.
             ceilings: the widest level that each row may get.
         """
-        if self._lean is not None and len(tokens) <= MOST_TOKENS:
+        if self._lean is not None and len(tokens) <= self.few_tokens:
             return self._run_lean(self._lean, batch, tokens, levels, ceilings, wanted)
         counts = torch.tensor([row.count for row in batch.rows], device=self.device)
         levels_N = torch.tensor(levels, device=self.device).repeat_interleave(counts)

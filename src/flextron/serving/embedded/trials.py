@@ -15,6 +15,8 @@ from flextron.serving.engine import Level
 
 _MOST_ROWS = 16
 _WARM_UP = 2
+_COUNTS = (128, 64, 32)
+_BESIDE = 4
 
 
 def costs_of(model: ElasticModel, levels: Sequence[Level]) -> list[LevelCosts]:
@@ -40,16 +42,31 @@ def costs_of(model: ElasticModel, levels: Sequence[Level]) -> list[LevelCosts]:
 def fit_prices(
     prices: StepPrices, mixed: MixedModel, cache: PagedCache, *, levels: int, rows: int, prompt_tokens: int
 ) -> None:
-    """Time some batches, and fit `prices` to them.
+    """Time some batches, and fit `prices` to them; find out first which steps `mixed` runs by compiled kernels.
 
     Args:
         levels: number of levels.
         rows: largest number of texts in a step.
         prompt_tokens: tokens of the longest prompt to time.
     """
+    mixed.few_tokens = _few_tokens(mixed, cache, levels - 1)
     steps = _steps(levels, min(rows, _MOST_ROWS), prompt_tokens)
     timed = [time_step(mixed, cache, step) for step in [*steps[:_WARM_UP], *steps]][_WARM_UP:]
     prices.fit([step for step, _ in timed], [milliseconds for _, milliseconds in timed], few_tokens=mixed.few_tokens)
+
+
+def _few_tokens(mixed: MixedModel, cache: PagedCache, level: int) -> int:
+    """Return up to how many tokens the kernels are faster than torch here: it has instructions for products of many."""
+    most = mixed.few_tokens
+    for tokens in (count for count in _COUNTS if count <= most):
+        step = [*[RowWork(level, 1, 1)] * _BESIDE, RowWork(level, tokens - _BESIDE, 0)]
+        times: dict[int, list[float]] = {tokens: [], 0: []}
+        for limit in (*times, *times, *times):  # in turn, the first time to warm up
+            mixed.few_tokens = limit
+            times[limit].append(time_step(mixed, cache, step)[1])
+        if min(times[tokens][1:]) <= min(times[0][1:]):
+            return tokens
+    return min(most, _COUNTS[-1] // 2)
 
 
 def with_times(levels: Sequence[Level], prices: StepPrices, prompt_tokens: int) -> tuple[Level, ...]:

@@ -220,6 +220,16 @@ def test_it_loads_in_its_own_type_only(folders):
         ElasticModel.from_pretrained(few, search_space=None)
 
 
+def test_on_the_hub_it_is_told_how_to_get_it(folders, tmp_path):
+    """Of a repository in the hub's cache."""
+    repository = tmp_path / "models--org--few"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(folders[1], repository / "snapshots" / ("0" * 40))
+    with pytest.raises(CheckpointError, match="hf download org/few --local-dir FOLDER"):
+        ElasticModel.from_pretrained("org/few", cache_dir=tmp_path, local_files_only=True)
+
+
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
 def test_training_refuses_it(folders, dry, tmp_path, capsys):
     assert main(["train", str(folders[1]), str(tmp_path / "out"), "--device", "cpu", *dry]) == 2

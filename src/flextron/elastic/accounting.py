@@ -70,6 +70,11 @@ def check_unquantised(path: str | Path, config: Any) -> None:
     if record:
         fields = record if isinstance(record, dict) else record.to_dict()
         bits = [f"{n} bits" for n, key in ((4, "load_in_4bit"), (8, "load_in_8bit")) if fields.get(key)]
+        if fields.get("quant_method") == QUANT_METHOD and not Path(path).is_dir():
+            raise CheckpointError(
+                f"{path} holds weights that `flextron quantize` wrote, which load from a folder only. Download them: "
+                f"hf download {path} --local-dir FOLDER. Then name the folder."
+            )
         if fields.get("quant_method") == QUANT_METHOD:
             raise CheckpointError(
                 f"{path} holds weights that `flextron quantize` rounded to few bits, for running only. Name the "

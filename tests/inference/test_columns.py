@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from weights import stored
 
-from flextron.inference import columns
+from flextron.inference.kernels import columns
 
 PARTS = 4
 

@@ -14,8 +14,8 @@ from flextron.elastic.adapters import add_adapters
 from flextron.errors import SubnetError
 from flextron.generation import generate
 from flextron.inference import decoder as decoding
-from flextron.inference import lean
 from flextron.inference.decoder import Decoder, supports
+from flextron.inference.lean.angles import Angles
 from flextron.inference.streaming import can_stream, stream_tokens
 from flextron.model import ElasticModel
 from flextron.subnet import Subnet
@@ -181,7 +181,7 @@ def test_a_model_can_be_trained_after_decoding(llama, dtype):
 @pytest.mark.parametrize(("model_type", "kinds"), [("llama", [None]), ("gemma3_text", ["full", "sliding"])])
 def test_angles_of_far_positions_are_those_of_the_model(model_type, kinds):
     lm = tiny.plain_model(model_type)
-    angles, rotary = lean._Angles(lm), lm.model.rotary_emb
+    angles, rotary = Angles(lm), lm.model.rotary_emb
     types = [kind and f"{kind}_attention" for kind in kinds]
     assert angles.kinds == types
     for positions in ([0, 7], [3, 300, 299], [1000]):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from weights import stored
 
-from flextron.inference.rows import product_of_rows
+from flextron.inference.kernels.rows import product_of_rows
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4, 8])

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from flextron.elastic.quantized import FourBits
-from flextron.inference.strips import product_of_strips
+from flextron.inference.kernels.strips import product_of_strips
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4, 8])

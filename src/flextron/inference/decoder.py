@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from flextron.elastic.model import ElasticModel
-from flextron.inference.lean import MOST_TOKENS, LeanStep, Places
+from flextron.inference.lean.room import Places
+from flextron.inference.lean.step import MOST_TOKENS, LeanStep
 from flextron.subnet import Subnet
 
 

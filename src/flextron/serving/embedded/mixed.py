@@ -19,7 +19,8 @@ from torch import nn
 
 from flextron.elastic.model import ElasticModel, SubLayer
 from flextron.elastic.projections import Projection, Width
-from flextron.inference.lean import MOST_TOKENS, LeanStep, Places
+from flextron.inference.lean.room import Places
+from flextron.inference.lean.step import MOST_TOKENS, LeanStep
 from flextron.inference.per_token import mlp, running
 from flextron.serving.embedded.attention import NAME, Batch, LayerBatch, register
 from flextron.subnet import Subnet

@@ -17,9 +17,9 @@ from numba import prange, types
 from numba.extending import intrinsic
 
 from flextron.elastic.quantized import STRIP
-from flextron.inference import vectors
-from flextron.inference.memory import kernel, load
-from flextron.inference.vectors import LANES, TOKENS, add_tile
+from flextron.inference.kernels import vectors
+from flextron.inference.kernels.memory import kernel, load
+from flextron.inference.kernels.vectors import LANES, TOKENS, add_tile
 
 BYTES = STRIP // 2
 """Bytes of one input in a strip."""

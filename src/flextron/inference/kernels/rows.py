@@ -16,9 +16,9 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
 
-from flextron.inference import vectors
-from flextron.inference.memory import kernel, load
-from flextron.inference.vectors import LANES
+from flextron.inference.kernels import vectors
+from flextron.inference.kernels.memory import kernel, load
+from flextron.inference.kernels.vectors import LANES
 
 _SUMS = 4
 """Sums that a row is added up in, so that additions do not wait for each other."""

@@ -16,9 +16,9 @@ import numpy as np
 from numba import prange, types
 from numba.extending import intrinsic
 
-from flextron.inference import vectors
-from flextron.inference.memory import kernel, load
-from flextron.inference.vectors import LANES, TOKENS, add_tile
+from flextron.inference.kernels import vectors
+from flextron.inference.kernels.memory import kernel, load
+from flextron.inference.kernels.vectors import LANES, TOKENS, add_tile
 
 _COLUMNS = 4
 """Columns that are added to the sums of one row at once."""

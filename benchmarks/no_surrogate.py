@@ -28,8 +28,8 @@ from flextron.costs.saved import find_table
 from flextron.costs.timing import PHASES
 from flextron.data.blocks import TokenBlocks
 from flextron.elastic.checkpoint import quiet_transformers
+from flextron.elastic.layers import SubLayer
 from flextron.elastic.loss import hidden_states, losses
-from flextron.elastic.model import SubLayer
 from flextron.environment import faster_dtype
 from flextron.inference.per_token import Forward, masked_parts, running
 from flextron.progress import bar

@@ -23,7 +23,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from flextron.elastic.composite import text_options
 from flextron.elastic.contract import BrokenContractError, check_contract
-from flextron.elastic.discovery import Coverage, check_coverage, coverage_of, found_for
+from flextron.elastic.coverage import Coverage, check_coverage, coverage_of
+from flextron.elastic.discovery import found_for
 from flextron.elastic.families import FAMILIES, Axis, Family
 from flextron.elastic.model import ElasticModel
 from flextron.elastic.shrinking import quiet, small_copy

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from flextron.demo.quickstart import quickstart
     from flextron.elastic.checkpoint import Ranking
     from flextron.elastic.families import Axis, Family
-    from flextron.elastic.model import SubLayer
+    from flextron.elastic.layers import SubLayer
     from flextron.elastic.pack import Pack
     from flextron.errors import FlextronError
     from flextron.evaluation import Evaluation, TokenRun, evaluate
@@ -122,7 +122,7 @@ _HOMES = {
     "Subnet": "subnet",
     "SearchSpace": "subnet",
     "ElasticModel": "model",
-    "SubLayer": "elastic.model",
+    "SubLayer": "elastic.layers",
     "Family": "elastic.families",
     "Axis": "elastic.families",
     "TokenBlocks": "data.blocks",

@@ -14,7 +14,8 @@ from flextron.choosing.routing import route, route_tokens
 from flextron.elastic import model as elastic
 from flextron.elastic import quantized_files
 from flextron.elastic.checkpoint import Ranking
-from flextron.elastic.discovery import check_coverage, family_for
+from flextron.elastic.coverage import check_coverage
+from flextron.elastic.discovery import family_for
 from flextron.elastic.families import FAMILIES, Family
 from flextron.elastic.model import cast, move
 from flextron.elastic.pack import FILE as PACK_FILE

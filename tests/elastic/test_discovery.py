@@ -15,9 +15,10 @@ import tiny
 from flextron.cli import main
 from flextron.costs.formulas import formula_table
 from flextron.data.blocks import TokenBlocks
-from flextron.elastic import discovery
+from flextron.elastic import coverage
 from flextron.elastic.contract import BrokenContractError, check_contract, random_ranking
-from flextron.elastic.discovery import coverage_of, discover, family_for
+from flextron.elastic.coverage import CoverageWarning, coverage_of
+from flextron.elastic.discovery import discover, family_for
 from flextron.elastic.families import FAMILIES, LLAMA_LIKE
 from flextron.elastic.inspecting import entry, inspect
 from flextron.elastic.permutation import permute
@@ -103,10 +104,10 @@ def test_what_cannot_narrow_says_why(model_type, reason):
 
 class TestCoverage:
     def test_little_is_told_with_numbers_and_too_little_refused(self, monkeypatch):
-        monkeypatch.setattr(discovery, "ENOUGH_NARROWING", 0.9)
-        with pytest.warns(discovery.CoverageWarning, match=r"olmo2: \d+% of the layers' weights narrows, \d+% is left"):
+        monkeypatch.setattr(coverage, "ENOUGH_NARROWING", 0.9)
+        with pytest.warns(CoverageWarning, match=r"olmo2: \d+% of the layers' weights narrows, \d+% is left"):
             ElasticModel(small("olmo2"))
-        monkeypatch.setattr(discovery, "LEAST_NARROWING", 0.9)
+        monkeypatch.setattr(coverage, "LEAST_NARROWING", 0.9)
         with pytest.raises(UnknownFamilyError, match=r"only \d+% of the layers' weights narrows, .* at least 90% must"):
             ElasticModel(small("olmo2"))
 

@@ -26,7 +26,7 @@ def load(config: Any, dtype: str | None = None) -> ElasticModel:
     import warnings
 
     from flextron.elastic.checkpoint import quiet_transformers
-    from flextron.elastic.discovery import CoverageWarning
+    from flextron.elastic.coverage import CoverageWarning
     from flextron.model import ElasticModel
 
     quiet_transformers()

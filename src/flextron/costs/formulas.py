@@ -9,7 +9,8 @@ import torch
 from transformers import DynamicCache
 
 from flextron.costs.table import CostTable, linear_table
-from flextron.elastic.model import ElasticModel, SubLayer, projections_of
+from flextron.elastic.layers import SubLayer
+from flextron.elastic.model import ElasticModel, projections_of
 from flextron.environment import dtype_name
 
 FORMULAS = ("parameters", "weights", "kv", "flops")

@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 
 from flextron.elastic.checkpoint import Ranking
 from flextron.elastic.families import Axis, Family
+from flextron.elastic.layers import axis_of
 from flextron.elastic.loss import body_of, logits_of
-from flextron.elastic.model import ElasticModel, axis_of
+from flextron.elastic.model import ElasticModel
 from flextron.elastic.permutation import permute
 from flextron.elastic.projections import expert_tensors
 from flextron.subnet import SearchSpace, Subnet

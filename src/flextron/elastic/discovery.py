@@ -13,10 +13,8 @@ Shapes: B batch, T time, D model.
 from __future__ import annotations
 
 import re
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -25,64 +23,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from flextron.elastic.contract import BrokenContractError, check_causal, check_contract, random_tokens
-from flextron.elastic.families import FAMILIES, Axis, Family, family_of
-from flextron.elastic.model import ElasticModel
+from flextron.elastic.families import FAMILIES, Axis, Family, cannot_narrow, family_of
+from flextron.elastic.observing import Calls, is_same, mixes_tokens, observed
 from flextron.elastic.per_layer import PREFIX
 from flextron.elastic.projections import is_projection
 from flextron.elastic.shrinking import HEADS, HIDDEN, quiet, small_config, small_copy
-from flextron.errors import UnknownFamilyError, first_line
-
-LEAST_NARROWING = 0.25
-"""Share of the layers' weights that must lie in units of axes that narrow."""
-ENOUGH_NARROWING = 0.5
-"""Share from which on there is no warning."""
-ENOUGH_HELD = 0.8
-"""Share of the layers' weights that the axes should hold, whether they narrow or are left out whole."""
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """How much of the layers' weights the axes hold."""
-
-    narrows: float
-    """Share in units that can be left out one by one, 0 to 1."""
-    whole: float
-    """Share in sub-layers that can only be left out as a whole, 0 to 1."""
-
-    @property
-    def held(self) -> float:
-        """Share that can be left out at all, 0 to 1."""
-        return self.narrows + self.whole
-
-    def __str__(self) -> str:
-        rest = f"{1 - self.held:.0%} stays"
-        return f"{self.narrows:.0%} of the layers' weights narrows, {self.whole:.0%} is left out whole, {rest}"
-
-
-def coverage_of(model: ElasticModel) -> Coverage:
-    """Measure how much of the layers' weights a model's axes hold."""
-    held = {True: 0, False: 0}
-    for _, _, sub in model.sub_layers():
-        held[sub.axis.narrows] += sum(p.numel() for p in sub.unit_parameters())
-    total = sum(p.numel() for layer in model.layers for p in layer.module.parameters())
-    return Coverage(held[True] / total, held[False] / total)
-
-
-class CoverageWarning(UserWarning):
-    """A model of which little can be left out."""
-
-
-def check_coverage(model: ElasticModel) -> None:
-    """Warn if little of a model narrows.
-
-    Raises:
-        UnknownFamilyError: too little.
-    """
-    found = coverage_of(model)
-    if found.narrows < LEAST_NARROWING:
-        raise _unknown(model.config.model_type, f"only {found}; at least {LEAST_NARROWING:.0%} must narrow")
-    if found.narrows < ENOUGH_NARROWING or found.held < ENOUGH_HELD:
-        warnings.warn(f"{model.config.model_type}: {found}.", CoverageWarning, stacklevel=3)
+from flextron.errors import first_line
 
 
 def family_for(config: Any) -> Family:
@@ -121,21 +67,6 @@ class Found:
 _FOUND: dict[str, Found] = {}
 
 
-@dataclass
-class _Call:
-    """One call of a module in the forward pass."""
-
-    reads: torch.Tensor
-    writes: torch.Tensor
-    outputs: int
-    args: tuple[Any, ...] = field(repr=False)
-    kwargs: dict[str, Any] = field(repr=False)
-
-
-Calls = dict[str, _Call]
-"""Calls of a layer's modules by their paths; of a module that is called more than once, the last."""
-
-
 def discover(config: Any) -> Found:
     """Find the `Family` of a decoder from its config. The answer has passed the contract on a small random copy.
 
@@ -151,9 +82,9 @@ def discover(config: Any) -> Found:
         fewer_heads = _states_head_size(config)
         guesses = [replace(guess, exports_fewer_heads=fewer_heads) for guess in _guesses(small, tokens_BT)]
     except (BrokenContractError, _NotFoundError) as error:
-        raise _unknown(kind, str(error)) from None
+        raise cannot_narrow(kind, str(error)) from None
     except Exception as error:  # configs and models refuse small sizes with errors of many types
-        raise _unknown(kind, f"no small copy of it runs, on which to check ({first_line(error)})") from None
+        raise cannot_narrow(kind, f"no small copy of it runs, on which to check ({first_line(error)})") from None
     failures = []
     for family in guesses:
         try:
@@ -162,7 +93,7 @@ def discover(config: Any) -> Found:
             failures.append(str(error))
             continue
         return Found(family, tuple(dict.fromkeys(failures)))
-    raise _unknown(kind, f"a small copy of it fails the contract: {failures[-1].rstrip('.')}")
+    raise cannot_narrow(kind, f"a small copy of it fails the contract: {failures[-1].rstrip('.')}")
 
 
 def _states_head_size(config: Any) -> bool:
@@ -182,19 +113,12 @@ class _NotFoundError(Exception):
     """A model whose modules are not those of a decoder that narrows; the message says what is missing."""
 
 
-def _unknown(kind: str, reason: str) -> UnknownFamilyError:
-    return UnknownFamilyError(
-        f"cannot narrow the architecture {kind!r}: {reason}. If you know where its layers keep what narrows, write an "
-        f"entry FAMILIES[{kind!r}] of about ten lines (docs/add_a_family.md)."
-    )
-
-
 def _guesses(lm: PreTrainedModel, tokens_BT: torch.Tensor) -> Iterator[Family]:
     """Yield specs from the one that narrows most to the one that only leaves attentions out."""
     path, layers = _layers(lm)
     if any((getattr(lm.config, name, None) or 1) > 1 for name in ("n_group", "num_expert_group")):
         raise _NotFoundError("its experts are routed in groups, so single ones cannot be left out")
-    found = [_sub_layers(layer, calls) for layer, calls in zip(layers, _observed(lm, layers, tokens_BT), strict=True)]
+    found = [_sub_layers(layer, calls) for layer, calls in zip(layers, observed(lm, layers, tokens_BT), strict=True)]
     mlps = _alike([list(_mlps(lm, sub)) for sub, _ in found])
     attentions = _alike([list(_attentions(lm, sub)) for _, sub in found])
     positions = _positions(lm)
@@ -213,27 +137,6 @@ def _layers(lm: PreTrainedModel) -> tuple[str, list[nn.Module]]:
         raise _NotFoundError(f"it has no list of {count} layers")
     path, layers = max(lists, key=lambda found: sum(p.numel() for p in found[1].parameters()))
     return path, list(layers)
-
-
-def _observed(lm: PreTrainedModel, layers: Sequence[nn.Module], tokens_BT: torch.Tensor) -> list[Calls]:
-    """Run the model once, and return the calls inside each layer."""
-    calls: list[Calls] = [{} for _ in layers]
-
-    def hook(layer: int, path: str) -> Any:
-        def observe(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            values = output if isinstance(output, tuple) else (output,)
-            reads = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
-            if reads is not None and isinstance(values[0], torch.Tensor):
-                calls[layer][path] = _Call(reads, values[0], len(values), args, kwargs)
-
-        return observe
-
-    with ExitStack() as hooks, torch.no_grad():
-        for index, layer in enumerate(layers):
-            for path, module in layer.named_modules():
-                hooks.callback(module.register_forward_hook(hook(index, path), with_kwargs=True).remove)
-        lm(tokens_BT, use_cache=False)
-    return calls
 
 
 @dataclass(frozen=True)
@@ -257,7 +160,7 @@ def _sub_layers(layer: nn.Module, calls: Calls) -> tuple[_SubLayer, _SubLayer]:
         for name, module in layer.named_children()
         if name in calls and _weights(module) and not is_projection(module) and calls[name].writes.numel() == size
     ]
-    mixers = [name for name in children if _mixes_tokens(layer.get_submodule(name), calls[name])]
+    mixers = [name for name in children if mixes_tokens(layer.get_submodule(name), calls[name])]
     others = [name for name in children if name not in mixers]
     if not mixers:
         raise _NotFoundError("a layer has no attention and nothing in its place")
@@ -277,39 +180,16 @@ def _weights(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.ndim > 1)
 
 
-def _mixes_tokens(module: nn.Module, call: _Call) -> bool:
-    """Whether a token's output depends on tokens before it."""
-    changed = call.reads.clone()
-    changed.flatten(0, -2)[0] += 1.0
-    before, after = (_again(module, call, reads).flatten(0, -2) for reads in (call.reads, changed))
-    return bool((before[1:] - after[1:]).abs().max() > 1e-4 * before.abs().max())
-
-
-@torch.no_grad()
-def _again(module: nn.Module, call: _Call, reads: torch.Tensor) -> torch.Tensor:
-    """Call a module as before, with another input. Its first output is no more what it was if the layer added to it."""
-    args = tuple(reads if value is call.reads else value for value in call.args)
-    kwargs = {name: reads if value is call.reads else value for name, value in call.kwargs.items()}
-    output = module(*args, **kwargs)
-    first: torch.Tensor = output[0] if isinstance(output, tuple) else output
-    return first
-
-
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors are views of the same numbers."""
-    return a.data_ptr() == b.data_ptr() and a.numel() == b.numel()
-
-
 def _norm(layer: nn.Module, calls: Calls, module: str) -> str:
     """The norm whose output only this sub-layer reads; empty if there is none."""
     if not module:
         return ""
     reads = calls[module].reads
-    readers = [name for name, _ in layer.named_children() if name in calls and _same(calls[name].reads, reads)]
+    readers = [name for name, _ in layer.named_children() if name in calls and is_same(calls[name].reads, reads)]
     writers = [
         name
         for name, child in layer.named_children()
-        if name in calls and not _weights(child) and _same(calls[name].writes, reads) and len([*child.parameters()])
+        if name in calls and not _weights(child) and is_same(calls[name].writes, reads) and len([*child.parameters()])
     ]
     return writers[0] if readers == [module] and len(writers) == 1 else ""
 
@@ -337,7 +217,7 @@ def _parts(sub: _SubLayer) -> _Parts:
     ]
     hidden = sub.calls[""].writes.shape[-1]
     reads = sub.calls[sub.module].reads if sub.module else sub.calls[inside[0]].reads
-    opens = tuple(path for path in inside if _same(sub.calls[path].reads, reads))
+    opens = tuple(path for path in inside if is_same(sub.calls[path].reads, reads))
     closes = [path for path in inside if path not in opens and sub.calls[path].writes.shape[-1] == hidden]
     if not closes:
         raise _NotFoundError(f"{sub.module or 'a layer'} has no projection that writes to the residual stream")

@@ -180,3 +180,11 @@ def family_of(model_type: str) -> Family:
             f"To add it, write a Family of about ten lines and the entry FAMILIES[{model_type!r}] in "
             "src/flextron/elastic/families.py; docs/add_a_family.md shows how, and which tests check it."
         ) from None
+
+
+def cannot_narrow(kind: str, reason: str) -> UnknownFamilyError:
+    """The error for an architecture of which discovery finds too little that narrows."""
+    return UnknownFamilyError(
+        f"cannot narrow the architecture {kind!r}: {reason}. If you know where its layers keep what narrows, write an "
+        f"entry FAMILIES[{kind!r}] of about ten lines (docs/add_a_family.md)."
+    )

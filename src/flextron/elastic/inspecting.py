@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from flextron.elastic.contract import BrokenContractError, check_contract, random_tokens, subnets
-from flextron.elastic.discovery import Coverage, coverage_of, found_for
+from flextron.elastic.coverage import Coverage, coverage_of
+from flextron.elastic.discovery import found_for
 from flextron.elastic.families import FAMILIES, Family
-from flextron.elastic.model import ElasticModel, SubLayer
+from flextron.elastic.layers import SubLayer
+from flextron.elastic.model import ElasticModel
 from flextron.elastic.shrinking import small_copy
 from flextron.errors import UnknownFamilyError, first_line
 from flextron.subnet import Subnet

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 
 from flextron.elastic.checkpoint import Ranking
-from flextron.elastic.model import ElasticModel, SubLayer
+from flextron.elastic.layers import SubLayer
+from flextron.elastic.model import ElasticModel
 from flextron.elastic.projections import Projection
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from flextron.elastic.model import ElasticModel, SubLayer
+from flextron.elastic.layers import SubLayer
+from flextron.elastic.model import ElasticModel
 from flextron.errors import ExportError
 from flextron.subnet import Subnet
 

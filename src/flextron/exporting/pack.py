@@ -22,7 +22,8 @@ import torch
 from flextron.atomic import new_folder
 from flextron.data.blocks import TokenBlocks
 from flextron.elastic import pack as packs
-from flextron.elastic.model import ElasticLayer, ElasticModel, SubLayer, projections_of
+from flextron.elastic.layers import ElasticLayer, SubLayer
+from flextron.elastic.model import ElasticModel, projections_of
 from flextron.elastic.pack import LowRank, Pack
 from flextron.elastic.permutation import permute
 from flextron.elastic.projections import Projection

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from flextron.elastic.model import ElasticModel, SubLayer
+from flextron.elastic.layers import SubLayer
+from flextron.elastic.model import ElasticModel
 from flextron.elastic.projections import RowGroups
 from flextron.errors import FlextronError
 from flextron.inference.routed_kernel import Activation, available, routed_mlp

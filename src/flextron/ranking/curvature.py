@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from flextron.data.blocks import TokenBlocks
+from flextron.elastic.layers import ElasticLayer, SubLayer
 from flextron.elastic.loss import logits_of
-from flextron.elastic.model import ElasticLayer, ElasticModel, SubLayer
+from flextron.elastic.model import ElasticModel
 from flextron.elastic.walk import Walk, walking
 from flextron.progress import bar
 from flextron.ranking.sensitivity import (

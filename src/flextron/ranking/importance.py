@@ -22,7 +22,8 @@ from torch import nn
 from flextron.config import Score
 from flextron.data.blocks import BATCH_TOKENS, TokenBlocks
 from flextron.elastic.checkpoint import Ranking
-from flextron.elastic.model import ElasticModel, SubLayer
+from flextron.elastic.layers import SubLayer
+from flextron.elastic.model import ElasticModel
 from flextron.elastic.permutation import permute
 from flextron.elastic.walk import walking
 from flextron.errors import FlextronError

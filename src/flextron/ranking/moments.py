@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from flextron.data.blocks import BATCH_TOKENS, TokenBlocks
-from flextron.elastic.model import ElasticLayer, ElasticModel
+from flextron.elastic.layers import ElasticLayer
+from flextron.elastic.model import ElasticModel
 from flextron.elastic.projections import Projection
 from flextron.elastic.walk import walking
 from flextron.progress import progress

@@ -23,7 +23,8 @@ from contextlib import closing
 import torch
 
 from flextron.data.blocks import TokenBlocks
-from flextron.elastic.model import ElasticLayer, ElasticModel, SubLayer
+from flextron.elastic.layers import ElasticLayer, SubLayer
+from flextron.elastic.model import ElasticModel
 from flextron.elastic.projections import Projection
 from flextron.errors import FlextronError
 from flextron.ranking.moments import root_of, second_moments

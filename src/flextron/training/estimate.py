@@ -15,8 +15,9 @@ import torch
 from flextron.choosing.choice import choose
 from flextron.config import TrainConfig
 from flextron.elastic import checkpoint
+from flextron.elastic.layers import ElasticLayer, SubLayer
 from flextron.elastic.loss import CHUNK_TOKENS, CHUNK_TOKENS_OF_A_GPU
-from flextron.elastic.model import ElasticLayer, ElasticModel, SubLayer, projections_of
+from flextron.elastic.model import ElasticModel, projections_of
 from flextron.elastic.pack import changes_of
 from flextron.elastic.skeleton import in_shards, is_pack, skeleton
 from flextron.elastic.source import source_of

@@ -16,18 +16,15 @@ import json
 import os
 import re
 import shutil
-import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypedDict
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -38,13 +35,13 @@ from torch.optim import Optimizer
 from flextron.atomic import write_text
 from flextron.errors import CheckpointError
 from flextron.records import RecordError, check_version, checked
+from flextron.training.ranks import clear_errors_of_all, gathered, my_share, on_first_rank, together
 
 VERSION = 1
 STATE_FILE = "state.json"
 _FILE_BYTES = 2**30
 """Approximate size of one file. DCP builds a file in memory before writing it, so a rank writes several."""
 
-T = TypeVar("T")
 State = Mapping[Tensor, dict[str, Any]]
 """The tensors that an optimizer keeps for each weight."""
 
@@ -77,23 +74,23 @@ def save_snapshot(
     doing = f"cannot write {target}"
     tensors = _tensors(_trainable(model), optimizers)
     try:
-        _together(doing, lambda: _on_first(_make_way, target, state))
-        with _clear_errors(doing):
+        together(doing, lambda: on_first_rank(_make_way, target, state))
+        with clear_errors_of_all(doing):
             writer = HuggingFaceStorageWriter(str(partial), fqn_to_index_mapping=_split(tensors), save_distributed=True)
             save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
-        mine = _together(doing, lambda: _checksums(_my_share(partial.iterdir())))
+        mine = together(doing, lambda: _checksums(my_share(partial.iterdir())))
         record = {
             "version": VERSION,
             "step": step,
             "optimizers": _kinds(optimizers),
-            "files": {name: found for part in _gathered(mine) for name, found in part.items()},
+            "files": {name: found for part in gathered(mine) for name, found in part.items()},
             "state": state,
         }
-        _together(doing, lambda: _on_first(_finish, partial, target, record))
+        together(doing, lambda: on_first_rank(_finish, partial, target, record))
     finally:
-        _on_first(shutil.rmtree, partial, ignore_errors=True)
+        on_first_rank(shutil.rmtree, partial, ignore_errors=True)
     doing = f"{target} is written, but older snapshots cannot be deleted"
-    _together(doing, lambda: _on_first(_delete_old, target.parent, keep_last))
+    together(doing, lambda: on_first_rank(_delete_old, target.parent, keep_last))
     return target
 
 
@@ -132,9 +129,9 @@ def load_snapshot(snapshot: Path, *, model: nn.Module, optimizers: Sequence[Opti
     """
     snapshot, weights = Path(snapshot), _trainable(model)
     doing = f"cannot load {snapshot}"
-    record = _together(doing, lambda: _checked_record(snapshot))
-    states = _together(doing, lambda: _empty_states(snapshot, weights, optimizers, record["optimizers"]))
-    with _clear_errors(f"{doing}, and the weights are now a mixture of old and new"):
+    record = together(doing, lambda: _checked_record(snapshot))
+    states = together(doing, lambda: _empty_states(snapshot, weights, optimizers, record["optimizers"]))
+    with clear_errors_of_all(f"{doing}, and the weights are now a mixture of old and new"):
         reader = HuggingFaceStorageReader(str(snapshot))
         load(_named(weights, states), storage_reader=reader, no_dist=not dist.is_initialized())
     for optimizer, loaded in zip(optimizers, states, strict=True):
@@ -352,11 +349,11 @@ def _checked_record(snapshot: Path) -> dict[str, Any]:
     if wrong := sorted(paths.keys() ^ written.keys()):
         problem = "is missing" if wrong[0] in written else "does not belong there"
         raise CheckpointError(f"{wrong[0]} {problem}. {_DELETE}")
-    for path in _my_share(paths.values()):
+    for path in my_share(paths.values()):
         if path.stat().st_size != written[path.name]["bytes"]:
             size_bytes = path.stat().st_size
             raise CheckpointError(f"{path.name} has {size_bytes} of {written[path.name]['bytes']} bytes. {_DELETE}")
-    for name, found in _checksums(_my_share(paths.values())).items():
+    for name, found in _checksums(my_share(paths.values())).items():
         if found != written[name]:
             raise CheckpointError(f"{name} is damaged: its CRC-32 checksum differs. {_DELETE}")
     return record
@@ -375,71 +372,3 @@ def _checksums(paths: Sequence[Path]) -> dict[str, dict[str, int]]:
                 checksum = zlib.crc32(block, checksum)
         found[path.name] = {"bytes": path.stat().st_size, "crc32": checksum}
     return found
-
-
-# Ranks
-
-
-def _ranks() -> tuple[int, int]:
-    """Return this rank and the number of ranks."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def _my_share(paths: Iterable[Path]) -> list[Path]:
-    rank, ranks = _ranks()
-    return sorted(paths)[rank::ranks]
-
-
-def _on_first(work: Callable[..., object], *args: Any, **kwargs: Any) -> None:
-    if _ranks()[0] == 0:
-        work(*args, **kwargs)
-
-
-def _gathered(mine: T) -> list[T]:
-    """Return the values of all ranks, on each rank; wait for all."""
-    values = [mine] * _ranks()[1]
-    if dist.is_initialized():
-        dist.all_gather_object(values, mine)
-    return values
-
-
-def _together(doing: str, work: Callable[[], T]) -> T:
-    """Run `work` on all ranks and wait for all. If one fails, all raise, so that none waits forever."""
-    error: Exception | None = None
-    try:
-        result = work()
-    except Exception as caught:
-        error = caught
-    problems = _gathered(None if error is None else str(error))
-    if error is not None and not isinstance(error, _EXPECTED):
-        raise error
-    for rank, problem in enumerate(problems):
-        if problem is not None:
-            raise CheckpointError(f"{doing}: {_where(rank)}{problem}") from error
-    return result
-
-
-@contextmanager
-def _clear_errors(doing: str) -> Iterator[None]:
-    """Raise the first error of any rank as a CheckpointError, and silence DCP's warning about a single process.
-
-    DCP wraps the errors of all ranks, even Ctrl-C, and raises them on all ranks.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning
-            )
-            yield
-    except CheckpointException as wrapped:
-        rank, (error, _) = min(wrapped.failures.items())
-        if not isinstance(error, _EXPECTED):
-            raise error from None
-        raise CheckpointError(f"{doing}: {_where(rank)}{error}") from error
-
-
-_EXPECTED = (OSError, SafetensorError, CheckpointError)
-
-
-def _where(rank: int) -> str:
-    return f"rank {rank}: " if _ranks()[1] > 1 else ""

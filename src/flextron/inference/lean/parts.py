@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from flextron.elastic.model import ElasticLayer, SubLayer
+from flextron.elastic.layers import ElasticLayer, SubLayer
 
 ACTIVATIONS = {
     **dict.fromkeys(("SiLUActivation", "SiLU"), 0),

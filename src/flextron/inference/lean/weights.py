@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from flextron.elastic.model import ElasticLayer, SubLayer
+from flextron.elastic.layers import ElasticLayer, SubLayer
 from flextron.elastic.quantized import FourBits
 from flextron.inference.lean.angles import Angles
 from flextron.inference.lean.parts import (

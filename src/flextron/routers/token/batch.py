@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from flextron.elastic.model import ElasticLayer, ElasticModel
+from flextron.elastic.layers import ElasticLayer
+from flextron.elastic.model import ElasticModel
 from flextron.inference.per_token import Forward, TokenWidths, masked_mlp, mlp, rows_of_attention, running
 from flextron.routers.token.net import TokenRouter
 from flextron.subnet import Subnet

@@ -20,8 +20,9 @@ import torch
 from flextron.costs.pricing import Ceiling
 from flextron.costs.table import CostTable
 from flextron.data.blocks import TokenBlocks, batch_tokens
+from flextron.elastic.layers import ElasticLayer
 from flextron.elastic.loss import body_of, hidden_states, losses
-from flextron.elastic.model import ElasticLayer, ElasticModel
+from flextron.elastic.model import ElasticModel
 from flextron.errors import RouterError
 from flextron.inference.per_token import Forward, TokenWidths, masked_parts, rows_of_attention, running
 from flextron.progress import bar

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from flextron.elastic.model import ElasticModel, SubLayer
+from flextron.elastic.layers import SubLayer
+from flextron.elastic.model import ElasticModel
 from flextron.elastic.projections import Projection, Width
 from flextron.inference.lean.room import Places
 from flextron.inference.lean.step import MOST_TOKENS, LeanStep
